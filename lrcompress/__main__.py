@@ -1,0 +1,5 @@
+"""`python -m lrcompress` is the command `lrcompress`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,43 @@
+"""The verbs, as functions: what the command line and recipes call.
+
+    import lrcompress
+    result = lrcompress.factorize("model.pt", rank=16)
+    lrcompress.recover("compressed", data="train.npz", name="first")
+    lrcompress.export("compressed")
+    lrcompress.validate("exported")
+
+Every verb returns a result whose `data` is the JSON object of the command line. A verb that writes takes `output`;
+the folder is complete or absent, whatever happens in between.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .model.checkpoint import Compressed, load_compressed
+from .model.surgery import to_dense
+from .progress import Progress
+from .verbs.export import ExportResult, export
+from .verbs.factorize import FactorizeResult, factorize
+from .verbs.recover import RecoverResult, recover
+from .verbs.validate import ValidateResult, validate
+
+__all__ = [
+    "Compressed", "ExportResult", "FactorizeResult", "RecoverResult", "ValidateResult",
+    "export", "factorize", "load", "recover", "run", "to_dense", "validate",
+]  # fmt: skip
+
+
+def load(folder: str | Path) -> nn.Module:
+    """Open a compressed checkpoint as a network in evaluation mode."""
+    return load_compressed(Path(folder)).need_module("load")
+
+
+def run(recipe: str | Path, *, run_dir: str | Path | None = None, progress: Progress | None = None) -> dict[str, Any]:
+    """Run a recipe, by path or by the name of one that ships with the package; return its report."""
+    from .pipeline import run as run_pipeline
+
+    return run_pipeline(recipe, run_dir=run_dir, progress=progress)

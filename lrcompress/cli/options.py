@@ -1,0 +1,70 @@
+"""Options that several commands share: how a model is opened, what is trusted, where it computes."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from ..errors import CommandError
+
+
+def arch_arguments(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """Return `k=v` pairs as a dict; values are JSON, or plain text where they are none."""
+    out: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.isidentifier():
+            raise CommandError("--arch-arg", "NAME=VALUE", pair, "for example --arch-arg depth=20")
+        try:
+            out[key] = json.loads(value)
+        except ValueError:
+            out[key] = value
+    return out
+
+
+def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --arch, --arch-arg, --input, --trust-pickle, --trust-remote-code."""
+
+    @click.option("--arch", metavar="MODULE:CALLABLE", help="What builds the network: pkg.mod:callable or path/file.py:callable.")
+    @click.option("--arch-arg", "arch_args", multiple=True, metavar="K=V", help="An argument for --arch (JSON value).")
+    @click.option("--input", "inputs", multiple=True, metavar="NAME:DTYPE:DIMS", help="An input, e.g. x:float32:batch,3,32,32.")
+    @click.option("--trust-pickle", is_flag=True, help="Allow files that can run code while they are opened.")
+    @click.option("--trust-remote-code", is_flag=True, help="Allow code that a Hugging Face folder brings.")
+    @functools.wraps(function)
+    def wrapped(**options: Any) -> Any:
+        return function(**options)
+
+    return wrapped
+
+
+def compute_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --seed, --threads, --compute."""
+
+    @click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
+    @click.option("--threads", type=click.IntRange(min=1), help="Threads to compute with (recorded).")
+    @click.option("--compute", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute.")
+    @functools.wraps(function)
+    def wrapped(**options: Any) -> Any:
+        return function(**options)
+
+    return wrapped
+
+
+def online_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --online: without it the libraries that could call home are told not to, before they are imported."""
+
+    @click.option("--online", is_flag=True, help="Let libraries use the network.")
+    @functools.wraps(function)
+    def wrapped(online: bool, **options: Any) -> Any:
+        if not online:
+            import os
+
+            for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
+                os.environ.setdefault(name, "1")
+        return function(**options)
+
+    return wrapped

@@ -1,0 +1,52 @@
+"""`lrcompress recover`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import compute_options, online_option
+from .output import Result, Shell, common, human_bytes
+
+
+@click.command(epilog="Example: lrcompress recover --data train.npz --adapter lora --rank 8 --name first")
+@click.argument("compressed", default="compressed", type=click.Path())
+@click.option("--data", required=True, metavar="DATA", help="Inputs (and labels) to train on.")
+@click.option("--select", metavar="DATA", help="Held-out data that decides when to stop; default: a tenth of --data.")
+@click.option("--adapter", "adapter_kind", default="lora", show_default=True, metavar="KIND", help="lora or loha.")
+@click.option("--rank", type=int, default=8, show_default=True)
+@click.option("--alpha", type=float, help="Scaling is alpha/rank; default alpha = rank.")
+@click.option("--name", help="Name of the adapter; default: the output's name, or 'recover'.")
+@click.option("--loss", default="auto", show_default=True, help="logits, embedding (both distil the original), labels, or auto.")
+@click.option("--metric", help="Metric on --select that picks the best state; default: the loss.")
+@click.option("--steps", type=int, default=400, show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--learning-rate", type=float, default=2e-3, show_default=True)
+@click.option("--max-seconds", type=float, help="Stop after this time (the result then depends on the machine).")
+@click.option("--original", type=click.Path(), help="The model that was factorized, if it moved.")
+@click.option("--trust-pickle", is_flag=True, help="Allow an original that can run code while it is opened.")
+@click.option("--trust-remote-code", is_flag=True, help="Allow code that a Hugging Face folder brings.")
+@click.option("-o", "--output", type=click.Path(), help="Folder to write  [default: adapters/NAME]")
+@compute_options
+@online_option
+@common
+def recover(shell: Shell, compressed: str, name: str | None, output: str | None, **options: Any) -> Result:
+    """Train a correction of the factorized model COMPRESSED that wins its accuracy back.
+
+    The factors stay frozen; what is trained can be shipped later as a payload of a few kilobytes.
+    """
+    from ..verbs.recover import recover as verb
+
+    name = name or (Path(output).name if output else "recover")
+    found = verb(compressed, name=name, output=output or f"adapters/{name}", progress=shell.progress, **options)
+    d = found.data
+    show = lambda v: "–" if v is None else f"{v:.4f}"  # noqa: E731
+    lines = [
+        f"{d['metric']} on held-out data: original {show(d['original'])}, before {show(d['before'])}, after {show(d['after'])}",
+        f"loss ({d['loss']['kind']}) {d['loss']['before']:.4g} → {d['loss']['after']:.4g}, best at step {d['best_step']} of {d['steps']}",
+        f"{d['trainable_params']:,} trained numbers ({human_bytes(d['payload_bytes'])} as fp32), {d['train_seconds']:.1f} s",
+        f"written to {d['output']}",
+    ]
+    return Result(d, text="\n".join(lines))

@@ -1,0 +1,153 @@
+"""Every exception of lrcompress, its exit code, and who must act.
+
+A message is one line: where, expected, got, what to do. The four parts are kept apart so that `--json` can
+print them and tests can pin them. Wrong call order is `RuntimeError`, a wrong argument `ValueError`/`TypeError`.
+"""
+
+from __future__ import annotations
+
+
+class LrcompressWarning(UserWarning):
+    """Something the user should know that does not stop the work; the command line prints and returns these."""
+
+
+class LrcompressError(Exception):
+    """Root of the family. `str(e)` is the one line a person reads."""
+
+    exit_code = 1
+    kind = "bug"
+
+    def __init__(self, where: object, expected: str, got: object = "", remedy: str = "") -> None:
+        self.where, self.expected, self.got, self.remedy = _one_line(where), expected, _one_line(got), remedy
+        text = f"{self.where}: expected {expected}"
+        if self.got:
+            text += f", got {self.got}"
+        if remedy:
+            text += f"; {remedy}"
+        super().__init__(text)
+
+    def as_dict(self) -> dict[str, object]:
+        """The `error` object of `--json`."""
+        return {
+            "code": self.exit_code,
+            "kind": self.kind,
+            "where": self.where,
+            "expected": self.expected,
+            "got": self.got,
+            "remedy": self.remedy,
+        }
+
+
+def _one_line(value: object, limit: int = 300) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+class CommandError(LrcompressError):
+    """The command line is wrong (the caller must act)."""
+
+    exit_code, kind = 2, "usage"
+
+
+class RecipeError(LrcompressError):
+    """A recipe is wrong (its author must act)."""
+
+    exit_code, kind = 3, "recipe"
+
+
+class PlanError(LrcompressError):
+    """A plan file is wrong, or does not belong to the model."""
+
+    exit_code, kind = 3, "plan"
+
+
+class ProfileError(LrcompressError):
+    """A device profile is wrong."""
+
+    exit_code, kind = 3, "device_profile"
+
+
+class ModelError(LrcompressError):
+    """A model file, its architecture or one of its layers cannot be used."""
+
+    exit_code, kind = 4, "model"
+
+
+class ParityError(LrcompressError):
+    """Outputs or accuracy are beyond what was promised; `report` says by how much."""
+
+    exit_code, kind = 5, "parity"
+
+    def __init__(
+        self, where: object, expected: str, got: object = "", remedy: str = "", *, report: dict[str, object] | None = None
+    ) -> None:
+        super().__init__(where, expected, got, remedy)
+        self.report = report or {}
+
+
+class TrustError(LrcompressError):
+    """Something signed, hashed or declared does not hold: it must not be used."""
+
+    exit_code, kind = 6, "trust"
+
+
+class ManifestError(TrustError):
+    """An exported artifact is not what its manifest says."""
+
+    kind = "manifest"
+
+
+class PayloadError(TrustError):
+    """An adapter payload is malformed or does not fit the base."""
+
+    kind = "payload"
+
+
+class UpdateError(TrustError):
+    """Update metadata or a release cannot be trusted."""
+
+    kind = "update"
+
+
+class DeviceStateError(LrcompressError):
+    """The state directory of a device is damaged, missing or somebody else's."""
+
+    exit_code, kind = 7, "device_state"
+
+
+class DownloadError(LrcompressError):
+    """Bytes did not arrive: retry later."""
+
+    exit_code, kind = 8, "download"
+
+
+class DataError(LrcompressError):
+    """Calibration, training or test data do not fit the model."""
+
+    exit_code, kind = 9, "data"
+
+
+class HostError(LrcompressError):
+    """The machine lacks something: disk space, a permission, an extra, a tool."""
+
+    exit_code, kind = 10, "environment"
+
+
+class BudgetError(LrcompressError):
+    """No choice meets the budget; the nearest one is named."""
+
+    exit_code, kind = 11, "budget"
+
+
+class MissingExtraError(HostError):
+    """A command needs packages that the base install does not bring."""
+
+    kind = "missing_extra"
+
+    def __init__(self, what: str, missing: str, extra: str = "build") -> None:
+        super().__init__(
+            what,
+            f"the [{extra}] extra (package {missing!r})",
+            "the base install",
+            f"install it: pip install 'lrcompress[{extra}]' -c constraints.txt",
+        )

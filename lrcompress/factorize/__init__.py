@@ -1,0 +1,43 @@
+"""Decompositions: one file per form, pure functions over tensors, one frozen result type.
+
+A form is a module of this package (or of the entry-point group `lrcompress.factorize`) with
+
+    LAYERS: frozenset[str]                                  kinds it serves: "linear", "conv", "embedding"
+    full_rank(shape) -> Rank                                the rank at which it is exact
+    clip(shape, n) -> Rank                                  the rank that `--rank n` means for this shape
+    n_params(shape, rank) -> int                            stored numbers, without bias
+    decompose(weight, rank, statistics=None) -> Factorization
+    curve(weight, statistics=None) -> list[Point]           (rank, numbers, loss) that an allocator may choose from
+    to_tensor(factors, shape) -> Tensor
+    linear(factors, x) | conv(factors, x, geometry) | embedding(factors, ids)     the forward pass, factor by factor
+    n_macs(shape, rank, positions) -> int
+
+Its key is its file name. The contract tests take every form from the directory listing.
+
+    svd = form("svd")
+    f = svd.decompose(W, 16, Statistics(gram=S, mean=mu))
+    assert f.rel_error < 0.1
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from .. import plugins
+from ._types import ConvGeometry, Factorization, Point, Rank, Statistics
+
+__all__ = ["ConvGeometry", "Factorization", "Point", "Rank", "Statistics", "form", "forms"]
+
+
+def forms() -> tuple[str, ...]:
+    """Return the keys of all forms."""
+    return plugins.names(__name__)
+
+
+def form(name: str) -> ModuleType:
+    """Return the module of a form; "dense" is the weight as it is. Raises `KeyError` with the nearest name."""
+    if name == "dense":
+        from . import _dense
+
+        return _dense
+    return plugins.load(__name__, name)

@@ -1,0 +1,203 @@
+"""What every decomposition takes and returns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Rank = int | tuple[int, ...]
+
+
+class Point(NamedTuple):
+    """One choice of a form for one weight: its rank, the numbers it stores, its loss in the metric of the statistics."""
+
+    rank: Rank
+    n_params: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class ConvGeometry:
+    """How a convolution walks: per spatial axis. `padding` is symmetric; other modes pad before the layer is called."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    @classmethod
+    def default(cls, axes: int) -> ConvGeometry:
+        return cls((1,) * axes, (0,) * axes, (1,) * axes)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Moments of a layer's input and of the gradient at its output, float64.
+
+    `gram`: centred covariance of the input rows, (n, n); convolution patches are ordered (channel, *kernel).
+    `mean`: (n,). `output_gram`: E[g gᵀ] at one position, (m, m). `row_weights`: share of each row of an embedding,
+    whose outputs are its columns.
+    `positions`: positions per sample, which scales the loss when layers are compared.
+    """
+
+    gram: Tensor | None = None
+    mean: Tensor | None = None
+    output_gram: Tensor | None = None
+    row_weights: Tensor | None = None
+    count: int = 0
+    positions: float = 1.0
+
+    #: Share of mean(diag G) added to G: directions the probes did not see must not be free.
+    OUTPUT_DAMPING = 0.1
+    #: The same for S, only large enough to break ties among directions that carry nothing.
+    INPUT_DAMPING = 1e-10
+
+    def check(self, weight: Tensor) -> None:
+        """Raise `ValueError` where the moments are not of this weight, or not finite."""
+        rows, columns = weight.shape[0], weight[0].numel()
+        outputs = rows if self.row_weights is None else columns
+        expected = {
+            "gram": (columns, columns), "mean": (columns,), "output_gram": (outputs, outputs), "row_weights": (rows,),
+        }  # fmt: skip
+        for name, shape in expected.items():
+            value: Tensor | None = getattr(self, name)
+            if value is None:
+                continue
+            if tuple(value.shape) != shape:
+                raise ValueError(f"{name}: expected shape {shape} for a weight {tuple(weight.shape)}, got {tuple(value.shape)}")
+            if not torch.isfinite(value).all():
+                raise ValueError(f"{name} is not finite")
+
+    @property
+    def norm(self) -> str:
+        """The name of the metric: frobenius, activation or two_sided."""
+        if self.gram is None and self.row_weights is None:
+            return "frobenius"
+        return "two_sided" if self.output_gram is not None else "activation"
+
+    @cached_property
+    def s(self) -> Tensor | None:
+        """The input metric S, with ties broken; None if it is the identity or carries nothing."""
+        if self.gram is None:
+            return None
+        gram = self.gram.double()
+        scale = gram.diagonal().mean()
+        if not float(scale) > 0:
+            return None
+        return gram + self.INPUT_DAMPING * scale * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+
+    @cached_property
+    def g(self) -> Tensor | None:
+        """The damped output metric G; None if it is the identity or carries nothing."""
+        if self.output_gram is None:
+            return None
+        g = self.output_gram.double()
+        scale = g.diagonal().mean()
+        if not float(scale) > 0:
+            return None
+        return g + self.OUTPUT_DAMPING * scale * torch.eye(len(g), dtype=torch.float64, device=g.device)
+
+    def loss(self, error: Tensor) -> float:
+        """Return the squared size of `error` (shaped like the weight) in the metric of these moments."""
+        e = error.double().reshape(error.shape[0], -1)
+        if self.row_weights is not None:
+            weighted = e if self.g is None else e @ self.g
+            return max(float((self.row_weights.double()[:, None] * weighted * e).sum()), 0.0)
+        right = e if self.s is None else e @ self.s
+        left = e if self.g is None else self.g @ e
+        return max(float((left * right).sum()), 0.0)
+
+    @property
+    def scale(self) -> float:
+        """What a loss is multiplied by so that layers can be compared: positions per sample."""
+        return self.positions
+
+
+@dataclass(frozen=True)
+class Factorization:
+    """A weight as factors. `to_tensor()` has `shape`; `rel_error` is measured in `norm`, never predicted.
+
+    `bias_shift` (out,): what to add to the layer's bias so that the mean output is unchanged; None without a mean.
+    """
+
+    form: str
+    factors: Mapping[str, Tensor]
+    shape: tuple[int, ...]
+    rank: Rank
+    norm: str = "frobenius"
+    loss: float = 0.0
+    rel_error: float = 0.0
+    rel_error_frobenius: float = 0.0
+    bias_shift: Tensor | None = None
+    extra: Mapping[str, object] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        form: str,
+        factors: Mapping[str, Tensor],
+        weight: Tensor,
+        rank: Rank,
+        statistics: Statistics | None = None,
+    ) -> Factorization:
+        """Measure `factors` against `weight` and carry the mean in the bias. Factors take the dtype of `weight`."""
+        from . import form as load
+
+        stored = {k: v.to(weight.dtype).contiguous() for k, v in factors.items()}
+        rebuilt = load(form).to_tensor({k: v.double() for k, v in stored.items()}, tuple(weight.shape))
+        error = weight.double() - rebuilt
+        metric = statistics or Statistics()
+        shift = None
+        if metric.mean is not None:
+            shift = (error.reshape(len(error), -1) @ metric.mean.double()).to(weight.dtype)
+        loss = metric.loss(error)
+        return cls(
+            form=form,
+            factors=stored,
+            shape=tuple(weight.shape),
+            rank=rank,
+            norm=metric.norm,
+            loss=loss,
+            rel_error=relative(loss, metric.loss(weight)),
+            rel_error_frobenius=relative(float(error.square().sum()), float(weight.double().square().sum())),
+            bias_shift=shift,
+        )
+
+    def to_tensor(self) -> Tensor:
+        """Return the weight that the factors stand for, shape `shape`."""
+        return self._form.to_tensor(self.factors, self.shape)  # type: ignore[no-any-return]
+
+    def named_factors(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.factors.items()
+
+    def apply(self, x: Tensor, geometry: ConvGeometry | None = None) -> Tensor:
+        """Return the layer's output without bias, factor by factor: x (…, in), or (batch, in, *space) for a convolution."""
+        if len(self.shape) == 2:
+            return self._form.linear(self.factors, x)  # type: ignore[no-any-return]
+        return self._form.conv(self.factors, x, geometry or ConvGeometry.default(len(self.shape) - 2))  # type: ignore[no-any-return]
+
+    @property
+    def n_params(self) -> int:
+        return sum(f.numel() for f in self.factors.values())
+
+    def n_macs(self, positions: int) -> int:
+        """Return multiply-adds for `positions` input rows (output positions of a convolution at stride 1)."""
+        return int(self._form.n_macs(self.shape, self.rank, positions))
+
+    @property
+    def _form(self):  # type: ignore[no-untyped-def]
+        from . import form as load
+
+        return load(self.form)
+
+
+def relative(loss: float, total: float) -> float:
+    """Return √(loss/total); 0 of 0 is 0."""
+    if total <= 0:
+        return 0.0 if loss <= 0 else math.inf
+    return math.sqrt(max(loss, 0.0) / total)

@@ -1,0 +1,199 @@
+"""Sum of Kronecker products, W ≈ Σ_k B_k ⊗ C_k, globally optimal by the SVD of the rearranged weight.
+
+R(W) puts block (i, j) of W into row i·n₁+j; then ‖W − Σ B_k ⊗ C_k‖ = ‖R(W) − Σ vec(B_k) vec(C_k)ᵀ‖. With moments,
+S is replaced by its nearest Kronecker product S₁ ⊗ S₂ (fitted by the same rearrangement), the weighted problem is
+solved exactly for it, and the B_k are refitted to the full S for the C_k found. A convolution splits channels and
+keeps the kernel in C: (O₁, I₁) ⊗ (O₂, I₂, *k).
+
+Source: Van Loan & Pitsianis 1993; the refit is the normal equation of the linear least-squares problem in B.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ._linalg import convolve, fix_signs, root, unfolded
+from ._types import ConvGeometry, Factorization, Point, Rank, Statistics
+
+LAYERS = frozenset({"linear", "conv", "embedding"})
+_NAME = __name__.rpartition(".")[2]
+#: Largest linear system that the refit of B solves directly.
+_REFIT_LIMIT = 2048
+
+
+def split(n: int) -> tuple[int, int]:
+    """Return the factors (a, b) of n = a·b nearest to each other, a ≤ b."""
+    a = next(d for d in range(math.isqrt(n), 0, -1) if n % d == 0)
+    return a, n // a
+
+
+def blocks(shape: tuple[int, ...]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return (m₁, n₁) and (m₂, n₂) of the split with the fewest numbers per term; n counts in·kernel."""
+    kernel = math.prod(shape[2:])
+    best: tuple[int, tuple[int, int], tuple[int, int]] | None = None
+    for m1 in _divisors(shape[0]):
+        for n1 in _divisors(shape[1]):
+            m2, n2 = shape[0] // m1, shape[1] // n1 * kernel
+            cost = m1 * n1 + m2 * n2
+            if (m1, n1) != (1, 1) and (m2, n2) != (1, 1) and (best is None or cost < best[0]):
+                best = cost, (m1, n1), (m2, n2)
+    if best is None:
+        return (1, 1), (shape[0], shape[1] * kernel)
+    return best[1], best[2]
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def full_rank(shape: tuple[int, ...]) -> int:
+    (m1, n1), (m2, n2) = blocks(shape)
+    return min(m1 * n1, m2 * n2)
+
+
+def clip(shape: tuple[int, ...], n: int) -> int:
+    return min(n, full_rank(shape))
+
+
+def n_params(shape: tuple[int, ...], rank: Rank) -> int:
+    assert isinstance(rank, int)
+    (m1, n1), (m2, n2) = blocks(shape)
+    return rank * (m1 * n1 + m2 * n2)
+
+
+def n_macs(shape: tuple[int, ...], rank: Rank, positions: int) -> int:
+    assert isinstance(rank, int)
+    (m1, n1), (m2, n2) = blocks(shape)
+    return rank * positions * n1 * m2 * (n2 + m1)
+
+
+def rearrange(w: Tensor, first: tuple[int, int], second: tuple[int, int]) -> Tensor:
+    """Return R(W), (m₁n₁, m₂n₂), of w (m₁m₂, n₁n₂)."""
+    (m1, n1), (m2, n2) = first, second
+    return w.reshape(m1, m2, n1, n2).permute(0, 2, 1, 3).reshape(m1 * n1, m2 * n2)
+
+
+def decompose(weight: Tensor, rank: Rank, statistics: Statistics | None = None) -> Factorization:
+    """Return `rank` Kronecker terms of `weight`: `B` (K, m₁, n₁) and `C` (K, m₂, n₂, *k)."""
+    shape = tuple(weight.shape)
+    if not isinstance(rank, int) or not 1 <= rank <= full_rank(shape):
+        raise ValueError(f"expected 1…{full_rank(shape)} terms, got {rank}")
+    if statistics is not None:
+        statistics.check(weight)
+    w = unfolded(weight).double()
+    first, second = blocks(shape)
+    p, d, qt, undo = _spectrum(w, first, second, statistics)
+    b = (p[:, :rank] * d[:rank].sqrt()).T.reshape(rank, *first)
+    c = (qt[:rank] * d[:rank, None].sqrt()).reshape(rank, *second)
+    if undo is not None:
+        b, c = b @ undo[0], c @ undo[1]
+    s = None if statistics is None else statistics.s
+    if s is not None and rank * first[1] <= _REFIT_LIMIT:
+        b = _refit(w, b, c, s)
+    flat, other = fix_signs(b.reshape(rank, -1).T, c.reshape(rank, -1))
+    assert other is not None
+    n_channels = shape[1] // first[1]
+    factors = {"B": flat.T.reshape(rank, *first), "C": other.reshape(rank, second[0], n_channels, *shape[2:])}
+    return Factorization.of(_NAME, factors, weight, rank, statistics)
+
+
+def curve(weight: Tensor, statistics: Statistics | None = None) -> list[Point]:
+    """Return every number of terms with its loss (before the refit of B, so an upper bound under statistics)."""
+    shape = tuple(weight.shape)
+    _, d, _, _ = _spectrum(unfolded(weight).double(), *blocks(shape), statistics)
+    tails = (d.square().sum() - d.square().cumsum(0)).clamp_min(0)
+    measured = (statistics or Statistics()).loss(weight)
+    # The Kronecker metric approximates the true one: keep its shape, at the true total.
+    scale = measured / float(d.square().sum()) if float(d.square().sum()) > 0 else 0.0
+    return [Point(k, n_params(shape, k), float(tails[k - 1]) * scale) for k in range(1, full_rank(shape) + 1)]
+
+
+def _spectrum(
+    w: Tensor, first: tuple[int, int], second: tuple[int, int], statistics: Statistics | None
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """Return the SVD of R(W), or of R(W (L₁⊗L₂)) and what undoes the weighting on B and C."""
+    s = None if statistics is None else statistics.s
+    undo = None
+    if s is not None:
+        s1, s2 = nearest_kronecker(s, first[1], second[1])
+        (l1, i1), (l2, i2) = root(_raised(s1)), root(_raised(s2))
+        w = w @ torch.kron(l1, l2)
+        undo = i1, i2
+    p, d, qt = torch.linalg.svd(rearrange(w, first, second), full_matrices=False)
+    return p, d, qt, undo
+
+
+def _raised(s: Tensor) -> Tensor:
+    """Return S a little above singular: directions without input would otherwise lose their weights for good."""
+    return s + 1e-6 * s.diagonal().mean() * torch.eye(len(s), dtype=s.dtype)
+
+
+def nearest_kronecker(s: Tensor, n1: int, n2: int) -> tuple[Tensor, Tensor]:
+    """Return PSD S₁ (n₁, n₁) and S₂ (n₂, n₂) whose Kronecker product is nearest to the PSD matrix `s`."""
+    p, d, qt = torch.linalg.svd(rearrange(s, (n1, n1), (n2, n2)), full_matrices=False)
+    s1, s2 = p[:, 0].reshape(n1, n1) * d[0].sqrt(), qt[0].reshape(n2, n2) * d[0].sqrt()
+    if float(s1.trace()) < 0:
+        s1, s2 = -s1, -s2
+    return (s1 + s1.T) / 2, (s2 + s2.T) / 2
+
+
+def _refit(w: Tensor, b: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    """Return the B (K, m₁, n₁) that minimises tr((W − Σ B_k⊗C_k) S (…)ᵀ) for fixed C (K, m₂, n₂).
+
+    The rows of all B_k share one normal matrix. A ridge towards the given B keeps what no input reaches.
+    """
+    terms, m2, n2 = c.shape
+    _, m1, n1 = b.shape
+    cs = torch.einsum("kab,ibjd->kaijd", c, s.reshape(n1, n2, n1, n2))
+    normal = torch.einsum("kaijd,lad->kilj", cs, c).reshape(terms * n1, terms * n1)
+    ridge = 1e-8 * float(normal.diagonal().mean())
+    if not ridge > 0:
+        return b
+    right = torch.einsum("pajd,kad->pkj", (w @ s).reshape(m1, m2, n1, n2), c).reshape(m1, terms * n1)
+    start = b.permute(1, 0, 2).reshape(m1, terms * n1)
+    raised = normal + ridge * torch.eye(len(normal), dtype=normal.dtype)
+    solved = torch.linalg.solve(raised, (right + ridge * start).T).T
+    return solved.reshape(m1, terms, n1).permute(1, 0, 2)
+
+
+def to_tensor(factors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+    b, c = factors["B"], factors["C"].reshape(*factors["C"].shape[:2], -1)
+    return torch.einsum("kij,kab->iajb", b, c).reshape(shape)
+
+
+def linear(factors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """Y = Σ_k B_k X C_kᵀ with x reshaped to X (n₁, n₂)."""
+    b, c = factors["B"], factors["C"]
+    terms, m1, n1 = b.shape
+    _, m2, n2 = c.shape
+    lead = x.shape[:-1]
+    z = x.reshape(*lead, n1, n2) @ c.reshape(terms * m2, n2).T  # (…, n₁, K·m₂)
+    z = z.reshape(*lead, n1, terms, m2).transpose(-3, -2).reshape(*lead, terms * n1, m2)
+    return (b.permute(1, 0, 2).reshape(m1, terms * n1) @ z).reshape(*lead, m1 * m2)
+
+
+def conv(factors: Mapping[str, Tensor], x: Tensor, geometry: ConvGeometry) -> Tensor:
+    """Convolve each of the n₁ channel groups with all C_k, then mix the groups with the B_k."""
+    b, c = factors["B"], factors["C"]
+    terms, m1, n1 = b.shape
+    m2 = c.shape[1]
+    batch, space = x.shape[0], x.shape[2:]
+    kernels = c.reshape(terms * m2, *c.shape[2:])
+    z = convolve(x.reshape(batch * n1, -1, *space), kernels, geometry)
+    out = z.shape[2:]
+    z = z.reshape(batch, n1, terms, m2, -1).transpose(1, 2).reshape(batch, terms * n1, -1)
+    y = b.permute(1, 0, 2).reshape(m1, terms * n1) @ z
+    return y.reshape(batch, m1 * m2, *out)
+
+
+def embedding(factors: Mapping[str, Tensor], ids: Tensor) -> Tensor:
+    """Row i·m₂+i' is Σ_k B_k[i] ⊗ C_k[i']."""
+    b, c = factors["B"], factors["C"]
+    m2 = c.shape[1]
+    rows_b = b.permute(1, 0, 2)[torch.div(ids, m2, rounding_mode="floor")]
+    rows_c = c.permute(1, 0, 2)[torch.remainder(ids, m2)]
+    return torch.einsum("...ki,...kj->...ij", rows_b, rows_c).flatten(-2)

@@ -1,0 +1,199 @@
+"""The compressed checkpoint: plain tensors and one JSON file, nothing that runs.
+
+    compressed/  lrcompress.json   what the model is, what each layer became, from which source, by which versions
+                 model.safetensors factors, biases and everything that stayed, by module path
+                 …                 the source's own config and tokenizer, or its graph without weights
+
+`digest` names the tensors and the per-layer spec: adapters and exports are bound to it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..errors import ModelError
+from ..factorize import Rank
+from ..files import made_by, sha256_json, write_json
+from . import OpenedModel, describe, open_model, skeleton
+from .layers import FactorizedLayer
+from .surgery import empty_layer, factorized_layers
+
+MAKER = "lrcompress factorize"
+MARKER = "lrcompress.json"
+TENSORS = "model.safetensors"
+SCHEMA = 1
+
+
+@dataclass
+class Compressed:
+    """A compressed model in memory. `module` is None for a bare state dict, whose tensors are in `tensors`."""
+
+    path: Path | None
+    digest: str
+    spec: dict[str, Any]
+    opened: OpenedModel
+    module: nn.Module | None
+    tensors: dict[str, Tensor] | None = None
+
+    def need_module(self, verb: str) -> nn.Module:
+        """Return the module; `ModelError` where there is only a state dict."""
+        if self.module is None:
+            raise ModelError(
+                f"{verb} {self.path or ''}".strip(), "a network", "a state dict has no graph",
+                "give --arch and --input: factorize again with --arch pkg.mod:callable --input NAME:DTYPE:DIMS",
+            )  # fmt: skip
+        return self.module
+
+    def open_original(self, override: Path | None = None, **trust: bool) -> OpenedModel:
+        """Open the model this was made from, at its recorded place or at `override`; its digest must agree."""
+        source = self.spec["source"]
+        if override is None:
+            if self.path is None or not source.get("path"):
+                raise ModelError("the original", "the model this was made from", "no recorded path", "name it with --original")
+            override = (self.path / source["path"]).resolve()
+        if not override.exists():
+            raise ModelError(override, "the model this was made from", "nothing there", "name it with --original")
+        arch = self.spec["model"].get("arch") or {}
+        spec = self.opened.arch["spec"] if self.opened.arch else None
+        opened = open_model(override, arch=spec, arch_args=arch.get("args"), inputs=self.opened.inputs, **trust)
+        if opened.digest != source["digest"]:
+            raise ModelError(
+                override, f"the original with digest {source['digest'][:12]}", opened.digest[:12], "it changed since: factorize it again"
+            )
+        return opened
+
+
+def layer_spec(kind: str, form: str, shape: Sequence[int], rank: Rank, factors: Mapping[str, Sequence[int]], *, bias: bool) -> dict[str, Any]:
+    """Return what a checkpoint keeps of one factorized layer."""
+    return {
+        "kind": kind,
+        "form": form,
+        "shape": list(shape),
+        "rank": list(rank) if isinstance(rank, tuple) else rank,
+        "factors": {k: list(v) for k, v in factors.items()},
+        "bias": bias,
+    }
+
+
+def module_layers(module: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return the specs of all factorized layers of a module (dense ones with a place for adapters are not among them)."""
+    return {
+        name: layer_spec(
+            m.layer_kind, m.form, m.shape, m.rank, {k: tuple(v.shape) for k, v in m.factors.items()}, bias=m.bias is not None
+        )
+        for name, m in factorized_layers(module)
+        if m.form != "dense"
+    }
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a module by name, adapters left out, tied ones under their first name."""
+    kept: dict[str, Tensor] = {}
+    seen: set[tuple[int, int, tuple[int, ...]]] = set()
+    for name, value in module.state_dict().items():
+        if ".adapters." in f".{name}" or name.startswith("adapters."):
+            continue
+        key = (value.data_ptr(), value.storage_offset(), tuple(value.shape))
+        if value.numel() and key in seen:
+            continue
+        seen.add(key)
+        kept[name] = value.detach().cpu().contiguous().clone()
+    return kept
+
+
+def tensors_digest(tensors: Mapping[str, Tensor], layers: Mapping[str, Any]) -> str:
+    """Return the digest of named tensors (names, dtypes, shapes, bytes) and layer specs."""
+    import hashlib
+
+    listed = {}
+    for name in sorted(tensors):
+        t = tensors[name].detach().cpu().contiguous()
+        data = t.reshape(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b""
+        listed[name] = [str(t.dtype), list(t.shape), hashlib.sha256(data).hexdigest()]
+    return sha256_json({"tensors": listed, "layers": layers})
+
+
+def write_compressed(
+    stage: Path,
+    dest: Path,
+    opened: OpenedModel,
+    *,
+    tensors: Mapping[str, Tensor],
+    layers: Mapping[str, Any],
+    report: Mapping[str, Any],
+) -> str:
+    """Write a checkpoint into the folder `stage` that will become `dest`; return its digest."""
+    digest = tensors_digest(tensors, layers)
+    save_file({k: tensors[k] for k in sorted(tensors)}, stage / TENSORS, metadata={"format": "pt", "made_by": MAKER})
+    source = None if opened.path is None else os.path.relpath(opened.path.resolve(), dest.resolve())
+    spec = {
+        "schema": SCHEMA,
+        "made_by": MAKER,
+        "digest": digest,
+        "source": {"path": source, "digest": opened.digest, "kind": opened.kind},
+        "model": describe(opened, stage),
+        "layers": dict(layers),
+        **report,
+    }
+    write_json(stage / MARKER, spec)
+    return digest
+
+
+def is_compressed(folder: Path) -> bool:
+    return folder.is_dir() and made_by(folder, MARKER) == MAKER
+
+
+def load_compressed(folder: Path) -> Compressed:
+    """Open a compressed checkpoint; `ModelError` for anything that is none, or is damaged."""
+    if not is_compressed(folder):
+        got = "a folder that is none" if folder.is_dir() else ("a file" if folder.exists() else "nothing there")
+        raise ModelError(folder, "a folder made by 'lrcompress factorize'", got, "factorize a model first, or name the folder")
+    try:
+        spec = json.loads((folder / MARKER).read_text())
+        tensors = load_file(folder / TENSORS)
+        layers, recorded = spec["layers"], spec["digest"]
+    except (OSError, ValueError, KeyError, SafetensorError) as e:
+        raise ModelError(folder, "an intact compressed checkpoint", str(e), "factorize again") from e
+    digest = tensors_digest(tensors, layers)
+    if digest != recorded:
+        raise ModelError(folder / TENSORS, f"tensors with digest {recorded[:12]}", digest[:12], "the file changed: factorize again")
+    opened = skeleton(spec["model"], folder)
+    if opened.module is None:
+        return Compressed(folder, digest, spec, opened, None, tensors)
+    module = opened.module
+    for name, layer in layers.items():
+        rank = tuple(layer["rank"]) if isinstance(layer["rank"], list) else layer["rank"]
+        shapes = {k: tuple(v) for k, v in layer["factors"].items()}
+        try:
+            empty_layer(module, name, form_name=layer["form"], factors=shapes, shape=tuple(layer["shape"]), rank=rank, bias=layer["bias"])
+        except (AttributeError, KeyError) as e:
+            raise ModelError(folder, f"an architecture with the layer {name}", str(e), "the architecture changed: factorize again") from e
+    _fill(folder, module, tensors)
+    return Compressed(folder, digest, spec, opened, module.eval())
+
+
+def _fill(folder: Path, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    expected = state_of(module)
+    unknown = sorted(set(tensors) - set(module.state_dict()))
+    missing = sorted(set(expected) - set(tensors))
+    if unknown or missing:
+        got = f"{unknown[0]} too many" if unknown else f"{missing[0]} missing"
+        raise ModelError(folder / TENSORS, "exactly the tensors of the architecture", got, "the architecture changed: factorize again")
+    for name, value in tensors.items():
+        if tuple(module.state_dict()[name].shape) != tuple(value.shape):
+            shape = tuple(module.state_dict()[name].shape)
+            raise ModelError(f"{folder / TENSORS}: {name}", f"shape {shape}", tuple(value.shape), "factorize again")
+    module.load_state_dict(dict(tensors), strict=False)
+
+
+__all__ = ["Compressed", "FactorizedLayer", "load_compressed", "write_compressed"]

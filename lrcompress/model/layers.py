@@ -1,0 +1,218 @@
+"""The factorized layers: factors as parameters, a bias, and any number of named adapters.
+
+The form decides how factors multiply the activation; the weight is never rebuilt in a forward pass. A layer that
+stays dense but takes adapters is one of these with the form "dense", whose only factor is called `weight`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..adapt import BaseAdapter
+from ..factorize import ConvGeometry, Rank, form
+
+
+class FactorizedLayer(nn.Module):
+    """What the factorized layers share. `shape` is that of the weight the factors stand for, (out, in, *k)."""
+
+    layer_kind: str
+
+    def __init__(self, form_name: str, factors: Mapping[str, Tensor], shape: tuple[int, ...], rank: Rank, bias: Tensor | None) -> None:
+        super().__init__()
+        self.form, self.shape, self.rank = form_name, tuple(shape), rank
+        self.factor_names = tuple(factors)
+        for name, value in factors.items():
+            # Not register_parameter: `weight` is a property here, so that code which reads it sees the dense weight.
+            self._parameters[name] = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
+        bias_parameter = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+        self.register_parameter("bias", bias_parameter)
+        self.adapters = nn.ModuleDict()
+        #: name -> weight of the adapters that take part in forward.
+        self.active: dict[str, float] = {}
+
+    @property
+    def factors(self) -> dict[str, Tensor]:
+        return {n: p for n in self.factor_names if (p := self._parameters[n]) is not None}
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the factors stand for, without adapters."""
+        rebuilt: Tensor = form(self.form).to_tensor(self.factors, self.shape)
+        return rebuilt
+
+    def add_adapter(self, name: str, adapter: BaseAdapter, weight: float = 1.0) -> None:
+        """Attach an adapter under `name` and make it take part with `weight`."""
+        if adapter.weight_shape != self.shape:
+            raise ValueError(f"adapter {name!r}: expected shape {self.shape}, got {adapter.weight_shape}")
+        self.adapters[name] = adapter
+        self.active[name] = weight
+
+    def set_active(self, names: Iterable[str]) -> None:
+        """Let exactly these adapters take part; the others stay attached."""
+        self.active = {n: 1.0 for n in names if n in self.adapters}
+
+    def remove_adapter(self, name: str) -> None:
+        if name in self.adapters:
+            del self.adapters[name]
+            self.active.pop(name, None)
+
+    def merged_weight(self) -> Tensor:
+        """Return the dense weight with the active adapters added."""
+        total = self.weight
+        for name, weight in self.active.items():
+            total = total + weight * self._adapter(name).delta_weight()
+        return total
+
+    def _adapter(self, name: str) -> BaseAdapter:
+        adapter = self.adapters[name]
+        assert isinstance(adapter, BaseAdapter)
+        return adapter
+
+    def _corrected(self, y: Tensor, x: Tensor, geometry: ConvGeometry | None) -> Tensor:
+        for name, weight in self.active.items():
+            correction = self._adapter(name)(x, geometry)
+            y = y + (correction if weight == 1.0 else weight * correction)
+        return y
+
+    def to_plain(self) -> nn.Module:
+        """Return the ordinary layer of torch (or of its origin) with the active adapters merged."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"{self.form}, shape={self.shape}, rank={self.rank}, bias={self.bias is not None}"
+
+
+class FactorizedLinear(FactorizedLayer):
+    """y = factors(x) + b. `transposed` marks an origin that stored (in, out), as transformers' Conv1D does."""
+
+    layer_kind = "linear"
+
+    def __init__(self, *args: Any, transposed: bool = False) -> None:
+        super().__init__(*args)
+        self.transposed = transposed
+
+    @property
+    def in_features(self) -> int:
+        return self.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.shape[0]
+
+    @property
+    def nf(self) -> int:
+        """The name that transformers' Conv1D gives its width."""
+        return self.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = form(self.form).linear(self.factors, x)
+        y = y if self.bias is None else y + self.bias
+        return self._corrected(y, x, None)
+
+    def to_plain(self) -> nn.Module:
+        weight = self.merged_weight().detach()
+        plain: nn.Module
+        if self.transposed:
+            from transformers.pytorch_utils import Conv1D
+
+            plain = Conv1D(self.shape[0], self.shape[1])
+            weight = weight.T.contiguous()
+        else:
+            plain = nn.Linear(self.shape[1], self.shape[0], bias=self.bias is not None)
+        return _filled(plain, weight, self.bias)
+
+
+class FactorizedConv(FactorizedLayer):
+    """A convolution over one, two or three axes; `groups` other than 1 only in the dense form."""
+
+    layer_kind = "conv"
+
+    def __init__(
+        self,
+        *args: Any,
+        geometry: ConvGeometry,
+        groups: int = 1,
+        padding: tuple[int, ...] | str = 0,  # type: ignore[assignment]
+        padding_mode: str = "zeros",
+    ) -> None:
+        super().__init__(*args)
+        self.geometry, self.groups, self.padding, self.padding_mode = geometry, groups, padding, padding_mode
+        self._walk, self._pad = _walk(self.shape, geometry, padding, padding_mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._pad is not None:
+            x = F.pad(x, self._pad, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
+        chosen = form(self.form)
+        if self.form == "dense":
+            y = chosen.conv(self.factors, x, self._walk, self.groups)
+        else:
+            y = chosen.conv(self.factors, x, self._walk)
+        if self.bias is not None:
+            y = y + self.bias.reshape(-1, *(1,) * (len(self.shape) - 2))
+        return self._corrected(y, x, self._walk)
+
+    def to_plain(self) -> nn.Module:
+        classes: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+        out, inner, *kernel = self.shape
+        plain = classes[len(kernel)](
+            inner * self.groups, out, tuple(kernel), self.geometry.stride, self.padding, self.geometry.dilation, self.groups,
+            self.bias is not None, self.padding_mode,
+        )  # fmt: skip
+        return _filled(plain, self.merged_weight().detach(), self.bias)
+
+
+class FactorizedEmbedding(FactorizedLayer):
+    """Rows of a factorized table, (V, d). `padding_idx` is kept for the way back only: its row is not special here."""
+
+    layer_kind = "embedding"
+
+    def __init__(self, *args: Any, padding_idx: int | None = None) -> None:
+        super().__init__(*args)
+        self.padding_idx = padding_idx
+
+    @property
+    def num_embeddings(self) -> int:
+        return self.shape[0]
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.shape[1]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = form(self.form).embedding(self.factors, ids)
+        return rows if self.bias is None else rows + self.bias
+
+    def to_plain(self) -> nn.Module:
+        plain = nn.Embedding(self.shape[0], self.shape[1], padding_idx=self.padding_idx)
+        weight = self.merged_weight().detach()
+        return _filled(plain, weight if self.bias is None else weight + self.bias.detach(), None)
+
+
+def _walk(
+    shape: tuple[int, ...], geometry: ConvGeometry, padding: tuple[int, ...] | str, mode: str
+) -> tuple[ConvGeometry, list[int] | None]:
+    """Return the geometry that the kernels walk with, and what to pad before them (as F.pad takes it)."""
+    kernel = shape[2:]
+    if padding == "same":
+        total = [d * (k - 1) for d, k in zip(geometry.dilation, kernel, strict=True)]
+        before = [(t // 2, t - t // 2) for t in total]
+    else:
+        before = [(p, p) for p in geometry.padding]
+    if mode == "zeros" and all(a == b for a, b in before):
+        return ConvGeometry(geometry.stride, tuple(a for a, _ in before), geometry.dilation), None
+    flat = [n for pair in reversed(before) for n in pair]
+    return ConvGeometry(geometry.stride, (0,) * len(kernel), geometry.dilation), flat
+
+
+def _filled(plain: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    with torch.no_grad():
+        plain.to(weight.dtype)
+        plain.weight.copy_(weight)  # type: ignore[operator]
+        if bias is not None:
+            plain.bias.copy_(bias)  # type: ignore[operator]
+    return plain

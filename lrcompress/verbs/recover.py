@@ -1,0 +1,225 @@
+"""The verb `recover`: attach adapters to a compressed model, train them, write them as an adapter folder."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import metrics
+from ..adapt import adapter, adapter_class, kinds
+from ..adapt._files import MARKER, write_adapter
+from ..calibrate import _TELLING
+from ..data import Data
+from ..errors import CommandError, DataError
+from ..files import check_output, staged_folder
+from ..model import OpenedModel
+from ..model.checkpoint import Compressed, load_compressed
+from ..model.surgery import adaptable_layers, attach
+from ..progress import Progress, Silent
+from ..recover import Settings, train
+from ..recover.losses import LOSSES, auto
+from .factorize import _device
+from .sources import as_data
+
+MAKER = "lrcompress recover"
+
+
+@dataclass(frozen=True)
+class RecoverResult:
+    """`model`: the compressed network with the trained adapter attached and active; `data`: the report."""
+
+    data: dict[str, Any]
+    model: nn.Module
+    output: Path | None = None
+
+
+def recover(
+    compressed: str | Path | Compressed = "compressed",
+    *,
+    data: str | Data,
+    adapter_kind: str = "lora",
+    rank: int = 8,
+    alpha: float | None = None,
+    name: str = "recover",
+    output: str | Path | None = None,
+    select: str | Data | None = None,
+    loss: str = "auto",
+    metric: str | None = None,
+    steps: int = 400,
+    batch_size: int = 64,
+    learning_rate: float = 2e-3,
+    max_seconds: float | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+    compute: str = "auto",
+    original: str | Path | OpenedModel | None = None,
+    trust_pickle: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> RecoverResult:
+    """Train an adapter of `adapter_kind` and `rank` on the compressed model; keep its best state on `select`.
+
+    `loss`: logits or embedding (distilled from the original), labels, or auto. Without `select` a tenth of `data` is
+    held out for it. `name` must be a plain name. Raises `CommandError`, `ModelError`, `DataError`.
+    """
+    progress = progress or Silent()
+    _check(adapter_kind, rank, name, loss, steps)
+    if threads:
+        torch.set_num_threads(threads)
+    dest = None if output is None else Path(output)
+    if dest is not None:
+        check_output(dest, maker=MAKER, marker=MARKER)
+    base = compressed if isinstance(compressed, Compressed) else load_compressed(Path(compressed))
+    module = copy.deepcopy(base.need_module("recover"))
+    trust = {"trust_pickle": trust_pickle, "trust_remote_code": trust_remote_code}
+    train_data, select_data = _split(as_data(data, base.opened), None if select is None else as_data(select, base.opened))
+    teacher_model: OpenedModel | None = None
+    if loss != "labels" or original is not None:
+        teacher_model = original if isinstance(original, OpenedModel) else base.open_original(None if original is None else Path(original), **trust)
+    device = _device(compute)
+    generator = torch.Generator().manual_seed(seed)
+    layers = adaptable_layers(module)
+    make = lambda _, shape: adapter(  # noqa: E731
+        adapter_kind, weight_shape=shape, rank=min(rank, shape[0], int(np.prod(shape[1:]))), alpha=_alpha(alpha, rank, shape), generator=generator
+    )
+    adapters = attach(module, name, make, layers)
+    module.to(device)
+    student = _answering(base.opened, module)
+    teacher = student if teacher_model is None else _answering(teacher_model, _on(teacher_model, device))
+    if loss == "auto":
+        loss = _auto_loss(base.opened, module, train_data, device)
+    settings = Settings(
+        loss=loss, steps=steps, batch_size=batch_size, learning_rate=learning_rate, max_seconds=max_seconds, seed=seed
+    )
+    scorer = _scorer(metric, base.opened, module, teacher_model, select_data, device)
+    before = scorer.of(module)
+    outcome = train(
+        adapters, student, teacher, train_data=train_data, select_data=select_data, settings=settings, module=module,
+        score=scorer.decide if scorer.name and metric else None, progress=progress, device=device,
+    )  # fmt: skip
+    module.cpu()
+    after = scorer.of(module.to(device))
+    module.cpu()
+    trainable = sum(p.numel() for a in adapters.values() for p in a.parameters())
+    report: dict[str, Any] = {
+        "metric": scorer.name or f"loss_{loss}",
+        "original": scorer.original,
+        "before": before if scorer.name else outcome.start_loss,
+        "after": after if scorer.name else outcome.best_loss,
+        "loss": {"kind": loss, "before": outcome.start_loss, "after": outcome.best_loss, "history": [list(h) for h in outcome.history]},
+        "adapter": adapter_kind, "rank": rank, "trainable_params": trainable, "payload_bytes": 4 * trainable,
+        "steps": outcome.steps, "best_step": outcome.best_step, "train_seconds": outcome.seconds, "output": None,
+    }  # fmt: skip
+    if dest is not None:
+        info = {"name": name, "seed": seed, "steps": outcome.steps, "best_step": outcome.best_step, "loss": loss}
+        with staged_folder(dest, maker=MAKER, marker=MARKER) as stage:
+            write_adapter(stage, adapters, maker=MAKER, base=base.digest, info=info)
+        report["output"] = str(dest)
+    return RecoverResult(report, module, dest)
+
+
+def _check(kind: str, rank: int, name: str, loss: str, steps: int) -> None:
+    where = "lrcompress recover"
+    if kind not in kinds():
+        raise CommandError(f"{where} --adapter", f"one of {', '.join(kinds())}", kind)
+    if rank < 1:
+        raise CommandError(f"{where} --rank", "a whole number of at least 1", rank)
+    if not name.replace("-", "_").isidentifier():
+        raise CommandError(f"{where} --name", "letters, digits, - and _", name)
+    if loss not in {"auto", *LOSSES}:
+        raise CommandError(f"{where} --loss", f"auto or one of {', '.join(LOSSES)}", loss)
+    if steps < 1:
+        raise CommandError(f"{where} --steps", "a whole number of at least 1", steps)
+    assert adapter_class(kind)
+
+
+def _alpha(alpha: float | None, rank: int, shape: tuple[int, ...]) -> float | None:
+    """Return alpha so that alpha/rank stays what the user asked for where a layer clips the rank."""
+    return None if alpha is None else alpha * min(rank, shape[0], int(np.prod(shape[1:]))) / rank
+
+
+def _split(data: Data, select: Data | None) -> tuple[Data, Data]:
+    if len(data) < 2 and select is None:
+        raise DataError("recovery data", "at least 2 samples, so that one can be held out", len(data))
+    if select is not None:
+        return data, select
+    held = min(max(len(data) // 10, 1), 2000)
+    # Every tenth sample, so that ordered files are represented.
+    index = np.arange(len(data))
+    chosen = np.unique(np.linspace(0, len(data) - 1, held).round().astype(int))
+    return data.take(np.setdiff1d(index, chosen)), data.take(chosen)
+
+
+def answer_name(outputs: Mapping[str, Tensor]) -> str:
+    return next((n for n in _TELLING if n in outputs), next(iter(outputs)))
+
+
+def _answering(opened: OpenedModel, module: nn.Module) -> Any:
+    def answer(inputs: Mapping[str, Tensor]) -> Tensor:
+        outputs = opened.outputs(module, inputs)
+        return outputs[answer_name(outputs)]
+
+    return answer
+
+
+def _on(opened: OpenedModel, device: str) -> nn.Module:
+    assert opened.module is not None
+    return opened.module.to(device).eval()
+
+
+def _auto_loss(opened: OpenedModel, module: nn.Module, data: Data, device: str) -> str:
+    batch = next(iter(data.batches(min(8, len(data)))))
+    with torch.no_grad():
+        outputs = opened.outputs(module, {k: torch.as_tensor(v, device=device) for k, v in batch.inputs.items()})
+    name = answer_name(outputs)
+    return auto(name, outputs[name].cpu())
+
+
+class _Scorer:
+    """A metric on `select`: its value for a module, and as a number to minimise."""
+
+    def __init__(self, metric: metrics.Metric | None, opened: OpenedModel, module: nn.Module, data: Data, device: str) -> None:
+        self._metric, self._opened, self._module, self._data, self._device = metric, opened, module, data, device
+        self.name = metric.name if metric else None
+        self.original: float | None = None
+
+    def of(self, module: nn.Module) -> float | None:
+        if self._metric is None:
+            return None
+        return float(self._metric.evaluate(predictor(self._opened, module, self._device), self._data, 250).value)
+
+    def decide(self) -> float:
+        value = self.of(self._module)
+        assert value is not None and self._metric is not None
+        return -value if self._metric.direction == "max" else value
+
+
+def predictor(opened: OpenedModel, module: nn.Module, device: str = "cpu") -> Any:
+    """Return a function from arrays to arrays that runs `module`: what metrics take."""
+
+    def predict(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        with torch.no_grad():
+            found = opened.outputs(module, {k: torch.as_tensor(v, device=device) for k, v in inputs.items()})
+        return {k: v.cpu().numpy() for k, v in found.items()}
+
+    return predict
+
+
+def _scorer(
+    metric: str | None, opened: OpenedModel, module: nn.Module, teacher: OpenedModel | None, data: Data, device: str
+) -> _Scorer:
+    """Score by `metric`, or for information only by accuracy where `data` has class numbers."""
+    chosen = metrics.get(metric) if metric else None
+    if chosen is None and data.labels is not None and np.issubdtype(data.labels.dtype, np.integer) and not data.pairs:
+        chosen = metrics.get("accuracy")
+    scorer = _Scorer(chosen, opened, module, data, device)
+    if teacher is not None and teacher.module is not None:
+        scorer.original = scorer.of(teacher.module.to(device))
+    return scorer
