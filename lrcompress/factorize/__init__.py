@@ -3,6 +3,7 @@
 A form is a module of this package (or of the entry-point group `lrcompress.factorize`) with
 
     LAYERS: frozenset[str]                                  kinds it serves: "linear", "conv", "embedding"
+    serves(shape) -> bool                                   optional: whether it makes sense for a weight of this shape
     full_rank(shape) -> Rank                                the rank at which it is exact
     clip(shape, n) -> Rank                                  the rank that `--rank n` means for this shape
     n_params(shape, rank) -> int                            stored numbers, without bias

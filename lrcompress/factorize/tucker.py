@@ -27,6 +27,11 @@ _NAME = __name__.rpartition(".")[2]
 _GRID = (0.125, 0.1875, 0.25, 0.3125, 0.375, 0.4375, 0.5, 0.5625, 0.625, 0.75, 0.875, 1.0)
 
 
+def serves(shape: tuple[int, ...]) -> bool:
+    """A kernel of more than one tap: without one, Tucker-2 is an SVD with a needless core."""
+    return len(shape) > 2 and math.prod(shape[2:]) > 1
+
+
 def full_rank(shape: tuple[int, ...]) -> tuple[int, int]:
     kernel = math.prod(shape[2:])
     return min(shape[0], shape[1] * kernel), min(shape[1], shape[0] * kernel)

@@ -69,9 +69,7 @@ class FactorizedLayer(nn.Module):
         return total
 
     def _adapter(self, name: str) -> BaseAdapter:
-        adapter = self.adapters[name]
-        assert isinstance(adapter, BaseAdapter)
-        return adapter
+        return self.adapters[name]  # type: ignore[return-value]
 
     def _corrected(self, y: Tensor, x: Tensor, geometry: ConvGeometry | None) -> Tensor:
         for name, weight in self.active.items():

@@ -43,10 +43,16 @@ def bias_cost(layer: Layer, statistics: Statistics | None) -> int:
 def candidates(method: str, layer: Layer) -> list[str]:
     """Return the forms that `method` allows for a layer: itself, or with "auto" all that serve its kind."""
     names = forms() if method == "auto" else (method,)
-    fitting = [n for n in names if layer.kind in form(n).LAYERS and not (n == "tucker" and math.prod(layer.shape[2:]) == 1)]
-    if not fitting and method == "tucker" and layer.kind in ("linear", "conv"):
-        return ["svd"]  # the Tucker form of a matrix is its SVD
+    fitting = [n for n in names if serves(n, layer)]
+    if not fitting and method in ("tucker", "spatial_svd") and serves("svd", layer):
+        return ["svd"]  # without a kernel to spread over, both are the SVD
     return fitting
+
+
+def serves(name: str, layer: Layer) -> bool:
+    """Return whether a form applies to a layer: its kind, and what the form itself says of the shape."""
+    module = form(name)
+    return layer.kind in module.LAYERS and getattr(module, "serves", lambda shape: True)(layer.shape)
 
 
 def select(
@@ -230,8 +236,8 @@ def _planned(where: str, entry: Any, known: Mapping[str, Layer]) -> Choice:
         return dense(layer, layer.reason or "the plan keeps it dense")
     if layer.reason is not None:
         raise PlanError(f"{where} ({layer.name})", "form dense", entry["form"], layer.reason)
-    if entry["form"] not in forms() or layer.kind not in form(entry["form"]).LAYERS:
-        fitting = [n for n in forms() if layer.kind in form(n).LAYERS]
+    if entry["form"] not in forms() or not serves(entry["form"], layer):
+        fitting = [n for n in forms() if serves(n, layer)]
         raise PlanError(f"{where} ({layer.name})", f"a form for a {layer.kind} layer: {', '.join(fitting)}", entry["form"])
     module = form(entry["form"])
     top = module.full_rank(layer.shape)

@@ -1,0 +1,41 @@
+"""`lrcompress export`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from .options import online_option
+from .output import Result, Shell, common, human_bytes
+
+
+@click.command(epilog="Example: lrcompress export --target onnx --quantize int8 --calib images.npz")
+@click.argument("compressed", default="compressed", type=click.Path())
+@click.option("--target", default="onnx", show_default=True, help="What to write: onnx.")
+@click.option("--slots", default="lora", show_default=True, help="Adapter slots to wire: lora (which also serves LoHa), or none.")
+@click.option("--slot-include", multiple=True, metavar="GLOB", help="Only layers whose path matches get a slot.")
+@click.option("--quantize", default="none", show_default=True, help="none or int8.")
+@click.option("--calib", metavar="DATA", help="Inputs for static int8 and for the golden set.")
+@click.option("--merge", metavar="NAME", help="Bake this adapter in instead of shipping it.")
+@click.option("--adapter", "adapters", multiple=True, type=click.Path(), help="Adapter to ship as a payload  [default: all of adapters/]")
+@click.option("--original", type=click.Path(), help="The model that was factorized, if it moved.")
+@click.option("--name", help="Name of the model in manifests and repositories.")
+@click.option("--trust-pickle", is_flag=True, help="Allow an original that can run code while it is opened.")
+@click.option("--trust-remote-code", is_flag=True, help="Allow code that a Hugging Face folder brings.")
+@click.option("-o", "--output", default="exported", show_default=True, type=click.Path(), help="Folder to write.")
+@online_option
+@common
+def export(shell: Shell, compressed: str, slots: str, adapters: tuple[str, ...], **options: Any) -> Result:
+    """Write the factorized model COMPRESSED as ONNX: a graph, its constants, adapter slots, goldens, a manifest."""
+    from ..verbs.export import export as verb
+
+    kinds = tuple(s.strip() for s in slots.split(","))
+    d = verb(compressed, slots=kinds, adapters=adapters or None, progress=shell.progress, **options).data
+    lines = [
+        f"graph {human_bytes(d['bytes']['graph'])}, constants {human_bytes(d['bytes']['base'])}, {len(d['slots'])} slots, {d['precision']}",
+        f"base {d['base_id'][:16]}",
+        *(f"payload {p['path']}: {human_bytes(p['bytes'])}" for p in d["payloads"]),
+        f"written to {d['output']}",
+    ]
+    return Result(d, text="\n".join(lines))

@@ -1,0 +1,86 @@
+"""What a graph must still be before anyone gets it. Each gate raises `ModelError` or `ParityError` with the first miss.
+
+1. Every tensor of the module is an initializer under its own name.
+2. Every byte of it is the module's.
+3. After ONNX Runtime's own optimizer the factors are still apart, and every slot is still an input.
+4. The runtime answers what the live module answers.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from torch import nn
+
+from ..errors import ModelError, ParityError
+from ..model.checkpoint import state_of
+from .graph import tensors_of
+
+
+def names_and_bytes(model: onnx.ModelProto, module: nn.Module, slots: Iterable[str]) -> None:
+    """Gates 1 and 2: parameters that the forward pass uses are there, by name, byte for byte."""
+    have = tensors_of(model)
+    used = {n for node in model.graph.node for n in node.input}
+    parameters = {n for n, _ in module.named_parameters() if ".adapters." not in f".{n}"}
+    stored = state_of(module)
+    for name in sorted(parameters & set(stored)):
+        if name not in have:
+            # A parameter may be dead in this forward pass (a pooler nobody reads); a factor never is.
+            if any(name.rpartition(".")[0] == layer for layer in _factorized(module)):
+                raise ModelError(f"export: {name}", "a factor under its own name in the graph", "it is gone")
+            continue
+        if not np.array_equal(have[name], stored[name].numpy()):
+            raise ModelError(f"export: {name}", "the bytes of the module", "other values")
+    for name in slots:
+        if name not in used:
+            raise ModelError(f"export: slot {name}", "an input that the graph reads", "nothing reads it", "leave the layer out with --slot-include")
+
+
+def _factorized(module: nn.Module) -> set[str]:
+    from ..model.surgery import factorized_layers
+
+    return {name for name, layer in factorized_layers(module) if layer.form != "dense"}
+
+
+def factors_stay_apart(model_path: Path, factors: Sequence[str], slots: Sequence[str]) -> None:
+    """Gate 3: ask ONNX Runtime for the graph it would run."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimized.data")
+        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1")
+        session = ort.InferenceSession(str(model_path), options, providers=["CPUExecutionProvider"])
+        overridable = {i.name for i in session.get_overridable_initializers()}
+        optimized = onnx.load(options.optimized_model_filepath, load_external_data=False)
+    lost = sorted(set(slots) - overridable)
+    if lost:
+        raise ModelError(f"export: slot {lost[0]}", "an input that may be overridden", "ONNX Runtime does not offer it")
+    kept = {t.name for t in optimized.graph.initializer}
+    # Transposing or fusing a bias renames a factor but keeps it: what must not happen is a smaller number of them.
+    gone = [f for f in factors if not any(k == f or k.startswith(f) for k in kept)]
+    moved = [k for k in kept if "transpose" in k.lower() or "fused" in k.lower()]
+    if len(gone) > len(moved):
+        raise ModelError(f"export: factor {gone[0]}", "factors that stay apart in ONNX Runtime", "it was folded away")
+
+
+def outputs_agree(
+    expected: Mapping[str, np.ndarray], got: Mapping[str, np.ndarray], tolerance: float, *, where: str
+) -> dict[str, float]:
+    """Gate 4: |a − b| ≤ tolerance·max(1, max|expected|) for every output; return the largest differences."""
+    found = {}
+    for name, value in expected.items():
+        if name not in got or got[name].shape != value.shape:
+            raise ParityError(where, f"output {name} of shape {value.shape}", got[name].shape if name in got else "none")
+        difference = float(np.max(np.abs(value.astype(np.float64) - got[name].astype(np.float64)), initial=0.0))
+        limit = tolerance * max(1.0, float(np.max(np.abs(value), initial=0.0)))
+        if not difference <= limit:
+            raise ParityError(f"{where}: output {name}", f"a difference of at most {limit:.3g} from the live module", f"{difference:.3g}")
+        found[name] = difference
+    return found

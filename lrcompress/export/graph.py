@@ -1,0 +1,155 @@
+"""Trace a live module into an ONNX graph whose initializers carry the names of its tensors."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+from ..errors import ModelError
+from ..model import InputSpec, OpenedModel
+from .slots import SLOT
+
+OPSET = 20
+_ROOT = "network."
+
+
+class _Answers(nn.Module):
+    """Positional inputs in, the named outputs as a tuple out."""
+
+    def __init__(self, opened: OpenedModel, network: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.network = network
+        self._opened, self._names = opened, tuple(names)
+        self.output_names: tuple[str, ...] = ()
+
+    def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
+        outputs = self._opened.outputs(self.network, dict(zip(self._names, args, strict=True)))
+        self.output_names = tuple(outputs)
+        return tuple(outputs.values())
+
+
+def example_inputs(specs: Sequence[InputSpec], module: nn.Module, *, batch: int = 2, seed: int = 0) -> dict[str, np.ndarray]:
+    """Return seeded inputs of the declared shapes; a word is a dynamic axis, the first of them the batch."""
+    rng = np.random.default_rng(seed)
+    rows = [m.num_embeddings for m in module.modules() if hasattr(m, "num_embeddings")]
+    top = min(rows) if rows else 2
+    sizes: dict[str, int] = {}
+    out = {}
+    for spec in specs:
+        shape = []
+        for i, d in enumerate(spec.shape):
+            if isinstance(d, str):
+                d = sizes.setdefault(d, batch if i == 0 else 12 + len(sizes))
+            shape.append(d)
+        if np.issubdtype(np.dtype(spec.dtype), np.floating):
+            out[spec.name] = rng.standard_normal(shape).astype(spec.dtype)
+        elif "mask" in spec.name:
+            out[spec.name] = np.ones(shape, spec.dtype)
+        elif "position" in spec.name:
+            out[spec.name] = np.broadcast_to(np.arange(shape[-1], dtype=spec.dtype), shape).copy()
+        else:
+            out[spec.name] = rng.integers(0, max(2, min(top, 1000)) if "type" not in spec.name else 1, shape).astype(spec.dtype)
+    return out
+
+
+def trace(opened: OpenedModel, module: nn.Module, *, where: str) -> onnx.ModelProto:
+    """Export `module` with the inputs of `opened`; initializers are named by module path, slots `<layer>.lora_A|B`.
+
+    Raises `ModelError` without inputs, or where the exporter cannot follow the network.
+    """
+    specs = opened.inputs
+    if not specs:
+        raise ModelError(where, "the model's inputs", "none are known", "give --input NAME:DTYPE:DIMS when factorizing")
+    wrapper = _Answers(opened, module, [s.name for s in specs]).eval()
+    example = example_inputs(specs, module)
+    args = tuple(torch.as_tensor(example[s.name]) for s in specs)
+    dims: dict[str, Any] = {d: torch.export.Dim(d) for s in specs for d in s.shape if isinstance(d, str)}
+    shapes = tuple({i: dims[d] for i, d in enumerate(s.shape) if isinstance(d, str)} for s in specs)
+    with torch.no_grad():
+        wrapper(*args)
+    names = wrapper.output_names
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                wrapper, args, dynamo=True, optimize=False, external_data=False, verbose=False, opset_version=OPSET,
+                input_names=[s.name for s in specs], output_names=list(names), dynamic_shapes=(shapes,),
+            )  # fmt: skip
+    except Exception as e:  # the exporter's own family is private and changes; the cause goes along
+        raise ModelError(where, "a network that torch.onnx can export", _reason(e), "check the dynamic axes of --input") from e
+    assert program is not None
+    model: onnx.ModelProto = program.model_proto
+    _rename(model.graph)
+    _strip(model)
+    return model
+
+
+def _reason(e: BaseException) -> str:
+    while e.__cause__ is not None:
+        e = e.__cause__
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+    return f"{type(e).__name__}: {lines[0] if lines else ''}"
+
+
+def _rename(graph: onnx.GraphProto) -> None:
+    names = {t.name: t.name.removeprefix(_ROOT).replace(f".adapters.{SLOT}.", ".") for t in graph.initializer}
+    taken = {o for n in graph.node for o in n.output} | {i.name for i in graph.input}
+    clash = sorted(set(names.values()) & taken)
+    if len(set(names.values())) != len(names) or clash:
+        raise ModelError("export", "tensor names that stay unique without their prefix", clash[:1] or "a duplicate")
+    for t in graph.initializer:
+        t.name = names[t.name]
+    for node in graph.node:
+        for i, name in enumerate(node.input):
+            node.input[i] = names.get(name, name)
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Remove what a stranger need not read and what makes equal models differ: source paths, stack traces, shapes."""
+    del model.graph.value_info[:]
+    del model.metadata_props[:]
+    model.doc_string = model.graph.doc_string = ""
+    model.producer_name, model.producer_version = "lrcompress", ""
+    for holder in (*model.graph.node, *model.graph.input, *model.graph.output, *model.graph.initializer):
+        del holder.metadata_props[:]
+        holder.doc_string = ""
+    for function in model.functions:
+        del function.metadata_props[:]
+        for node in function.node:
+            del node.metadata_props[:]
+
+
+def store_external(model: onnx.ModelProto, data_name: str) -> bytes:
+    """Move every initializer with elements into one byte string (aligned to 4096); the graph points at `data_name`.
+
+    Slot defaults have no elements and stay in the graph. Tiny shape constants stay too: the runtime reads them while
+    it builds the graph.
+    """
+    blob = bytearray()
+    for t in sorted(model.graph.initializer, key=lambda t: t.name):
+        array = numpy_helper.to_array(t)
+        if array.size == 0 or (array.dtype.kind in "iub" and array.nbytes < 256 and array.ndim <= 1):
+            continue
+        blob.extend(b"\0" * (-len(blob) % 4096 if array.nbytes >= 4096 else -len(blob) % 64))
+        raw = np.ascontiguousarray(array).tobytes()
+        entries = {"location": data_name, "offset": str(len(blob)), "length": str(len(raw))}
+        blob.extend(raw)
+        name, dtype, dims = t.name, t.data_type, list(t.dims)
+        t.Clear()
+        t.name, t.data_type, t.data_location = name, dtype, onnx.TensorProto.EXTERNAL
+        t.dims.extend(dims)
+        for key, value in entries.items():
+            t.external_data.add(key=key, value=value)
+    return bytes(blob)
+
+
+def tensors_of(model: onnx.ModelProto) -> Mapping[str, np.ndarray]:
+    """Return the initializers of an in-memory model by name."""
+    return {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
