@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..model import InputSpec, OpenedModel
+from .cleaning import drop_zero_biases
 from .slots import SLOT
 
 OPSET = 20
@@ -76,7 +79,7 @@ def trace(opened: OpenedModel, module: nn.Module, *, where: str) -> onnx.ModelPr
         wrapper(*args)
     names = wrapper.output_names
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _hushed("torch.onnx"):
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 wrapper, args, dynamo=True, optimize=False, external_data=False, verbose=False, opset_version=OPSET,
@@ -87,8 +90,21 @@ def trace(opened: OpenedModel, module: nn.Module, *, where: str) -> onnx.ModelPr
     assert program is not None
     model: onnx.ModelProto = program.model_proto
     _rename(model.graph)
+    drop_zero_biases(model.graph)
     _strip(model)
     return model
+
+
+@contextlib.contextmanager
+def _hushed(name: str) -> Iterator[None]:
+    """Silence a logger that reports what nobody here can act on (missing torchvision)."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _reason(e: BaseException) -> str:

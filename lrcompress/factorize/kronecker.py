@@ -67,8 +67,13 @@ def n_params(shape: tuple[int, ...], rank: Rank) -> int:
 
 def n_macs(shape: tuple[int, ...], rank: Rank, positions: int) -> int:
     assert isinstance(rank, int)
-    (m1, n1), (m2, n2) = blocks(shape)
-    return rank * positions * n1 * m2 * (n2 + m1)
+    return rank * positions * min(_costs(*blocks(shape), math.prod(shape[2:])))
+
+
+def _costs(first: tuple[int, int], second: tuple[int, int], kernel: int) -> tuple[int, int]:
+    """Return multiply-adds per term and position: C before B, and B before C."""
+    (m1, n1), (m2, n2) = first, second
+    return n1 * m2 * (n2 + m1), m1 * n1 * n2 // kernel + m1 * m2 * n2
 
 
 def rearrange(w: Tensor, first: tuple[int, int], second: tuple[int, int]) -> Tensor:
@@ -166,24 +171,36 @@ def to_tensor(factors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
 
 
 def linear(factors: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """Y = Σ_k B_k X C_kᵀ with x reshaped to X (n₁, n₂)."""
+    """Y = Σ_k B_k X C_kᵀ with x reshaped to X (n₁, n₂), the cheaper product first."""
     b, c = factors["B"], factors["C"]
     terms, m1, n1 = b.shape
     _, m2, n2 = c.shape
     lead = x.shape[:-1]
-    z = x.reshape(*lead, n1, n2) @ c.reshape(terms * m2, n2).T  # (…, n₁, K·m₂)
+    grid = x.reshape(*lead, n1, n2)
+    c_first, b_first = _costs((m1, n1), (m2, n2), 1)
+    if b_first < c_first:
+        z = (b.reshape(terms * m1, n1) @ grid).reshape(*lead, terms, m1, n2)
+        z = z.transpose(-3, -2).reshape(*lead, m1, terms * n2)
+        return (z @ c.permute(0, 2, 1).reshape(terms * n2, m2)).reshape(*lead, m1 * m2)
+    z = grid @ c.reshape(terms * m2, n2).T  # (…, n₁, K·m₂)
     z = z.reshape(*lead, n1, terms, m2).transpose(-3, -2).reshape(*lead, terms * n1, m2)
     return (b.permute(1, 0, 2).reshape(m1, terms * n1) @ z).reshape(*lead, m1 * m2)
 
 
 def conv(factors: Mapping[str, Tensor], x: Tensor, geometry: ConvGeometry) -> Tensor:
-    """Convolve each of the n₁ channel groups with all C_k, then mix the groups with the B_k."""
+    """Mix the n₁ channel groups with the B_k and convolve with the C_k, the cheaper one first."""
     b, c = factors["B"], factors["C"]
     terms, m1, n1 = b.shape
-    m2 = c.shape[1]
+    m2, inner = c.shape[1:3]
     batch, space = x.shape[0], x.shape[2:]
-    kernels = c.reshape(terms * m2, *c.shape[2:])
-    z = convolve(x.reshape(batch * n1, -1, *space), kernels, geometry)
+    c_first, b_first = _costs((m1, n1), (m2, inner * math.prod(c.shape[3:])), math.prod(c.shape[3:]))
+    if b_first < c_first:
+        mixed = b.permute(1, 0, 2).reshape(m1 * terms, n1) @ x.reshape(batch, n1, -1)
+        z = mixed.reshape(batch * m1, terms * inner, *space)
+        # One convolution over all terms side by side: their sum is the sum over its input channels.
+        y = convolve(z, c.transpose(0, 1).reshape(m2, terms * inner, *c.shape[3:]), geometry)
+        return y.reshape(batch, m1 * m2, *y.shape[2:])
+    z = convolve(x.reshape(batch * n1, inner, *space), c.reshape(terms * m2, *c.shape[2:]), geometry)
     out = z.shape[2:]
     z = z.reshape(batch, n1, terms, m2, -1).transpose(1, 2).reshape(batch, terms * n1, -1)
     y = b.permute(1, 0, 2).reshape(m1, terms * n1) @ z

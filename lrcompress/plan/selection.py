@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import BudgetError, PlanError
 from ..factorize import Point, Rank, Statistics, form, forms
 from ..model.surgery import Layer
@@ -105,6 +107,11 @@ def _smallest(curve: Sequence[Point], energy: float, total: float) -> Rank | Non
     return min(kept, key=lambda p: (p.n_params, p.loss)).rank if kept else None
 
 
+def _runs_no_slower(name: str, layer: Layer, rank: Rank) -> bool:
+    """Return whether a choice needs no more multiply-adds than the dense layer: "auto" never trades time for bytes."""
+    return int(form(name).n_macs(layer.shape, rank, 1)) <= layer.weight.numel()
+
+
 @dataclass(frozen=True)
 class _Option:
     n_params: int
@@ -123,7 +130,7 @@ def _options(layer: Layer, method: str, statistics: Statistics | None, *, compar
         scale = metric.scale if comparable else (1 / total if total > 0 else 1.0)
         extra = bias_cost(layer, statistics)
         for name in candidates(method, layer):
-            points = form(name).curve(layer.weight, statistics)
+            points = [p for p in form(name).curve(layer.weight, statistics) if method != "auto" or _runs_no_slower(name, layer, p.rank)]
             options += [_Option(p.n_params + extra, p.loss * scale, name, p.rank) for p in points if p.n_params + extra < size]
     options.sort(key=lambda o: (o.n_params, o.loss))
     kept: list[_Option] = []
@@ -185,20 +192,30 @@ def _allocate(options: Sequence[Sequence[_Option]], budget: int) -> list[_Option
             stopped.add(k)  # a later step of this layer would skip one
             continue
         position[k], left = i + 1, left - cost
-    chosen = [h[p] for h, p in zip(hulls, position, strict=True)]
+    return _fill(options, [h[p] for h, p in zip(hulls, position, strict=True)], left)
+
+
+def _fill(options: Sequence[Sequence[_Option]], chosen: list[_Option], left: int) -> list[_Option]:
+    """Spend what is left on the single upgrades that save most per number, until none fits."""
+    costs = [np.array([o.n_params for o in layer], dtype=np.float64) for layer in options]
+    losses = [np.array([o.loss for o in layer]) for layer in options]
+
+    def best_of(k: int) -> tuple[float, int]:
+        cost, gain = costs[k] - chosen[k].n_params, chosen[k].loss - losses[k]
+        rate = np.where((cost > 0) & (cost <= left) & (gain > 0), gain / np.maximum(cost, 1), -1.0)
+        i = int(rate.argmax())
+        return float(rate[i]), i
+
+    best = [best_of(k) for k in range(len(options))]
     while True:
-        best: tuple[float, int, _Option] | None = None
-        for k, (current, all_options) in enumerate(zip(chosen, options, strict=True)):
-            for o in all_options:
-                cost = o.n_params - current.n_params
-                if 0 < cost <= left and o.loss < current.loss:
-                    gain = (current.loss - o.loss) / cost
-                    if best is None or gain > best[0]:
-                        best = gain, k, o
-        if best is None:
+        k = max(range(len(best)), key=lambda j: best[j][0], default=-1)
+        if k < 0 or best[k][0] <= 0:
             return chosen
-        left -= best[2].n_params - chosen[best[1]].n_params
-        chosen[best[1]] = best[2]
+        upgrade = options[k][best[k][1]]
+        cost = upgrade.n_params - chosen[k].n_params
+        if cost <= left:
+            chosen[k], left = upgrade, left - cost
+        best[k] = best_of(k)
 
 
 def read_plan(path: Path, layers: Sequence[Layer]) -> list[Choice]:

@@ -39,8 +39,8 @@ from ..model.checkpoint import Compressed, load_compressed, module_layers, state
 from ..model.surgery import count_parameters
 from ..progress import Progress, Silent
 from ..runtime import Session
-from .recover import predictor
-from .sources import as_data
+from .predict import predictor
+from .sources import for_model
 
 MAKER = "lrcompress export"
 MARKER = "manifest.json"
@@ -91,7 +91,7 @@ def export(
         if merge is not None:
             merge_adapter(module, read_adapter(_adapter_folder(merge, source.folder)))
         digest = source.digest if merge is None else tensors_digest(state_of(module), module_layers(module))
-        data = None if calib is None else as_data(calib, source.opened)
+        data = None if calib is None else for_model(calib, source.opened)
         golden = _golden(source, module, data, original, {"trust_pickle": trust_pickle, "trust_remote_code": trust_remote_code})
         advance(1, "traced")
         with staged_folder(dest, maker=MAKER, marker=MARKER) as stage:
@@ -189,10 +189,10 @@ def _write(
         feeds = None if data is None else _feeds(data)
         model = quantize_int8(model, slots=slot_names, calibration=feeds)
     blob = store_external(model, "base.data")
-    onnx.checker.check_model(model)
     graph = model.SerializeToString(deterministic=True)
     (stage / "model.onnx").write_bytes(graph)
     (stage / "base.data").write_bytes(blob)
+    onnx.checker.check_model(str(stage / "model.onnx"))
     if quantize == "none":
         factors_stay_apart(stage / "model.onnx", factors, slot_names)
     advance(1, "written")

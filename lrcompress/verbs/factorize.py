@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .._version import __version__
 from ..calibrate import collect
 from ..data import Data
-from .sources import as_data
+from .sources import for_model
 from ..errors import CommandError, LrcompressWarning, ModelError
 from ..factorize import Factorization, Statistics, form, forms
 from ..files import staged_folder
@@ -82,7 +82,7 @@ def factorize(
     if calib is not None:
         if opened.module is None:
             raise ModelError(opened.path, "a network to run the calibration data through", "a state dict", "give --arch")
-        data = as_data(calib, opened)
+        data = for_model(calib, opened)
         wanted = [layer for layer in layers if layer.reason is None]
         device = _device(compute)
         statistics = collect(opened, opened.module, data, wanted, seed=seed, compute=device, progress=progress)

@@ -26,7 +26,8 @@ from ..progress import Progress, Silent
 from ..recover import Settings, train
 from ..recover.losses import LOSSES, auto
 from .factorize import _device
-from .sources import as_data
+from .predict import predictor
+from .sources import for_model
 
 MAKER = "lrcompress recover"
 
@@ -79,7 +80,7 @@ def recover(
     base = compressed if isinstance(compressed, Compressed) else load_compressed(Path(compressed))
     module = copy.deepcopy(base.need_module("recover"))
     trust = {"trust_pickle": trust_pickle, "trust_remote_code": trust_remote_code}
-    train_data, select_data = _split(as_data(data, base.opened), None if select is None else as_data(select, base.opened))
+    train_data, select_data = _split(for_model(data, base.opened), None if select is None else for_model(select, base.opened))
     teacher_model: OpenedModel | None = None
     if loss != "labels" or original is not None:
         teacher_model = original if isinstance(original, OpenedModel) else base.open_original(None if original is None else Path(original), **trust)
@@ -199,17 +200,6 @@ class _Scorer:
         value = self.of(self._module)
         assert value is not None and self._metric is not None
         return -value if self._metric.direction == "max" else value
-
-
-def predictor(opened: OpenedModel, module: nn.Module, device: str = "cpu") -> Any:
-    """Return a function from arrays to arrays that runs `module`: what metrics take."""
-
-    def predict(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        with torch.no_grad():
-            found = opened.outputs(module, {k: torch.as_tensor(v, device=device) for k, v in inputs.items()})
-        return {k: v.cpu().numpy() for k, v in found.items()}
-
-    return predict
 
 
 def _scorer(

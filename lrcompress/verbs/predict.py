@@ -1,0 +1,24 @@
+"""Run a torch network on arrays: what metrics and goldens take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..model import OpenedModel
+
+Predict = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
+
+
+def predictor(opened: OpenedModel, module: nn.Module, device: str = "cpu") -> Predict:
+    """Return a function from named input arrays to named output arrays."""
+
+    def predict(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        with torch.no_grad():
+            found = opened.outputs(module, {k: torch.as_tensor(v, device=device) for k, v in inputs.items()})
+        return {k: v.cpu().numpy() for k, v in found.items()}
+
+    return predict

@@ -1,0 +1,106 @@
+"""The verb `validate`: an exported model against its goldens, and on data against the original."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import validate as checks
+from ..data import Data
+from ..errors import LrcompressError, ModelError
+from ..manifest import Manifest
+from ..model import InputSpec, OpenedModel, open_model
+from ..model.checkpoint import is_compressed, load_compressed
+from ..progress import Progress, Silent
+from .predict import predictor
+from .sources import as_data
+
+
+@dataclass(frozen=True)
+class ValidateResult:
+    """`passed`, and `data`: the report of the command line."""
+
+    data: dict[str, Any]
+    passed: bool
+
+
+def validate(
+    exported: str | Path = "exported",
+    *,
+    data: str | Data | None = None,
+    metric: str | None = None,
+    original: str | Path | OpenedModel | None = None,
+    max_drop: float | None = None,
+    on: Sequence[str] = ("cpu",),
+    threads: int = 1,
+    arch: str | None = None,
+    arch_args: Mapping[str, Any] | None = None,
+    inputs: Sequence[InputSpec] = (),
+    trust_pickle: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> ValidateResult:
+    """Check `exported` on every target of `on`; with `data` and `metric` also its accuracy beside the original's.
+
+    A miss is reported, not raised: `passed` is False. Raises `ManifestError`, `DataError`, `ModelError`, `CommandError`.
+    """
+    folder = Path(exported)
+    manifest = Manifest.load(folder)
+    reference: OpenedModel | None = None
+    samples: Data | None = None
+    if data is not None:
+        trust = {"trust_pickle": trust_pickle, "trust_remote_code": trust_remote_code}
+        reference = _original(folder, manifest, original, arch, arch_args, inputs, trust)
+        specs = [InputSpec(i["name"], i["dtype"], tuple(i["shape"])) for i in manifest.inputs]
+        samples = as_data(data, inputs=specs, tokenizer=_tokenizer(reference))
+    report = checks.validate(
+        folder, data=samples, metric=metric, predict_original=_predict(reference), max_drop=max_drop, on=tuple(on), threads=threads,
+        progress=progress or Silent(),
+    )  # fmt: skip
+    return ValidateResult(report.data, report.passed)
+
+
+def _original(
+    folder: Path,
+    manifest: Manifest,
+    original: str | Path | OpenedModel | None,
+    arch: str | None,
+    arch_args: Mapping[str, Any] | None,
+    inputs: Sequence[InputSpec],
+    trust: dict[str, bool],
+) -> OpenedModel | None:
+    """Return the original: as named, or where the compressed model that was exported says it is; None if it is gone."""
+    if isinstance(original, OpenedModel):
+        return original
+    compressed = None
+    recorded = manifest.compressed
+    if recorded and recorded.get("path"):
+        place = (folder / recorded["path"]).resolve()
+        if is_compressed(place):
+            compressed = load_compressed(place)
+    if original is not None:
+        if arch is not None or compressed is None:
+            opened = open_model(original, arch=arch, arch_args=arch_args, inputs=inputs, **trust)
+            if opened.module is None:
+                raise ModelError(original, "a network", "a state dict has no graph", "give --arch")
+            return opened
+        return compressed.open_original(Path(original), **trust)
+    if compressed is None:
+        return None
+    try:
+        return compressed.open_original(**trust)
+    except LrcompressError:
+        return None
+
+
+def _tokenizer(opened: OpenedModel | None) -> Path | None:
+    folder = opened.extra.get("folder") if opened else None
+    return Path(str(folder)) if folder else None
+
+
+def _predict(opened: OpenedModel | None) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] | None:
+    return None if opened is None or opened.module is None else predictor(opened, opened.module)
