@@ -13,6 +13,7 @@ Importing this package loads nothing heavy: the verbs of the build plane need `p
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -20,14 +21,17 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .api import load, to_dense
+    from .api import export, factorize, load, recover, run, to_dense, validate
+
+# Equal input must give equal bytes: without this, MKL's results depend on where in memory a matrix lies.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 #: Verbs whose name is also a subpackage or module: `lrcompress.factorize(…)` and `lrcompress.factorize.svd` both work.
-_VERBS = ("export", "factorize", "publish", "recover", "validate")
+_VERBS = ("export", "factorize", "recover", "validate")
 #: Functions that live in `lrcompress.api` only.
 _FUNCTIONS = ("load", "run", "to_dense")
 
-__all__ = ["__version__", "export", "factorize", "load", "publish", "recover", "run", "to_dense", "validate"]
+__all__ = ["__version__", "export", "factorize", "load", "recover", "run", "to_dense", "validate"]
 
 
 class _Verb(ModuleType):

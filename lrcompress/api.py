@@ -12,27 +12,47 @@ the folder is complete or absent, whatever happens in between.
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from .model.checkpoint import Compressed, load_compressed
-from .model.surgery import to_dense
 from .progress import Progress
-from .verbs.export import ExportResult, export
-from .verbs.factorize import FactorizeResult, factorize
-from .verbs.recover import RecoverResult, recover
-from .verbs.validate import ValidateResult, validate
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .model.checkpoint import Compressed
+    from .model.surgery import to_dense
+    from .verbs.export import ExportResult, export
+    from .verbs.factorize import FactorizeResult, factorize
+    from .verbs.recover import RecoverResult, recover
+    from .verbs.validate import ValidateResult, validate
 
 __all__ = [
     "Compressed", "ExportResult", "FactorizeResult", "RecoverResult", "ValidateResult",
     "export", "factorize", "load", "recover", "run", "to_dense", "validate",
 ]  # fmt: skip
 
+#: Name -> module that defines it: a verb loads what it needs when it is first named.
+_HOME = {
+    "Compressed": "model.checkpoint", "to_dense": "model.surgery",
+    "ExportResult": "verbs.export", "export": "verbs.export",
+    "FactorizeResult": "verbs.factorize", "factorize": "verbs.factorize",
+    "RecoverResult": "verbs.recover", "recover": "verbs.recover",
+    "ValidateResult": "verbs.validate", "validate": "verbs.validate",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"lrcompress.{_HOME[name]}"), name)
+
 
 def load(folder: str | Path) -> nn.Module:
     """Open a compressed checkpoint as a network in evaluation mode."""
+    from .model.checkpoint import load_compressed
+
     return load_compressed(Path(folder)).need_module("load")
 
 

@@ -22,12 +22,11 @@ from torch import Tensor, nn
 from .data import Data
 from .errors import DataError
 from .factorize import Statistics
-from .model import OpenedModel
+from .metrics import TELLING
+from .model import OpenedModel, tensors_of
 from .model.surgery import Layer
 from .progress import Progress, Silent
 
-#: Outputs whose error is what the user feels, most telling first.
-_TELLING = ("logits", "sentence_embedding", "output", "pooler_output", "last_hidden_state")
 #: Rows an embedding never saw still weigh this share of the mean row.
 _UNSEEN = 0.01
 
@@ -68,7 +67,7 @@ class _Collected:
 
 def telling_output(outputs: Mapping[str, Tensor]) -> Tensor:
     """Return the output that stands for the answer: logits, an embedding, or the first one."""
-    for name in _TELLING:
+    for name in TELLING:
         if name in outputs:
             return outputs[name]
     return next(iter(outputs.values()))
@@ -100,7 +99,7 @@ def collect(
     module = module.to(device).eval()
     with progress.task("calibrate", total=len(data)) as advance:
         for batch in data.batches(batch_size):
-            inputs = {k: torch.as_tensor(v, device=device) for k, v in batch.inputs.items()}
+            inputs = tensors_of(batch.inputs, device)
             size = len(next(iter(inputs.values())))
             with_gradient = used < gradient_samples
             _one_batch(opened, module, inputs, layers, collected, generator if with_gradient else None)

@@ -1,0 +1,28 @@
+"""Open any model, and know what goes in and comes out.
+
+images = parse_input("x:float32:batch,3,32,32")
+opened = open_model("resnet20.safetensors", arch="archs/cifar_resnet.py:resnet20", inputs=[images])
+logits = opened.outputs(opened.module, {"x": pixels})["output"]
+"""
+
+from __future__ import annotations
+
+from .describing import describe, skeleton
+from .inputs import InputSpec, parse_input, tensors_of
+from .opened import OpenedModel
+from .opening import open_model
+from .state_dicts import clean_state_dict
+from .tensors import check_finite, digest_tensors
+
+__all__ = [
+    "InputSpec",
+    "OpenedModel",
+    "check_finite",
+    "clean_state_dict",
+    "describe",
+    "digest_tensors",
+    "open_model",
+    "parse_input",
+    "skeleton",
+    "tensors_of",
+]

@@ -134,7 +134,8 @@ def write_compressed(
 ) -> str:
     """Write a checkpoint into the folder `stage` that will become `dest`; return its digest."""
     digest = tensors_digest(tensors, layers)
-    save_file({k: tensors[k] for k in sorted(tensors)}, stage / TENSORS, metadata={"format": "pt", "made_by": MAKER})
+    # One entry only: the order of several in the header is not fixed, and equal tensors must give equal bytes.
+    save_file({k: tensors[k] for k in sorted(tensors)}, stage / TENSORS, metadata={"format": "pt"})
     source = None if opened.path is None else os.path.relpath(opened.path.resolve(), dest.resolve())
     spec = {
         "schema": SCHEMA,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..adapt import BaseAdapter
 from ..data import Data
 from ..errors import DataError, ModelError
+from ..model import tensors_of
 from ..progress import Progress
 from .losses import LOSSES
 
@@ -106,14 +107,14 @@ def _train(
             for batch in train_data.batches(min(settings.batch_size, len(train_data)), seed=settings.seed * 100_003 + epoch):
                 loss = loss_of(batch.inputs, batch.labels)
                 if not torch.isfinite(loss):
-                    raise ModelError("recovery", "a finite loss", f"{float(loss)} at step {step}", "lower the learning rate")
+                    raise ModelError("recovery", "a finite loss", f"{float(loss.detach())} at step {step}", "lower the learning rate")
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
                 schedule.step()
                 step += 1
-                advance(1, f"loss {float(loss):.4f}")
+                advance(1, f"loss {float(loss.detach()):.4f}")
                 cut = settings.max_seconds is not None and time.perf_counter() - started > settings.max_seconds
                 if step % every == 0 or step == settings.steps or cut:
                     value = decide()
@@ -153,7 +154,7 @@ class _Objective:
         self._held: dict[int, list[Tensor]] = {}
 
     def __call__(self, inputs: Mapping[str, object], targets: object) -> Tensor:
-        tensors = {k: torch.as_tensor(v, device=self._device) for k, v in inputs.items()}
+        tensors = tensors_of(inputs, self._device)
         return self._of(tensors, targets, None)
 
     def _of(self, tensors: Mapping[str, Tensor], targets: object, known: Tensor | None) -> Tensor:
@@ -178,7 +179,7 @@ class _Objective:
         total = count = 0.0
         with torch.no_grad():
             for i, batch in enumerate(data.batches(batch_size)):
-                tensors = {k: torch.as_tensor(v, device=self._device) for k, v in batch.inputs.items()}
+                tensors = tensors_of(batch.inputs, self._device)
                 if self._name != "labels" and first:
                     answers.append(self.teach(tensors))
                 size = len(next(iter(tensors.values())))

@@ -71,6 +71,7 @@ def factorize(
     """
     progress = progress or Silent()
     _check_options(rank, ratio, energy, plan, method)
+    device = _device(compute)
     if threads:
         torch.set_num_threads(threads)
     opened = model if isinstance(model, OpenedModel) else open_model(
@@ -84,7 +85,6 @@ def factorize(
             raise ModelError(opened.path, "a network to run the calibration data through", "a state dict", "give --arch")
         data = for_model(calib, opened)
         wanted = [layer for layer in layers if layer.reason is None]
-        device = _device(compute)
         statistics = collect(opened, opened.module, data, wanted, seed=seed, compute=device, progress=progress)
         _warn_few_samples(layers, statistics)
     method = method or ("auto" if statistics else "svd")

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..model import OpenedModel
+from ..model import OpenedModel, tensors_of
 
 Predict = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 
@@ -18,7 +18,7 @@ def predictor(opened: OpenedModel, module: nn.Module, device: str = "cpu") -> Pr
 
     def predict(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         with torch.no_grad():
-            found = opened.outputs(module, {k: torch.as_tensor(v, device=device) for k, v in inputs.items()})
+            found = opened.outputs(module, tensors_of(inputs, device))
         return {k: v.cpu().numpy() for k, v in found.items()}
 
     return predict

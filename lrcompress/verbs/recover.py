@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from .. import metrics
 from ..adapt import adapter, adapter_class, kinds
 from ..adapt._files import MARKER, write_adapter
-from ..calibrate import _TELLING
 from ..data import Data
 from ..errors import CommandError, DataError
 from ..files import check_output, staged_folder
@@ -159,7 +158,7 @@ def _split(data: Data, select: Data | None) -> tuple[Data, Data]:
 
 
 def answer_name(outputs: Mapping[str, Tensor]) -> str:
-    return next((n for n in _TELLING if n in outputs), next(iter(outputs)))
+    return next((n for n in metrics.TELLING if n in outputs), next(iter(outputs)))
 
 
 def _answering(opened: OpenedModel, module: nn.Module) -> Any:

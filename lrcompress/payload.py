@@ -1,0 +1,269 @@
+"""Adapter payloads: bytes to verified tensors and back. No IO, no network, and nothing is believed.
+
+A payload is a safetensors file with sorted names and one canonical header. Its tensors are an adapter's own factors
+with the scaling folded in, encoded as f32, f16, or int8 with scales that broadcast; LoHa travels as its four factors
+and is expanded here, exactly, to LoRA of rank r². Golden outputs (see `golden.project`) travel along.
+
+    payload = parse(data)            # PayloadError for anything malformed
+    payload.verify(manifest)         # and for anything that does not fit this base
+    session.swap(payload)            # which feeds payload.feeds(manifest)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .errors import PayloadError
+from .files import canonical_json, sha256_bytes
+from .manifest import Manifest, is_sha256, strict_json
+
+SCHEMA = "1"
+KINDS = ("lora", "loha")
+ENCODINGS = ("f32", "f16", "int8")
+GOLDEN = "golden/"
+MAX_HEADER_BYTES = 1 << 20
+MAX_TENSORS = 16_384
+_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "I8": np.dtype("i1")}
+_NAMES = {v: k for k, v in _DTYPES.items()}
+_LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+_METADATA = {"schema", "slots_id", "base_ids", "kind", "encoding"}
+
+
+@dataclass(frozen=True)
+class Payload:
+    """A parsed payload. `tensors` are decoded to float32, by slot tensor (LoRA) or `<layer>.<factor>` (LoHa)."""
+
+    kind: str
+    encoding: str
+    slots_id: str
+    base_ids: tuple[str, ...]
+    tensors: Mapping[str, np.ndarray]
+    golden: Mapping[str, np.ndarray]
+    sha256: str
+    size: int
+    raw: bytes = field(repr=False, default=b"")
+
+    def verify(self, manifest: Manifest) -> None:
+        """Raise `PayloadError` unless this payload fits the base of `manifest` exactly."""
+        if self.slots_id != manifest.slots_id:
+            raise PayloadError("payload: slots_id", manifest.slots_id, self.slots_id, "it was made for another model")
+        if manifest.base_id not in self.base_ids:
+            raise PayloadError("payload: base_ids", f"one that is {manifest.base_id}", ", ".join(self.base_ids), "it was made for another base")
+        slots = [s for s in manifest.slots if s["kind"] == "lora"]
+        expected = {name: template for s in slots for name, template in _templates(s, self.kind).items()}
+        missing, extra = sorted(set(expected) - set(self.tensors)), sorted(set(self.tensors) - set(expected))
+        if missing or extra:
+            got = f"{missing[0]} missing" if missing else f"{extra[0]} too many"
+            raise PayloadError("payload: tensors", "exactly the slots of the base", got)
+        for slot in slots:
+            self._verify_ranks(slot)
+
+    def _verify_ranks(self, slot: Mapping[str, Any]) -> None:
+        ranks = set()
+        for name, template in _templates(slot, self.kind).items():
+            shape = self.tensors[name].shape
+            if len(shape) != len(template) or any(isinstance(t, int) and t != d for t, d in zip(template, shape, strict=True)):
+                raise PayloadError(f"payload: {name}", f"shape {list(template)}", list(shape))
+            ranks.add(next(d for t, d in zip(template, shape, strict=True) if isinstance(t, str)))
+        if len(ranks) != 1:
+            raise PayloadError(f"payload: {slot['layer']}", "one rank for all its factors", sorted(ranks))
+        rank = ranks.pop()
+        effective = rank if self.kind == "lora" else rank * rank
+        if not slot["r_min"] <= effective <= slot["r_max"]:
+            raise PayloadError(f"payload: {slot['layer']}", f"a rank in {slot['r_min']}…{slot['r_max']}", effective)
+
+    def feeds(self, manifest: Manifest) -> dict[str, np.ndarray]:
+        """Return every slot tensor of `manifest`, as the graph takes it. Call `verify` first."""
+        out: dict[str, np.ndarray] = {}
+        for slot in manifest.slots:
+            pair = [self.tensors[t["name"]] for t in slot["tensors"]] if self.kind == "lora" else expand_loha(slot, self.tensors)
+            for spec, value in zip(slot["tensors"], pair, strict=True):
+                if 0 in value.shape and slot.get("default_rank", 0):
+                    value = np.zeros([slot["default_rank"] if isinstance(d, str) else d for d in spec["shape"]])
+                out[spec["name"]] = np.ascontiguousarray(value, dtype=spec["dtype"])
+        return out
+
+
+def expand_loha(slot: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """Return [A, B] of the LoRA that equals a LoHa: (B₁A₁)∘(B₂A₂) = (B₁ • B₂)(A₁ ⊙ A₂)."""
+    w1a, w1b, w2a, w2b = (np.asarray(tensors[f"{slot['layer']}.{n}"], np.float64) for n in _LOHA)
+    rank = w1a.shape[1] * w2a.shape[1]
+    b = np.einsum("or,os->ors", w1a, w2a).reshape(w1a.shape[0], rank)
+    a = np.einsum("rn,sn->rsn", w1b, w2b).reshape(rank, w1b.shape[1])
+    if slot["op"] == "linear":
+        return [a.T, b.T]
+    kernel = slot["tensors"][0]["shape"][1:]
+    return [a.reshape(rank, *kernel), b.reshape(*b.shape, *(1,) * (len(kernel) - 1))]
+
+
+def _templates(slot: Mapping[str, Any], kind: str) -> dict[str, tuple[int | str, ...]]:
+    """Return the tensors a kind brings for one slot: name -> shape, the rank as a word."""
+    if kind == "lora":
+        return {t["name"]: tuple(t["shape"]) for t in slot["tensors"]}
+    a, b = (t["shape"] for t in slot["tensors"])
+    out, inner = (b[0], math.prod(a[1:])) if slot["op"] == "conv" else (b[1], a[0])
+    shapes: tuple[tuple[int | str, ...], ...] = ((out, "r"), ("r", inner), (out, "r"), ("r", inner))
+    return {f"{slot['layer']}.{n}": s for n, s in zip(_LOHA, shapes, strict=True)}
+
+
+# writing --------------------------------------------------------------------------------------------------------------
+
+
+def build(
+    tensors: Mapping[str, np.ndarray],
+    *,
+    manifest: Manifest,
+    kind: str,
+    encoding: str,
+    golden: Mapping[str, np.ndarray] | None = None,
+    base_ids: Sequence[str] = (),
+) -> bytes:
+    """Return the bytes of a payload: equal input, equal bytes. Raises `PayloadError` if it would not verify."""
+    if kind not in KINDS or encoding not in ENCODINGS:
+        raise PayloadError("payload", f"kind {'|'.join(KINDS)} and encoding {'|'.join(ENCODINGS)}", f"{kind}, {encoding}")
+    stored: dict[str, np.ndarray] = {}
+    for name, value in tensors.items():
+        stored |= _encode(name, np.asarray(value, np.float32), encoding)
+    for name, value in (golden or {}).items():
+        stored[GOLDEN + name] = value
+    metadata = {
+        "schema": SCHEMA, "slots_id": manifest.slots_id, "kind": kind, "encoding": encoding,
+        "base_ids": json.dumps(sorted({manifest.base_id, *base_ids})),
+    }  # fmt: skip
+    data = _serialize(stored, metadata)
+    parse(data).verify(manifest)
+    return data
+
+
+def _encode(name: str, value: np.ndarray, encoding: str) -> dict[str, np.ndarray]:
+    if not np.isfinite(value).all():
+        raise PayloadError(f"payload: {name}", "finite numbers", "NaN or infinity")
+    if encoding == "f32":
+        return {name: value.astype("<f4")}
+    if encoding == "f16":
+        if value.size and float(np.abs(value).max()) > 65504:
+            raise PayloadError(f"payload: {name}", "numbers that float16 holds", f"{np.abs(value).max():.3g}", "use f32")
+        return {name: value.astype("<f2")}
+    # One scale per slice of the shorter of the first two axes: that is the rank, so scales cost little.
+    keep = 0 if value.ndim < 2 or value.shape[0] <= value.shape[1] else 1
+    axes = tuple(i for i in range(value.ndim) if i != keep)
+    largest = np.max(np.abs(value), axis=axes, keepdims=True, initial=0.0)
+    scale = (np.where(largest > 0, largest, 1.0) / 127).astype("<f4")
+    return {f"{name}.q": np.clip(np.rint(value / scale), -127, 127).astype("i1"), f"{name}.scale": scale}
+
+
+def _serialize(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    chunks, offset = [], 0
+    for name in sorted(tensors):
+        array = np.ascontiguousarray(tensors[name])
+        raw = array.tobytes()
+        header[name] = {"dtype": _NAMES[array.dtype.newbyteorder("<")], "shape": list(array.shape), "data_offsets": [offset, offset + len(raw)]}
+        chunks.append(raw)
+        offset += len(raw)
+    text = canonical_json(header)
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + b"".join(chunks)
+
+
+# reading --------------------------------------------------------------------------------------------------------------
+
+
+def parse(data: bytes) -> Payload:
+    """Return the payload in `data`; `PayloadError` for every rule of the format that it breaks."""
+    stored, metadata = _deserialize(data)
+    if set(metadata) != _METADATA or not all(isinstance(v, str) for v in metadata.values()):
+        raise PayloadError("payload: metadata", f"exactly {', '.join(sorted(_METADATA))}", ", ".join(sorted(map(str, metadata))) or "none")
+    if metadata["schema"] != SCHEMA:
+        raise PayloadError("payload: schema", SCHEMA, metadata["schema"], "update lrcompress on this device")
+    if metadata["kind"] not in KINDS or metadata["encoding"] not in ENCODINGS:
+        raise PayloadError("payload", f"kind {'|'.join(KINDS)}, encoding {'|'.join(ENCODINGS)}", f"{metadata['kind']}, {metadata['encoding']}")
+    try:
+        base_ids = strict_json(metadata["base_ids"])
+    except ValueError as e:
+        raise PayloadError("payload: base_ids", "a JSON list", str(e)) from None
+    if not isinstance(base_ids, list) or not base_ids or not all(is_sha256(b) for b in [*base_ids, metadata["slots_id"]]):
+        raise PayloadError("payload: base_ids, slots_id", "hex sha256", f"{base_ids}, {metadata['slots_id']}")
+    golden = {k.removeprefix(GOLDEN): v for k, v in stored.items() if k.startswith(GOLDEN)}
+    for name, value in golden.items():
+        if not name or value.dtype == np.int8 or value.ndim != 2 or not np.isfinite(value).all():
+            raise PayloadError(f"payload: {GOLDEN}{name}", "finite float rows (samples, k)", f"{value.dtype} {list(value.shape)}")
+    tensors = _decode({k: v for k, v in stored.items() if not k.startswith(GOLDEN)}, metadata["encoding"])
+    return Payload(
+        metadata["kind"], metadata["encoding"], metadata["slots_id"], tuple(base_ids), tensors, golden, sha256_bytes(data), len(data), data
+    )
+
+
+def _decode(stored: Mapping[str, np.ndarray], encoding: str) -> dict[str, np.ndarray]:
+    out: dict[str, np.ndarray] = {}
+    if encoding == "int8":
+        for name, q in stored.items():
+            if name.endswith(".scale"):
+                if name.removesuffix(".scale") + ".q" not in stored:
+                    raise PayloadError(f"payload: {name}", "codes beside the scale", "none")
+                continue
+            scale = stored.get(name.removesuffix(".q") + ".scale") if name.endswith(".q") else None
+            if scale is None or q.dtype != np.int8 or scale.dtype != np.float32 or scale.ndim != q.ndim:
+                raise PayloadError(f"payload: {name}", "int8 codes and a float32 scale of the same number of axes", q.dtype)
+            if any(s not in (1, d) for s, d in zip(scale.shape, q.shape, strict=True)):
+                raise PayloadError(f"payload: {name}", "a scale that broadcasts", f"{list(scale.shape)} over {list(q.shape)}")
+            with np.errstate(over="ignore", invalid="ignore"):
+                out[name.removesuffix(".q")] = q.astype(np.float32) * scale
+    else:
+        wanted = np.dtype("<f4" if encoding == "f32" else "<f2")
+        for name, value in stored.items():
+            if value.dtype != wanted:
+                raise PayloadError(f"payload: {name}", f"dtype {wanted}", value.dtype)
+            out[name] = value.astype(np.float32)
+    for name, value in out.items():
+        if not np.isfinite(value).all():
+            raise PayloadError(f"payload: {name}", "finite numbers", "NaN or infinity")
+    return out
+
+
+def _deserialize(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Return tensors and metadata of safetensors bytes: every byte is accounted for, in the order of sorted names."""
+    if len(data) < 8:
+        raise PayloadError("payload", "a safetensors file", f"{len(data)} bytes")
+    (length,) = struct.unpack_from("<Q", data)
+    if not 2 <= length <= min(MAX_HEADER_BYTES, len(data) - 8):
+        raise PayloadError("payload: header", f"at most {MAX_HEADER_BYTES} bytes, and no more than there are", length)
+    try:
+        header = strict_json(data[8 : 8 + length].decode())
+    except ValueError as e:
+        raise PayloadError("payload: header", "JSON", str(e)) from None
+    if not isinstance(header, dict) or not isinstance(header.get("__metadata__"), dict) or len(header) - 1 > MAX_TENSORS:
+        raise PayloadError("payload: header", f"an object with __metadata__ and at most {MAX_TENSORS} tensors", type(header).__name__)
+    metadata = header.pop("__metadata__")
+    body = memoryview(data)[8 + length :]
+    if list(header) != sorted(header):
+        raise PayloadError("payload: header", "sorted names", "another order")
+    tensors, offset = {}, 0
+    for name, entry in header.items():
+        tensors[name], offset = _tensor(name, entry, body, offset)
+    if offset != len(body):
+        raise PayloadError("payload", f"{offset} bytes of tensors", len(body))
+    return tensors, metadata
+
+
+def _tensor(name: str, entry: Any, body: memoryview, offset: int) -> tuple[np.ndarray, int]:
+    where = f"payload: {name}"
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise PayloadError(where, "dtype, shape and data_offsets", entry)
+    dtype, shape, span = _DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None, entry["shape"], entry["data_offsets"]
+    if dtype is None:
+        raise PayloadError(where, f"a dtype of {', '.join(_DTYPES)}", entry["dtype"])
+    whole = lambda values, most: isinstance(values, list) and len(values) <= most and all(type(v) is int and 0 <= v < 1 << 40 for v in values)  # noqa: E731
+    if not whole(shape, 8) or not whole(span, 2) or len(span) != 2:
+        raise PayloadError(where, "a shape and two offsets", entry)
+    size = math.prod(shape) * dtype.itemsize
+    if span != [offset, offset + size] or span[1] > len(body):
+        raise PayloadError(where, f"data at [{offset}, {offset + size}] within {len(body)} bytes", span)
+    return np.frombuffer(body[offset : offset + size], dtype).reshape(shape), offset + size

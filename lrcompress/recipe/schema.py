@@ -1,0 +1,197 @@
+"""What a recipe may say: frozen parts in which every key is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+
+from ..model import InputSpec
+
+
+class Part(BaseModel):
+    """A frozen part of a recipe in which every key is known."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class InputPart(Part):
+    """One input of the network; a word in `shape` is a free axis."""
+
+    dtype: str = "float32"
+    shape: tuple[int | str, ...]
+
+
+class ModelPart(Part):
+    """Where the network comes from: a pretrained `source`, or `train`, which makes one when the recipe runs."""
+
+    source: str | None = None
+    train: str | None = None
+    train_args: dict[str, Any] = {}
+    arch: str | None = None
+    arch_args: dict[str, Any] = {}
+    inputs: dict[str, InputPart] = {}
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")] | None = None
+    trust_pickle: bool = False
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelPart:
+        if (self.source is None) == (self.train is None):
+            raise ValueError("exactly one of source and train")
+        if self.train is not None and (self.arch is None or not self.inputs):
+            raise ValueError("arch and inputs for a network that is trained here")
+        return self
+
+
+class PreprocessPart(Part):
+    """How one input's stored samples become numbers for the network."""
+
+    layout: Literal["nhwc_to_nchw", "nchw_to_nhwc"] | None = None
+    scale: float = 1.0
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    resize: int | None = None
+
+
+class ColumnsPart(Part):
+    """Which columns of a table are what."""
+
+    text: str | None = None
+    pair: str | None = None
+    label: str | None = None
+
+
+class SplitPart(Part):
+    """One set of samples."""
+
+    source: str
+    args: dict[str, Any] = {}
+    skip: Annotated[int, Field(ge=0)] = 0
+    limit: Annotated[int, Field(ge=1)] | None = None
+
+
+class DataPart(Part):
+    """The sets of samples; `select` decides when to stop and `test` is opened by evaluation only."""
+
+    preprocess: dict[str, PreprocessPart] = {}
+    columns: ColumnsPart | None = None
+    tokenizer: str | None = None
+    max_length: Annotated[int, Field(ge=1)] = 128
+    calibration: SplitPart
+    train: SplitPart
+    select: SplitPart
+    test: SplitPart
+
+
+class MetricPart(Part):
+    """What counts, and how much of it may be lost against the original."""
+
+    name: str = "accuracy"
+    max_drop: Annotated[float, Field(ge=0)] = 0.01
+
+
+class FactorizePart(Part):
+    """How small; exactly one of rank, ratio, energy, plan."""
+
+    method: str = "auto"
+    rank: Annotated[int, Field(ge=1)] | None = None
+    ratio: Annotated[float, Field(gt=0, le=1)] | None = None
+    energy: Annotated[float, Field(gt=0, le=1)] | None = None
+    plan: str | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_size(self) -> FactorizePart:
+        if sum(v is not None for v in (self.rank, self.ratio, self.energy, self.plan)) != 1:
+            raise ValueError("exactly one of rank, ratio, energy, plan")
+        return self
+
+
+class TrainingPart(Part):
+    """How a correction is trained. `max_seconds` makes the result depend on the machine's speed; `steps` does not."""
+
+    rank: Annotated[int, Field(ge=1)] = 8
+    teacher: Literal["auto", "logits", "embedding", "labels"] = "auto"
+    steps: Annotated[int, Field(ge=1)] = 400
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    max_seconds: Annotated[float, Field(gt=0)] | None = None
+
+
+class RecoverPart(TrainingPart):
+    """The first correction: the kinds are tried in turn and the best on `select` is shipped."""
+
+    kinds: Annotated[tuple[str, ...], Field(min_length=1)] = ("lora",)
+
+
+class ShiftPart(Part):
+    """The samples of a changed world."""
+
+    train: SplitPart
+    select: SplitPart
+    test: SplitPart
+
+
+class UpdatePart(TrainingPart):
+    """A later correction: what changed, and how it is learnt."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")]
+    about: str = ""
+    kind: str = "lora"
+    data: ShiftPart
+
+
+class ExportPart(Part):
+    """What the device is given."""
+
+    slots: tuple[str, ...] = ("lora",)
+    slot_include: tuple[str, ...] = ()
+    quantize: Literal["none", "int8"] = "none"
+
+
+class ValidatePart(Part):
+    """Where the export must agree with the network."""
+
+    on: tuple[str, ...] = ("cpu",)
+
+
+class PublishPart(Part):
+    """How corrections travel."""
+
+    group: str = "default"
+    encoding: Literal["auto", "f32", "f16", "int8"] = "auto"
+    fleet: Annotated[int, Field(ge=1)] = 1000
+
+
+class Recipe(Part):
+    """A whole recipe. `path` is the file it was read from."""
+
+    schema_: Literal[1] = Field(alias="schema")
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
+    about: str = ""
+    seed: int = 0
+    threads: Annotated[int, Field(ge=1)] = 1
+    model: ModelPart
+    data: DataPart
+    metric: MetricPart = MetricPart()
+    factorize: FactorizePart
+    recover: RecoverPart = RecoverPart()
+    export: ExportPart = ExportPart()
+    validate_: ValidatePart = Field(default=ValidatePart(), alias="validate")
+    publish: PublishPart = PublishPart()
+    updates: tuple[UpdatePart, ...] = ()
+    _path: Path = PrivateAttr(default=Path("recipe.yaml"))
+
+    @property
+    def path(self) -> Path:
+        return self._path
+
+    @property
+    def inputs(self) -> tuple[InputSpec, ...]:
+        """The network's inputs as far as the recipe says them."""
+        return tuple(InputSpec(name, p.dtype, p.shape) for name, p in self.model.inputs.items())
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", by_alias=True)

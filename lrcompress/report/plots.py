@@ -1,0 +1,161 @@
+"""The plots of a report, each one SVG text."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from typing import Any
+
+INK, MUTED, ACCENT, SECOND = "#1b1f24", "#8a929c", "#1f6feb", "#d1582c"
+_MARKS = ("o", "s", "^", "D", "v", "P", "X")
+_MANY_LAYERS = 40
+
+
+def draw(report: Mapping[str, Any]) -> dict[str, str]:
+    """Return the plots by name."""
+    plots: dict[str, Callable[[Any, Mapping[str, Any]], None]] = {"bytes": _accuracy_over_bytes, "device": _device}
+    if any(row["form"] != "dense" for row in report["layers"]):
+        plots["layers"] = _layers
+    if report["spectra"]:
+        plots["spectra"] = _spectra
+    sizes = {
+        "layers": (8.4, max(2.4, 0.24 * min(len(_layer_rows(report)), _MANY_LAYERS) + 1.2)),
+        "device": (8.4, 0.38 * len(report["device_rows"]) + 1.1),
+    }
+    return {name: _svg(plot, report, sizes.get(name, (8.4, 4.0))) for name, plot in plots.items()}
+
+
+def _svg(plot: Callable[[Any, Mapping[str, Any]], None], report: Mapping[str, Any], inches: tuple[float, float]) -> str:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style = {
+        "svg.hashsalt": "lrcompress",
+        "svg.fonttype": "none",
+        "font.family": "sans-serif",
+        "font.size": 10,
+        "axes.edgecolor": MUTED,
+        "axes.labelcolor": INK,
+        "text.color": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "grid.color": "#e3e6ea",
+        "axes.axisbelow": True,
+        "legend.frameon": False,
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=inches, layout="constrained")
+        plot(figure.subplots(), report)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    text = out.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _scale(metric: str) -> tuple[float, str]:
+    return (100.0, " (%)") if metric in ("accuracy", "top5") else (1.0, "")
+
+
+def _accuracy_over_bytes(axes: Any, report: Mapping[str, Any]) -> None:
+    factor, unit = _scale(report["metric"]["name"])
+    for i, row in enumerate(report["rows"]):
+        color = INK if row["name"] == "original fp32" else SECOND if "int8" in row["name"] else ACCENT
+        axes.errorbar(
+            row["bytes"] / 1000,
+            factor * row["value"],
+            yerr=factor * row["stderr"],
+            fmt=_MARKS[i % len(_MARKS)],
+            color=color,
+            capsize=3,
+            markersize=7,
+            label=row["name"],
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel("kB on disk (log scale)")
+    axes.set_ylabel(f"{report['metric']['name']}{unit}, ± 1 standard error")
+    low, high = min(r["bytes"] for r in report["rows"]), max(r["bytes"] for r in report["rows"])
+    axes.set_xlim(low / 1000 * 0.85, high / 1000 * 1.15)
+    ticks = [t for t in (m * 10.0**e for e in range(-1, 7) for m in (1, 2, 5)) if 0.85 * low <= 1000 * t <= 1.15 * high]
+    axes.set_xticks(ticks, [f"{t:,.0f}" if t >= 1 else f"{t:g}" for t in ticks])
+    axes.minorticks_off()
+    axes.grid(True)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9)
+
+
+def _device(axes: Any, report: Mapping[str, Any]) -> None:
+    factor, unit = _scale(report["metric"]["name"])
+    rows = list(reversed(report["device_rows"]))
+    for i, row in enumerate(rows):
+        shifted = row["split"] != "test"
+        number = factor * row["value"]
+        axes.barh(
+            i,
+            number,
+            xerr=factor * row["stderr"],
+            color=SECOND if shifted else ACCENT,
+            height=0.62,
+            capsize=3,
+            ecolor=INK,
+        )
+        axes.text(
+            factor * 0.01 if factor > 1 else 0.01,
+            i,
+            f"{number:.1f}" if factor > 1 else f"{number:.3f}",
+            va="center",
+            color="white",
+            fontweight="bold",
+        )
+    names = [r["name"] + (f", on {r['split'].rpartition('.')[0]} data" if r["split"] != "test" else "") for r in rows]
+    axes.set_yticks(range(len(rows)), names)
+    axes.set_xlabel(f"{report['metric']['name']}{unit}, from the device's own answers")
+    axes.set_xlim(0, factor * 1.02)
+    axes.grid(True, axis="x")
+
+
+def _layer_rows(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    rows = [r for r in report["layers"] if r["params_before"] > 1]
+    return sorted(rows, key=lambda r: -r["params_before"])[:_MANY_LAYERS] if len(rows) > _MANY_LAYERS else rows
+
+
+def _layers(axes: Any, report: Mapping[str, Any]) -> None:
+    rows = list(reversed(_layer_rows(report)))
+    y = range(len(rows))
+    axes.barh(y, [r["params_before"] / 1000 for r in rows], color="#d5dae1", height=0.74, label="before")
+    axes.barh(y, [r["params_after"] / 1000 for r in rows], color=ACCENT, height=0.42, label="after")
+    most = max(r["params_before"] for r in rows) / 1000
+    for i, r in enumerate(rows):
+        error = "dense" if r["form"] == "dense" else f"{r['form']}, error {r['rel_error']:.2f}"
+        axes.text(
+            max(r["params_before"], r["params_after"]) / 1000 + 0.01 * most,
+            i,
+            error,
+            va="center",
+            fontsize=8,
+            color=MUTED,
+        )
+    axes.set_yticks(y, [r["name"] for r in rows], fontsize=8)
+    axes.set_xlim(0, 1.28 * most)
+    axes.set_xlabel("thousand parameters")
+    axes.grid(True, axis="x")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+
+
+def _spectra(axes: Any, report: Mapping[str, Any]) -> None:
+    ranks = {r["name"]: r["rank"] for r in report["layers"]}
+    few = len(report["spectra"]) <= 8
+    for i, (name, values) in enumerate(report["spectra"].items()):
+        color = f"C{i}" if few else ACCENT
+        x = [(k + 1) / len(values) for k in range(len(values))]
+        axes.plot(x, values, color=color, lw=1.6 if few else 0.8, alpha=1 if few else 0.45, label=name if few else None)
+        rank = ranks.get(name)
+        if isinstance(rank, int) and 1 <= rank <= len(values):
+            axes.plot(x[rank - 1], values[rank - 1], "o", color=color, markersize=6 if few else 4)
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=1e-4)
+    axes.set_xlabel("share of the singular values (a dot: the rank that was kept)")
+    axes.set_ylabel("singular value over the largest")
+    axes.grid(True)
+    if few:
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9)
