@@ -61,6 +61,13 @@ class FactorizedLayer(nn.Module):
             del self.adapters[name]
             self.active.pop(name, None)
 
+    def become_dense(self, weight: Tensor) -> None:
+        """Hold `weight` itself, in the place of the factors."""
+        for name in self.factor_names:
+            del self._parameters[name]
+        self.form, self.rank, self.factor_names = "dense", 0, ("weight",)
+        self._parameters["weight"] = nn.Parameter(weight.detach().clone())
+
     def merged_weight(self) -> Tensor:
         """Return the dense weight with the active adapters added."""
         total = self.weight
