@@ -40,6 +40,8 @@ class LrcompressError(Exception):
 
 def _one_line(value: object, limit: int = 300) -> str:
     text = " ".join(str(value).split())
+    if not text.isprintable():  # names come from files: no escape sequences, no half surrogates
+        text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

@@ -153,9 +153,8 @@ def staged_folder(dest: Path, *, maker: str, marker: str) -> Iterator[Path]:
             yield stage
             if made_by(stage, marker) != maker:
                 raise RuntimeError(f"{marker} in {stage} does not say made_by {maker!r}")
-            for p in stage.rglob("*"):
-                if p.is_file():
-                    _fsync_file(p)
+            for p in (stage, *stage.rglob("*")):
+                fsync_folder(p) if p.is_dir() else _fsync_file(p)
             install_folder(stage, dest)
     finally:
         shutil.rmtree(stage, ignore_errors=True)

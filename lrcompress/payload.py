@@ -30,7 +30,7 @@ ENCODINGS = ("f32", "f16", "int8")
 GOLDEN = "golden/"
 MAX_HEADER_BYTES = 1 << 20
 MAX_TENSORS = 16_384
-_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "I8": np.dtype("i1")}
+_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "I8": np.dtype("i1")}
 _NAMES = {v: k for k, v in _DTYPES.items()}
 _LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _METADATA = {"schema", "slots_id", "base_ids", "kind", "encoding"}
@@ -155,7 +155,8 @@ def _encode(name: str, value: np.ndarray, encoding: str) -> dict[str, np.ndarray
     keep = 0 if value.ndim < 2 or value.shape[0] <= value.shape[1] else 1
     axes = tuple(i for i in range(value.ndim) if i != keep)
     largest = np.max(np.abs(value), axis=axes, keepdims=True, initial=0.0)
-    scale = (np.where(largest > 0, largest, 1.0) / 127).astype("<f4")
+    # A scale that underflows to zero would divide by it.
+    scale = np.maximum(np.where(largest > 0, largest, 1.0) / 127, np.finfo(np.float32).tiny).astype("<f4")
     return {f"{name}.q": np.clip(np.rint(value / scale), -127, 127).astype("i1"), f"{name}.scale": scale}
 
 
@@ -257,13 +258,18 @@ def _tensor(name: str, entry: Any, body: memoryview, offset: int) -> tuple[np.nd
     where = f"payload: {name}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise PayloadError(where, "dtype, shape and data_offsets", entry)
-    dtype, shape, span = _DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None, entry["shape"], entry["data_offsets"]
-    if dtype is None:
+    shape, span = entry["shape"], entry["data_offsets"]
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in _DTYPES:
         raise PayloadError(where, f"a dtype of {', '.join(_DTYPES)}", entry["dtype"])
-    whole = lambda values, most: isinstance(values, list) and len(values) <= most and all(type(v) is int and 0 <= v < 1 << 40 for v in values)  # noqa: E731
-    if not whole(shape, 8) or not whole(span, 2) or len(span) != 2:
+    dtype: np.dtype[Any] = _DTYPES[entry["dtype"]]
+    if not _whole(shape, 8) or not _whole(span, 2) or len(span) != 2:
         raise PayloadError(where, "a shape and two offsets", entry)
     size = math.prod(shape) * dtype.itemsize
     if span != [offset, offset + size] or span[1] > len(body):
         raise PayloadError(where, f"data at [{offset}, {offset + size}] within {len(body)} bytes", span)
     return np.frombuffer(body[offset : offset + size], dtype).reshape(shape), offset + size
+
+
+def _whole(values: Any, most: int) -> bool:
+    """Tell whether `values` is a list of at most `most` plain counts."""
+    return isinstance(values, list) and len(values) <= most and all(type(v) is int and 0 <= v < 1 << 40 for v in values)

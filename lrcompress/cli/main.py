@@ -79,10 +79,9 @@ def run(argv: list[str]) -> int:
     """Run one command line; return its exit code."""
     as_json = "--json" in argv
     try:
-        root.main(argv, prog_name="lrcompress", standalone_mode=False)
-        return 0
-    except click.exceptions.Exit as e:
-        return e.exit_code
+        # Outside standalone mode click returns the code of an `Exit`; commands themselves return nothing.
+        code = root.main(argv, prog_name="lrcompress", standalone_mode=False)
+        return code if isinstance(code, int) else 0
     except LrcompressError as e:
         print_failure(e.as_dict(), str(e), as_json=as_json)
         return e.exit_code

@@ -86,10 +86,10 @@ def _weighty(model: onnx.ModelProto, factors: Sequence[str]) -> tuple[int, int]:
     if missing:
         raise ModelError(f"export: factor {missing[0]}", "a constant of its own in the graph", "none of that name")
     floating = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16}
+    # A scalar is no product of factors: the runtime folds those of shapes and scales.
     constants = [a.t for n in model.graph.node if n.op_type == "Constant" for a in n.attribute if a.name == "value"]
-    scalars = sum(n.op_type == "Constant" and n.attribute[0].name in ("value_float", "value_int") for n in model.graph.node)
-    numbers = scalars + sum(math.prod(t.dims) for t in (*model.graph.initializer, *constants) if t.data_type in floating)
-    return sum(n.op_type in _PRODUCTS for n in model.graph.node), numbers
+    sizes = (math.prod(t.dims) for t in (*model.graph.initializer, *constants) if t.data_type in floating)
+    return sum(n.op_type in _PRODUCTS for n in model.graph.node), sum(n for n in sizes if n > 1)
 
 
 def outputs_agree(

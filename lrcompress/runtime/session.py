@@ -20,7 +20,7 @@ from ..payload import Payload
 
 
 @dataclass(frozen=True)
-class _Active:
+class Active:
     """What one request needs of a payload: our own copies, alive as long as anyone holds this object."""
 
     payload: Payload | None
@@ -50,7 +50,7 @@ class Session:
         lost = sorted({t["name"] for s in self.manifest.slots for t in s["tensors"]} - overridable)
         if lost:
             raise ManifestError(exported / GRAPH, f"the slot {lost[0]} as an optional input", "the graph does not offer it")
-        self._active = _Active(None, {})
+        self._active = Active(None, {})
 
     @property
     def payload(self) -> Payload | None:
@@ -61,15 +61,15 @@ class Session:
     def output_names(self) -> list[str]:
         return list(self._outputs)
 
-    def prepare(self, payload: Payload | None) -> _Active:
+    def prepare(self, payload: Payload | None) -> Active:
         """Verify `payload` and return what `activate` takes; nothing changes yet."""
         if payload is None:
-            return _Active(None, {})
+            return Active(None, {})
         payload.verify(self.manifest)
         feeds = payload.feeds(self.manifest)
-        return _Active(payload, {k: ort.OrtValue.ortvalue_from_numpy(np.array(v, copy=True)) for k, v in feeds.items()})
+        return Active(payload, {k: ort.OrtValue.ortvalue_from_numpy(np.array(v, copy=True)) for k, v in feeds.items()})
 
-    def activate(self, prepared: _Active) -> None:
+    def activate(self, prepared: Active) -> None:
         self._active = prepared
 
     def swap(self, payload: Payload | None) -> None:
@@ -80,7 +80,7 @@ class Session:
         """Return the named outputs for `inputs`. Raises `DataError` for other names, dtypes or shapes."""
         return self.run_with(self._active, inputs, outputs)
 
-    def run_with(self, active: _Active, inputs: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+    def run_with(self, active: Active, inputs: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """Run with something prepared that need not be active: what a trial does."""
         self._check(inputs)
         wanted = list(self._outputs if outputs is None else outputs)

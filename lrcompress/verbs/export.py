@@ -39,13 +39,12 @@ from ..model.checkpoint import Compressed, load_compressed, module_layers, state
 from ..model.surgery import count_parameters
 from ..progress import Progress, Silent
 from ..runtime import Session
+from ..validate.tolerances import tolerances
 from .predict import predictor
 from .sources import for_model
 
 MAKER = "lrcompress export"
 MARKER = "manifest.json"
-#: Largest |difference| relative to max(1, max|output|), per precision and CPU class.
-TOLERANCES = {"fp32": {"cpu": 1e-4, "arm64": 1e-4}, "int8": {"cpu": 1e-3, "arm64": 2e-2}}
 GOLDEN_SAMPLES = 8
 _CALIBRATION_SAMPLES = 256
 
@@ -209,7 +208,7 @@ def _write(
         "files": {n: {"sha256": sha256_bytes(b), "bytes": len(b)} for n, b in files.items()},
         "inputs": inputs, "outputs": _outputs(model, golden),
         "opset": OPSET, "ir": model.ir_version, "ort": {"min": "1.22.0", "max": None}, "precision": precision,
-        "slots": entries, "tolerances": dict(TOLERANCES[precision]), "factors": factors, "params": count_parameters(module),
+        "slots": entries, "tolerances": tolerances(precision), "factors": factors, "params": count_parameters(module),
         "compressed": None if source.folder is None else {"path": os.path.relpath(source.folder.resolve(), dest.resolve()), "digest": source.digest},
         "versions": {p: importlib.metadata.version(p) for p in ("torch", "onnx", "onnxruntime", "onnxscript")},
     }  # fmt: skip
@@ -234,13 +233,13 @@ def _fit_tolerance(stage: Path, value: dict[str, Any], golden: Mapping[str, np.n
     expected = {k.removeprefix("compressed/"): v for k, v in golden.items() if k.startswith("compressed/")}
     got = session.run(inputs)
     if precision == "fp32":
-        outputs_agree(expected, got, TOLERANCES["fp32"]["cpu"], where="export")
+        outputs_agree(expected, got, value["tolerances"]["cpu"], where="export")
         return
     distance = max(
         float(np.max(np.abs(v - got[k]), initial=0.0)) / max(1.0, float(np.max(np.abs(v), initial=0.0))) for k, v in expected.items()
     )
     outputs_agree(expected, got, 0.5, where="export --quantize int8")
-    value["tolerances"] = {target: max(1.5 * distance, t) + t for target, t in TOLERANCES[precision].items()}
+    value["tolerances"] = tolerances(precision, distance)
 
 
 def _outputs(model: onnx.ModelProto, golden: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:

@@ -77,8 +77,8 @@ def _original(
     if isinstance(original, OpenedModel):
         return original
     compressed = None
-    recorded = manifest.compressed
-    if recorded and recorded.get("path"):
+    recorded = manifest.raw.get("compressed")
+    if isinstance(recorded, dict) and isinstance(recorded.get("path"), str):
         place = (folder / recorded["path"]).resolve()
         if is_compressed(place):
             compressed = load_compressed(place)

@@ -1,0 +1,142 @@
+"""`lrcompress device`: everything a device does. Needs the base install only."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from ..edge import Device
+from ..errors import DataError, ParityError
+from ..files import write_atomic
+from .output import Result, Shell, common, human_bytes, table
+
+
+@click.group(epilog="Example: lrcompress device update /var/lib/model")
+def device() -> None:
+    """Run a model on a device, and keep it up to date."""
+
+
+@device.command(epilog="Example: lrcompress device init dev --exported exported --root repo/metadata/1.root.json --url repo")
+@click.argument("folder", metavar="DIR", type=click.Path())
+@click.option("--exported", required=True, type=click.Path(), help="The model, as 'lrcompress export' wrote it.")
+@click.option("--root", required=True, type=click.Path(), help="The publisher's root.json: whom this device trusts.")
+@click.option("--url", required=True, metavar="URL|FOLDER", help="Where updates are: http(s)://, file:// or a folder.")
+@click.option("--group", default="default", show_default=True, help="The group of devices that this one belongs to.")
+@common
+def init(shell: Shell, folder: str, exported: str, root: str, url: str, group: str) -> Result:
+    """Make DIR a device: copy the model and the root into it, and remember where updates come from."""
+    made = Device.init(folder, exported, root, url, group)
+    d = {"output": folder, **made.status()}
+    return Result(d, text=f"{folder}: {d['model']} as delivered (base {d['base_id'][:16]}), updates of group {group} from {d['url']}")
+
+
+@device.command(epilog="Example (from cron): lrcompress device update dev --quiet")
+@click.argument("folder", metavar="DIR", type=click.Path())
+@common
+def update(shell: Shell, folder: str) -> Result:
+    """Bring the newest release of DIR's group, try it, and serve it.
+
+    A payload that fails a check is refused for good, and the device goes on with what it serves: exit 6 says so.
+    """
+    d = Device(folder).update()
+    error = d.pop("error")
+    moved = f"{human_bytes(d['bytes_downloaded'])} in {d['requests']} requests, {d['ms']:.0f} ms"
+    text = f"{d['state']}: serving {describe_serving(d['serving'])} ({moved})" + (f"; {d['reason']}" if d["reason"] else "")
+    if error is None:
+        return Result(d, text=text)
+    shell.note(f"error: {d['reason']}")
+    return Result({**d, "error": error}, text=f"{d['state']}: serving {describe_serving(d['serving'])}", exit_code=int(error["code"]))
+
+
+@device.command(epilog="Example: lrcompress device infer dev --input x.npz --output y.npz")
+@click.argument("folder", metavar="DIR", type=click.Path())
+@click.option("--input", "source", required=True, metavar="F.npz", type=click.Path(), help="Arrays by input name; the first axis is the sample.")
+@click.option("--output", "dest", required=True, metavar="F.npz", type=click.Path(), help="Where the outputs go.")
+@common
+def infer(shell: Shell, folder: str, source: str, dest: str) -> Result:
+    """Answer the inputs in a file with what DIR serves."""
+    opened = Device(folder)
+    outputs = opened.infer(_read(Path(source), [i["name"] for i in opened.manifest.inputs]))
+    buffer = io.BytesIO()
+    np.savez(buffer, **outputs)  # type: ignore[arg-type]
+    write_atomic(Path(dest), buffer.getvalue())
+    shapes = {k: list(v.shape) for k, v in outputs.items()}
+    serving = opened.status()["serving"]
+    text = f"{dest}: " + ", ".join(f"{k} {v}" for k, v in shapes.items()) + f", from {describe_serving(serving)}"
+    return Result({"output": dest, "outputs": shapes, "serving": serving}, text=text)
+
+
+@device.command(epilog="Example: lrcompress device status dev --json")
+@click.argument("folder", metavar="DIR", type=click.Path())
+@common
+def status(shell: Shell, folder: str) -> Result:
+    """Show what DIR serves, what waits, what was refused and why."""
+    d = Device(folder).status()
+    rows = [
+        ["model", f"{d['model']} (base {d['base_id'][:16]})"],
+        ["serving", describe_serving(d["serving"])],
+        ["previous", describe_serving(d["previous"]) if d["previous"] else "none"],
+        ["pending", _pending(d["pending"])],
+        *(["refused", f"seq {r['seq']}, {r['sha256'][:12]}: {r['reason']}"] for r in d["refused"]),
+        ["newest seq", str(d["seq"])],
+        ["group", f"{d['group']} from {d['url']}"],
+        ["trusted time", d["last_trusted_time"] or "none yet"],
+        ["free", human_bytes(d["free_bytes"])],
+    ]
+    if not d["state_readable"]:
+        rows.append(["state", "both copies are damaged: the factory's model is served, the next update repairs it"])
+    width = max(len(r[0]) for r in rows)
+    return Result(d, text="\n".join(f"{name:{width}}  {value}" for name, value in rows))
+
+
+@device.command(epilog="Example: lrcompress device rollback dev")
+@click.argument("folder", metavar="DIR", type=click.Path())
+@common
+def rollback(shell: Shell, folder: str) -> Result:
+    """Serve what DIR served before, until the next release; at once and without network."""
+    d = Device(folder).rollback()
+    return Result(d, text=f"rolled back from seq {d['from_seq']}: serving {describe_serving(d['serving'])}")
+
+
+@device.command(epilog="Example: lrcompress device validate dev")
+@click.argument("folder", metavar="DIR", type=click.Path())
+@common
+def validate(shell: Shell, folder: str) -> Result:
+    """Check DIR's model, and the payload it serves, against their golden outputs. Exit 5 for a miss."""
+    d = Device(folder).validate()
+    rows = [[what, o["name"], f"{o['max_abs_diff']:.2e}", f"{o['tolerance']:.2e}"] for what in ("base", "payload") for o in (d[what] or {}).get("outputs", ())]
+    text = table(["what", "output", "max |diff|", "allowed"], rows, left=2) + f"\n{'passed' if d['passed'] else 'missed'}"
+    if d["passed"]:
+        return Result(d, text=text)
+    reason = (d["payload"] or {}).get("reason") or "the base's golden outputs"
+    error = ParityError(folder, "answers within tolerance", reason, "lrcompress device rollback, and look at the device's storage")
+    return Result({**d, "error": error.as_dict()}, text=text, exit_code=error.exit_code)
+
+
+def describe_serving(serving: dict[str, Any]) -> str:
+    return "the factory's model" if serving["kind"] == "factory" else f"seq {serving['seq']} ({serving['sha256'][:12]})"
+
+
+def _pending(pending: dict[str, Any] | None) -> str:
+    if pending is None:
+        return "none"
+    wait = f", next trial {pending['retry_at']}" if pending["retry_at"] else ""
+    return f"seq {pending['seq']} ({pending['sha256'][:12]}), {pending['trials']} trials without a verdict{wait}"
+
+
+def _read(path: Path, names: list[str]) -> dict[str, np.ndarray]:
+    """Return the arrays of an .npz; a single array fits a single input whatever its name."""
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            arrays = {k: found[k] for k in found.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as e:
+        got = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
+        raise DataError(path, "an .npz of arrays", got, "write it with numpy.savez") from e
+    if len(names) == 1 and len(arrays) == 1:
+        return {names[0]: next(iter(arrays.values()))}
+    return {k: v for k, v in arrays.items() if k in names} or arrays
