@@ -134,7 +134,7 @@ class Manifest:
 
     def check_runtime(self, version: str) -> None:
         """Raise `ManifestError` unless ONNX Runtime `version` lies in the artifact's range."""
-        low, high = self.raw["ort"]["min"], self.raw["ort"]["max"]
+        low, high = self.raw["ort"]["min"], self.raw["ort"].get("max")
         if version_key(version) < version_key(low) or (high and version_key(version) > version_key(high)):
             wanted = f"ONNX Runtime {low} or newer" + (f", at most {high}" if high else "")
             raise ManifestError("onnxruntime", wanted, version, "install another onnxruntime, or export for this one")

@@ -130,7 +130,9 @@ def build(
         raise PayloadError("payload", f"kind {'|'.join(KINDS)} and encoding {'|'.join(ENCODINGS)}", f"{kind}, {encoding}")
     stored: dict[str, np.ndarray] = {}
     for name, value in tensors.items():
-        stored |= _encode(name, np.asarray(value, np.float32), encoding)
+        with np.errstate(over="ignore"):  # what float32 cannot hold is refused as infinite
+            single = np.asarray(value, np.float32)
+        stored |= _encode(name, single, encoding)
     for name, value in (golden or {}).items():
         stored[GOLDEN + name] = value
     metadata = {

@@ -78,6 +78,9 @@ def read_adapter(folder: Path, shapes: Mapping[str, tuple[int, ...]] | None = No
     try:
         config = json.loads((folder / CONFIG).read_text())
         tensors = load_file(folder / TENSORS)
+        info = json.loads((folder / MARKER).read_text()) if (folder / MARKER).is_file() else {}
+        if not isinstance(config, dict) or not isinstance(info, dict) or not isinstance(info.get("shapes", {}), dict):
+            raise ValueError("a file that holds no object")
     except OSError as e:
         raise ModelError(folder, f"an adapter folder with {CONFIG} and {TENSORS}", e.strerror or str(e)) from e
     except (ValueError, SafetensorError) as e:
@@ -85,10 +88,7 @@ def read_adapter(folder: Path, shapes: Mapping[str, tuple[int, ...]] | None = No
     kind = str(config.get("peft_type", "")).lower()
     if kind not in kinds():
         raise ModelError(folder / CONFIG, f"a peft_type of {', '.join(k.upper() for k in kinds())}", config.get("peft_type"))
-    base, info = None, {}
-    if (folder / MARKER).is_file():
-        info = json.loads((folder / MARKER).read_text())
-        base = info.get("base")
+    base = info.get("base")
     known = {k: tuple(v) for k, v in {**info.get("shapes", {}), **(shapes or {})}.items()}
     found = _by_layer(folder, tensors, kind)
     adapters = {layer: _one(folder, kind, config, layer, found[layer], known.get(layer)) for layer in sorted(found)}
@@ -114,17 +114,17 @@ def _by_layer(folder: Path, tensors: Mapping[str, Tensor], kind: str) -> dict[st
 def _one(
     folder: Path, kind: str, config: Mapping[str, Any], layer: str, tensors: Mapping[str, Tensor], known: tuple[int, ...] | None
 ) -> BaseAdapter:
-    rank = int(config.get("rank_pattern", {}).get(layer, config["r"]))
-    default_alpha = config.get("lora_alpha" if kind == "lora" else "alpha", rank)
-    alpha = float(config.get("alpha_pattern", {}).get(layer, default_alpha))
-    if config.get("use_rslora"):
-        alpha *= rank**0.5
     try:
+        rank = int(config.get("rank_pattern", {}).get(layer, config["r"]))
+        default_alpha = config.get("lora_alpha" if kind == "lora" else "alpha", rank)
+        alpha = float(config.get("alpha_pattern", {}).get(layer, default_alpha))
+        if config.get("use_rslora"):
+            alpha *= rank**0.5
         shape = known or _weight_shape(kind, tensors)
         adapter = adapter_class(kind)(shape, rank, alpha)
         adapter.load(tensors)
-    except (ValueError, KeyError) as e:
-        raise ModelError(f"{folder / TENSORS}: {layer}", f"the tensors of a {kind} adapter of rank {rank}", e) from e
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ModelError(f"{folder / TENSORS}: {layer}", f"the configuration and tensors of a {kind} adapter", e) from e
     return adapter
 
 

@@ -142,6 +142,7 @@ class Updater:
         serving = state.active
         if offer.seq == state.seq and (state.declined == offer.sha256 or (serving is not None and serving.sha256 == offer.sha256)):
             self._save_time(state)
+            self.store.clean(state.named)
             declined = serving is None or serving.sha256 != offer.sha256
             return Outcome("up_to_date", "rolled back here; the next release will be taken" if declined else "")
         self._check_offer(offer)

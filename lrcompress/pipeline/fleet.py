@@ -67,9 +67,13 @@ class _Fleet:
 
     def run(self, first: Path, updates: list[Stage]) -> dict[str, Any]:
         recipe, context = self.context.recipe, self.context
-        self.passphrase = self._passphrase()
+        given = os.environ.get("LRCOMPRESS_KEY_PASSPHRASE")
+        self.passphrase = given or secrets.token_urlsafe(18)
         folder = self.exported.folder / "exported"
         publish.init_repository(self.where[REPOSITORY], folder, self.where[KEYS], passphrase=self.passphrase)
+        if not given:
+            # Nobody was asked: it is kept beside the keys, for the owner of this folder to go on with them.
+            write_atomic(self.where[KEYS] / PASSPHRASE, self.passphrase.encode(), mode=0o600)
         root = self.where[REPOSITORY] / "metadata" / "1.root.json"
         edge.Device.init(self.where[DEVICE], folder, root, str(self.where[REPOSITORY]), self.group)
         self.device = edge.Device(self.where[DEVICE])
@@ -99,16 +103,6 @@ class _Fleet:
             "model_bytes": size,
             "fleet": self._fleet_bytes(size),
         }
-
-    def _passphrase(self) -> str:
-        """Return the passphrase of the environment, or a fresh one that is kept beside the keys for their owner."""
-        given = os.environ.get("LRCOMPRESS_KEY_PASSPHRASE")
-        if given:
-            return given
-        made = secrets.token_urlsafe(18)
-        self.where[KEYS].mkdir(mode=0o700, parents=True)
-        write_atomic(self.where[KEYS] / PASSPHRASE, made.encode(), mode=0o600)
-        return made
 
     def _release(self, name: str, source: Path) -> None:
         """Publish `source` and let the device take it; an update that is not taken ends the run."""

@@ -40,10 +40,13 @@ def digits_net() -> nn.Module:
     return DigitsNet()
 
 
-def digits(split: str, shift: str | None = None, amount: float = 0.0, seed: int = 0) -> dict[str, np.ndarray]:
+def digits(
+    split: str, shift: str | None = None, amount: float = 0.0, seed: int = 0, both: bool = False
+) -> dict[str, np.ndarray]:
     """Return x (n, 1, 8, 8) float32 in 0…1 and y (n,) of `split`: train, select or test.
 
-    `shift`: "rotate" by `amount` degrees, or "noise" of standard deviation `amount`, clipped to 0…1.
+    `shift`: "rotate" by `amount` degrees, or "noise" of standard deviation `amount`, clipped to 0…1. `both`: the
+    unshifted images too, so that what is learnt for the changed world does not forget the old one.
     """
     from sklearn.datasets import load_digits
 
@@ -54,7 +57,8 @@ def digits(split: str, shift: str | None = None, amount: float = 0.0, seed: int 
     if split not in parts:
         raise ValueError(f"split is one of {', '.join(parts)}, not {split!r}")
     chosen = parts[split]
-    x, y = x[chosen], found.target[chosen].astype(np.int64)
+    plain, y = x[chosen], found.target[chosen].astype(np.int64)
+    x = plain
     if shift == "rotate":
         from scipy.ndimage import rotate
 
@@ -64,6 +68,8 @@ def digits(split: str, shift: str | None = None, amount: float = 0.0, seed: int 
         x = x + np.random.RandomState(1000 * seed + offset).normal(0, amount, x.shape)
     elif shift is not None:
         raise ValueError(f"shift is rotate or noise, not {shift!r}")
+    if both:
+        x, y = np.concatenate([x, plain]), np.concatenate([y, y])
     return {"x": np.clip(x, 0, 1).astype(np.float32), "y": y}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,7 +97,7 @@ HOSTILE: list[tuple[tuple[str | int, ...], Any, str]] = [
     (("files", ".hidden"), {"sha256": "ab" * 32, "bytes": 1}, "plain file names"), (("files", "manifest.json"), {"sha256": "ab" * 32, "bytes": 1}, "plain file names"),
     (("files", "base.data", "sha256"), "ab", "base.data"), (("files", "base.data", "bytes"), -1, "base.data"),
     (("files", "base.data", "bytes"), 1.5, "base.data"), (("files", "base.data", "bytes"), True, "base.data"), (("files", "base.data"), 3, "base.data"),
-    (("ort",), {}, "ort"), (("ort", "min"), 1, "ort"), (("ort", "max"), 2, "ort"),
+    (("ort",), {}, "ort"), (("ort", "min"), ..., "ort"), (("ort", "min"), 1, "ort"), (("ort", "max"), 2, "ort"),
     (("tolerances",), [], "tolerances"), (("tolerances", "cpu"), 0, "tolerances.cpu"), (("tolerances", "arm64"), -1e-3, "tolerances.arm64"),
     (("tolerances", "cpu"), True, "tolerances.cpu"), (("tolerances", "cpu"), 1e7, "tolerances.cpu"), (("tolerances", "arm64"), ..., "tolerances.arm64"),
     (("inputs",), [], "inputs"), (("inputs", 0, "name"), 3, "inputs"), (("inputs", 0, "shape"), "batch", "inputs"),
@@ -248,13 +247,14 @@ def test_a_whole_folder_loads(exported: Path) -> None:
     assert Manifest.load(exported).files.keys() == set(FILES)
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("how", ["flip", "cut", "longer", "gone", "folder", "dangling"])
+#: base.data is empty here and has no bit to flip.
+DAMAGES = [(n, h) for n in FILES for h in ("flip", "cut", "longer", "gone", "folder", "dangling") if (n, h) != ("base.data", "flip")]
+
+
+@pytest.mark.parametrize(("name", "how"), DAMAGES)
 def test_each_file_is_held_to_its_size_and_hash(exported: Path, name: str, how: str) -> None:
     path = exported / name
     data = path.read_bytes()
-    if how == "flip" and not data:
-        pytest.skip("an empty file has no bit to flip")
     edits: dict[str, Callable[[], object]] = {
         "flip": lambda: path.write_bytes(data[:-1] + bytes([data[-1] ^ 1])),
         "cut": lambda: path.write_bytes(data[:-1]) if data else path.unlink(),
@@ -274,7 +274,6 @@ def test_no_manifest_is_one_line(tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(ManifestError, match="lrcompress export"):
             Manifest.load(place)
-    os.mkfifo(tmp_path / "pipe")
     (tmp_path / "manifest.json").mkdir()
     with pytest.raises(ManifestError):
         Manifest.load(tmp_path)

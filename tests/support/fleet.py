@@ -12,12 +12,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tuf.api.metadata import TargetFile
 
 import lrcompress
 from lrcompress import publish
-from lrcompress.data import Data
+from lrcompress.adapt import adapter as make_adapter
+from lrcompress.adapt._files import write_adapter
 from lrcompress.edge import Device
+from lrcompress.export.payloads import payload_tensors
+from lrcompress.files import sha256_bytes
+from lrcompress.golden import load_golden, project
+from lrcompress.manifest import Manifest
 from lrcompress.model import InputSpec
+from lrcompress.model.checkpoint import load_compressed
+from lrcompress.payload import build, parse
+from lrcompress.publish.keys import KeyStore
+from lrcompress.publish.repository import Repository
+from lrcompress.runtime import Session
 from tests.support.nets import images, small
 
 PASSPHRASE = "a passphrase of tests"
@@ -30,12 +41,16 @@ def made() -> Path:
     """Return a folder with compressed/, adapters/{first,second,loha} and exported/; nobody may change it."""
     folder = Path(tempfile.mkdtemp(prefix="lrcompress-fleet-"))
     torch.save(small().state_dict(), folder / "model.pt")
-    data = Data.of_arrays({"x": X}, Y)
-    lrcompress.factorize(
-        folder / "model.pt", ratio=0.4, calib=Data.of_arrays({"x": X}), arch="tests.support.nets:small", inputs=SPEC, output=folder / "compressed"
-    )
+    lrcompress.factorize(folder / "model.pt", rank=6, arch="tests.support.nets:small", inputs=SPEC, output=folder / "compressed")
+    found = load_compressed(folder / "compressed")
     for seed, (name, kind) in enumerate((("first", "lora"), ("second", "lora"), ("loha", "loha"))):
-        lrcompress.recover(folder / "compressed", data=data, adapter_kind=kind, rank=2, steps=20, seed=seed, name=name, output=folder / "adapters" / name)
+        generator, adapters = torch.Generator().manual_seed(seed), {}
+        for layer in ("conv2", "mix", "fc1"):
+            adapter = make_adapter(kind, weight_shape=tuple(found.module.get_submodule(layer).weight.shape), rank=2)
+            adapter.load({k: torch.randn(t.shape, generator=generator) * 0.2 for k, t in adapter.tensors().items()})
+            adapters[layer] = adapter
+        (folder / "adapters" / name).mkdir(parents=True)
+        write_adapter(folder / "adapters" / name, adapters, maker="lrcompress recover", base=found.digest, info={})
     lrcompress.export(folder / "compressed", adapters=[], output=folder / "exported", name="small")
     return folder
 
@@ -76,3 +91,33 @@ def served(folder: Path, handler: type[http.server.BaseHTTPRequestHandler] | Non
     finally:
         server.shutdown()
         server.server_close()
+
+
+def release(fleet: Fleet, data: bytes, *, seq: int, group: str = "default", length: int | None = None, **custom: object) -> dict:
+    """Sign `data` as a publisher that checks nothing would; `custom` replaces fields of the record (None removes one)."""
+    repository = Repository(fleet.repo)
+    keys = KeyStore(repository.keys_folder, PASSPHRASE)
+    manifest = Manifest.load(made() / "exported")
+    sha256 = sha256_bytes(data)
+    record = {
+        "seq": seq, "sha256": sha256, "base_ids": [manifest.base_id], "kind": "lora", "encoding": "f32",
+        "min_version": "0.1.0", "issued": "2026-11-24T00:00:00+00:00", **custom,
+    }  # fmt: skip
+    record = {k: v for k, v in record.items() if v is not None}
+    target = TargetFile(len(data) if length is None else length, {"sha256": sha256}, repository.target_path(group))
+    repository.publish(keys, group, data, target, record)
+    return record
+
+
+def payload_bytes(name: str = "first", *, encoding: str = "f32", golden: dict | None = None, change=None) -> bytes:
+    """Return the bytes of a correction, its tensors changed by `change`, its golden outputs its own unless given."""
+    manifest = Manifest.load(made() / "exported")
+    kind, tensors = payload_tensors(made() / "adapters" / name, manifest)
+    if change is not None:
+        tensors = {k: change(k, v) for k, v in tensors.items()}
+    bare = build(tensors, manifest=manifest, kind=kind, encoding=encoding)
+    if golden is None:
+        session = Session(made() / "exported")
+        session.swap(parse(bare))
+        golden = project(session.run(load_golden(made() / "exported" / "golden.npz").inputs))
+    return build(tensors, manifest=manifest, kind=kind, encoding=encoding, golden=golden)
