@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -100,11 +101,20 @@ def disk_errors(where: object) -> Iterator[None]:
     """Turn the errors of a full or forbidden disk into `HostError` (exit 10)."""
     try:
         yield
-    except OSError as e:
-        if e.errno not in _DISK:
+    except Exception as e:
+        number = _system_error(e)
+        if number is None or number not in _DISK:
             raise
-        remedy = "free some space" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "choose a folder you may write to"
-        raise HostError(where, "a disk that takes the output", e.strerror or str(e), remedy) from e
+        remedy = "free some space" if number in (errno.ENOSPC, errno.EDQUOT) else "choose a folder you may write to"
+        raise HostError(where, "a disk that takes the output", os.strerror(number), remedy) from e
+
+
+def _system_error(e: Exception) -> int | None:
+    """Return the errno of an error of the system; safetensors hides its own in a text: "… (os error 28)"."""
+    if isinstance(e, OSError):
+        return e.errno
+    found = re.search(r"\(os error (\d+)\)", str(e)) if type(e).__name__ == "SafetensorError" else None
+    return int(found[1]) if found else None
 
 
 def contained(root: Path, name: str) -> Path:
@@ -140,15 +150,16 @@ def check_output(dest: Path, *, maker: str, marker: str) -> None:
 
 @contextlib.contextmanager
 def staged_folder(dest: Path, *, maker: str, marker: str) -> Iterator[Path]:
-    """Yield an empty folder beside `dest`; on success it becomes `dest`, on any error it vanishes."""
+    """Yield an empty folder beside `dest`; on success it becomes `dest`, on any error it and new parents vanish."""
     dest = Path(os.path.abspath(dest))
     check_output(dest, maker=maker, marker=marker)
-    with disk_errors(dest):
-        dest.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(dest)
-        stage = Path(tempfile.mkdtemp(dir=dest.parent, prefix=f".{dest.name}.stage-"))
+    new_parents = [p for p in dest.parents if not p.exists()]
+    stage = None
     try:
         with disk_errors(dest):
+            dest.parent.mkdir(parents=True, exist_ok=True)
+            _sweep(dest)
+            stage = Path(tempfile.mkdtemp(dir=dest.parent, prefix=f".{dest.name}.stage-"))
             stage.chmod(0o755)
             yield stage
             if made_by(stage, marker) != maker:
@@ -157,7 +168,12 @@ def staged_folder(dest: Path, *, maker: str, marker: str) -> Iterator[Path]:
                 fsync_folder(p) if p.is_dir() else _fsync_file(p)
             install_folder(stage, dest)
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        if stage is not None:
+            shutil.rmtree(stage, ignore_errors=True)
+        if not dest.exists():
+            for parent in new_parents:
+                with contextlib.suppress(OSError):  # somebody else uses it by now
+                    parent.rmdir()
 
 
 def install_folder(stage: Path, dest: Path) -> None:

@@ -65,6 +65,7 @@ def write_adapter(stage: Path, adapters: Mapping[str, BaseAdapter], *, maker: st
         config |= {"bias": "none", "lora_dropout": 0.0, "use_rslora": False, "use_dora": False, "fan_in_fan_out": False}
     tensors = {f"{_PREFIX}{layer}.{name}": t.contiguous().clone() for layer, a in adapters.items() for name, t in a.tensors().items()}
     save_file({k: tensors[k] for k in sorted(tensors)}, stage / TENSORS, metadata={"format": "pt"})
+    (stage / TENSORS).chmod(0o644)  # safetensors makes it private
     write_json(stage / CONFIG, config)
     shapes = {layer: list(a.weight_shape) for layer, a in sorted(adapters.items())}
     write_json(stage / MARKER, {"schema": 1, "made_by": maker, "base": base, "kind": some.kind, "shapes": shapes, **info})

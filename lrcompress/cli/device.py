@@ -21,7 +21,9 @@ def device() -> None:
     """Run a model on a device, and keep it up to date."""
 
 
-@device.command(epilog="Example: lrcompress device init dev --exported exported --root repo/metadata/1.root.json --url repo")
+@device.command(
+    epilog="Example: lrcompress device init dev --exported exported --root repo/metadata/1.root.json --url repo"
+)
 @click.argument("folder", metavar="DIR", type=click.Path())
 @click.option("--exported", required=True, type=click.Path(), help="The model, as 'lrcompress export' wrote it.")
 @click.option("--root", required=True, type=click.Path(), help="The publisher's root.json: whom this device trusts.")
@@ -32,7 +34,10 @@ def init(shell: Shell, folder: str, exported: str, root: str, url: str, group: s
     """Make DIR a device: copy the model and the root into it, and remember where updates come from."""
     made = Device.init(folder, exported, root, url, group)
     d = {"output": folder, **made.status()}
-    return Result(d, text=f"{folder}: {d['model']} as delivered (base {d['base_id'][:16]}), updates of group {group} from {d['url']}")
+    return Result(
+        d,
+        text=f"{folder}: {d['model']} as delivered (base {d['base_id'][:16]}), updates of group {group} from {d['url']}",
+    )
 
 
 @device.command(epilog="Example (from cron): lrcompress device update dev --quiet")
@@ -46,16 +51,29 @@ def update(shell: Shell, folder: str) -> Result:
     d = Device(folder).update()
     error = d.pop("error")
     moved = f"{human_bytes(d['bytes_downloaded'])} in {d['requests']} requests, {d['ms']:.0f} ms"
-    text = f"{d['state']}: serving {describe_serving(d['serving'])} ({moved})" + (f"; {d['reason']}" if d["reason"] else "")
+    text = f"{d['state']}: serving {describe_serving(d['serving'])} ({moved})" + (
+        f"; {d['reason']}" if d["reason"] else ""
+    )
     if error is None:
         return Result(d, text=text)
     shell.note(f"error: {d['reason']}")
-    return Result({**d, "error": error}, text=f"{d['state']}: serving {describe_serving(d['serving'])}", exit_code=int(error["code"]))
+    return Result(
+        {**d, "error": error},
+        text=f"{d['state']}: serving {describe_serving(d['serving'])}",
+        exit_code=int(error["code"]),
+    )
 
 
 @device.command(epilog="Example: lrcompress device infer dev --input x.npz --output y.npz")
 @click.argument("folder", metavar="DIR", type=click.Path())
-@click.option("--input", "source", required=True, metavar="F.npz", type=click.Path(), help="Arrays by input name; the first axis is the sample.")
+@click.option(
+    "--input",
+    "source",
+    required=True,
+    metavar="F.npz",
+    type=click.Path(),
+    help="Arrays by input name; the first axis is the sample.",
+)
 @click.option("--output", "dest", required=True, metavar="F.npz", type=click.Path(), help="Where the outputs go.")
 @common
 def infer(shell: Shell, folder: str, source: str, dest: str) -> Result:
@@ -109,12 +127,20 @@ def rollback(shell: Shell, folder: str) -> Result:
 def validate(shell: Shell, folder: str) -> Result:
     """Check DIR's model, and the payload it serves, against their golden outputs. Exit 5 for a miss."""
     d = Device(folder).validate()
-    rows = [[what, o["name"], f"{o['max_abs_diff']:.2e}", f"{o['tolerance']:.2e}"] for what in ("base", "payload") for o in (d[what] or {}).get("outputs", ())]
-    text = table(["what", "output", "max |diff|", "allowed"], rows, left=2) + f"\n{'passed' if d['passed'] else 'missed'}"
+    rows = [
+        [what, o["name"], f"{o['max_abs_diff']:.2e}", f"{o['tolerance']:.2e}"]
+        for what in ("base", "payload")
+        for o in (d[what] or {}).get("outputs", ())
+    ]
+    text = (
+        table(["what", "output", "max |diff|", "allowed"], rows, left=2) + f"\n{'passed' if d['passed'] else 'missed'}"
+    )
     if d["passed"]:
         return Result(d, text=text)
     reason = (d["payload"] or {}).get("reason") or "the base's golden outputs"
-    error = ParityError(folder, "answers within tolerance", reason, "lrcompress device rollback, and look at the device's storage")
+    error = ParityError(
+        folder, "answers within tolerance", reason, "lrcompress device rollback, and look at the device's storage"
+    )
     return Result({**d, "error": error.as_dict()}, text=text, exit_code=error.exit_code)
 
 

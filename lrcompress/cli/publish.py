@@ -28,7 +28,9 @@ def passphrase(*, new: bool = False) -> str:
     if found is not None:
         return found
     if not sys.stdin.isatty():
-        raise CommandError("signing keys", f"a passphrase in {PASSPHRASE}", "none, and nobody to ask", f"export {PASSPHRASE}=…")
+        raise CommandError(
+            "signing keys", f"a passphrase in {PASSPHRASE}", "none, and nobody to ask", f"export {PASSPHRASE}=…"
+        )
     return str(click.prompt("Passphrase of the keys", hide_input=True, confirmation_prompt=new, err=True))
 
 
@@ -42,7 +44,11 @@ def init(shell: Shell, repo: str, exported: str, keys: str | None) -> Result:
     from ..publish import init_repository
 
     d = init_repository(repo, exported, keys, passphrase=passphrase(new=True))
-    lines = [f"repository {d['repository']} for model {d['model']}", f"keys in {d['keys']}: keep a copy, offline", f"give devices {d['root']}"]
+    lines = [
+        f"repository {d['repository']} for model {d['model']}",
+        f"keys in {d['keys']}: keep a copy, offline",
+        f"give devices {d['root']}",
+    ]
     return Result(d, text="\n".join(lines))
 
 
@@ -58,7 +64,9 @@ def add(shell: Shell, repo: str, source: str, group: str, encoding: str) -> Resu
 
     d = verb(repo, source, group=group, encoding=encoding, passphrase=passphrase())
     others = ", ".join(f"{k} {human_bytes(v)}" for k, v in d["sizes"].items() if k != d["encoding"])
-    text = f"{group} seq {d['seq']}: {human_bytes(d['payload_bytes'])} as {d['encoding']}" + (f" ({others})" if others else "")
+    text = f"{group} seq {d['seq']}: {human_bytes(d['payload_bytes'])} as {d['encoding']}" + (
+        f" ({others})" if others else ""
+    )
     return Result(d, text=f"{text}, {human_bytes(d['metadata_bytes'])} of metadata\n{d['sha256']}")
 
 
@@ -92,7 +100,11 @@ def describe(d: dict[str, Any]) -> str:
         for g in d["groups"]
         for r in g["releases"]
     ]  # fmt: skip
-    lines = [table(["group", "seq", "payload", "kind", "encoding", "bytes", "issued", ""], rows)] if rows else ["no release yet"]
+    lines = (
+        [table(["group", "seq", "payload", "kind", "encoding", "bytes", "issued", ""], rows)]
+        if rows
+        else ["no release yet"]
+    )
     return "\n".join([*lines, *(f"{role} expires {when}" for role, when in d["expires"].items())])
 
 
@@ -116,5 +128,7 @@ def verify(shell: Shell, repo: str) -> Result:
 
     d = verb(repo)
     first = d["expires_first"]
-    lines = [f"{g['group']} seq {g['seq']}: {human_bytes(g['bytes'])}, verified" for g in d["groups"]] or ["no release yet; metadata verified"]
+    lines = [f"{g['group']} seq {g['seq']}: {human_bytes(g['bytes'])}, verified" for g in d["groups"]] or [
+        "no release yet; metadata verified"
+    ]
     return Result(d, text="\n".join([*lines, f"first to expire: {first['role']}, in {first['days']} days"]))

@@ -1,20 +1,19 @@
 """A device: one folder with a base model, a trusted root, and what was installed since.
 
-    Device.init("device", "exported", "1.root.json", "https://updates.example/", "default")
-    device = Device("device")
-    y = device.infer({"x": x})["output"]       # thread-safe, also while
-    device.update()                            # ... this brings and swaps in a new payload
+Device.init("device", "exported", "1.root.json", "https://updates.example/", "default")
+device = Device("device")
+y = device.infer({"x": x})["output"]       # thread-safe, also while
+device.update()                            # ... this brings and swaps in a new payload
 
-    DIR/config.json, root.json   where updates come from and whom they are signed by; never changed
-    DIR/factory/                 the exported model; always there to fall back to
-    DIR/store/, dl/, state.0, state.1, metadata/, log.jsonl
+DIR/config.json, root.json   where updates come from and whom they are signed by; never changed
+DIR/factory/                 the exported model; always there to fall back to
+DIR/store/, dl/, state.0, state.1, metadata/, log.jsonl
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -49,7 +48,14 @@ CONFIG, ROOT, FACTORY = "config.json", "root.json", "factory"
 class Device:
     """An opened device folder. Many threads may infer; one process at a time updates."""
 
-    def __init__(self, folder: str | Path, *, disk: Disk | None = None, clock: Callable[[], datetime] | None = None, sleep: Callable[[float], None] = time.sleep) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        disk: Disk | None = None,
+        clock: Callable[[], datetime] | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         self.folder = Path(folder)
         self._disk, self._clock, self._sleep = disk or Disk(), clock or (lambda: datetime.now(UTC)), sleep
         self._config = _read_config(self.folder)
@@ -64,7 +70,9 @@ class Device:
         self.refresh()
 
     @classmethod
-    def init(cls, folder: str | Path, exported: str | Path, root: str | Path, url: str, group: str = "default") -> Device:
+    def init(
+        cls, folder: str | Path, exported: str | Path, root: str | Path, url: str, group: str = "default"
+    ) -> Device:
         """Make a device folder from an exported model and the root it shall trust; whole or not at all.
 
         A folder that is a device already is refused: its `seq` is what protects it from old releases.
@@ -87,8 +95,18 @@ class Device:
             write_atomic(stage / ROOT, trusted, mode=0o444)
             for _ in range(2):
                 StateFiles(stage, Disk()).write(State())
-            url = url if "://" in url else os.path.abspath(url)
-            write_json(stage / CONFIG, {"schema": 1, "made_by": MAKER, "model": manifest.model, "base_id": manifest.base_id, "url": url, "group": group})
+            url = url if "://" in url else str(Path(url).resolve())
+            write_json(
+                stage / CONFIG,
+                {
+                    "schema": 1,
+                    "made_by": MAKER,
+                    "model": manifest.model,
+                    "base_id": manifest.base_id,
+                    "url": url,
+                    "group": group,
+                },
+            )
         return cls(folder)
 
     # serving ------------------------------------------------------------------------------------------------------
@@ -140,7 +158,12 @@ class Device:
         golden = load_golden(self.folder / FACTORY / GOLDEN)
         factory = self._session.run_with(self._session.prepare(None), golden.inputs)
         base = compare(golden.compressed, factory, self.manifest.tolerance)
-        found: dict[str, Any] = {"serving": describe_serving(self._serving), "base": base.as_dict(), "payload": None, "passed": base.passed}
+        found: dict[str, Any] = {
+            "serving": describe_serving(self._serving),
+            "base": base.as_dict(),
+            "payload": None,
+            "passed": base.passed,
+        }
         payload = self._session.payload
         if payload is not None:
             try:
@@ -158,7 +181,9 @@ class Device:
             try:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as e:
-                raise DeviceStateError(self.folder, "one update at a time", "another one is at work", "try again when it is done") from e
+                raise DeviceStateError(
+                    self.folder, "one update at a time", "another one is at work", "try again when it is done"
+                ) from e
             yield
 
     def update(self) -> dict[str, Any]:
@@ -197,17 +222,26 @@ class Device:
         with self._locked():
             state = self._files.read()
             if state.active is None:
-                raise DeviceStateError(self.folder, "a payload to roll back from", "the factory's model", "there is nothing before it")
+                raise DeviceStateError(
+                    self.folder, "a payload to roll back from", "the factory's model", "there is nothing before it"
+                )
             back = state.previous
             if back is not None and self._store.read(back.sha256) is None:
                 back = None
             undone = state.active
             # What is declined is what the newest release brings: only a higher seq may bring it again.
-            state = self._files.write(replace(state, active=back, previous=None, pending=None, declined=state.seq_sha256))
+            state = self._files.write(
+                replace(state, active=back, previous=None, pending=None, declined=state.seq_sha256)
+            )
             self._log.write(self._clock(), "rolled_back", seq=undone.seq, sha256=undone.sha256)
             self._store.clean(state.named)
         self.refresh()
-        return {"state": "rolled_back", "serving": describe_serving(self._serving), "from_seq": undone.seq, "to_seq": 0 if back is None else back.seq}
+        return {
+            "state": "rolled_back",
+            "serving": describe_serving(self._serving),
+            "from_seq": undone.seq,
+            "to_seq": 0 if back is None else back.seq,
+        }
 
     def history(self) -> list[dict[str, Any]]:
         """Return the status log, oldest first."""
@@ -219,10 +253,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
         value = strict_json((folder / CONFIG).read_bytes())
     except (OSError, ValueError) as e:
         got = e.strerror if isinstance(e, OSError) else str(e)
-        raise DeviceStateError(folder, f"a device folder ({CONFIG})", got, "make one with 'lrcompress device init'") from e
+        raise DeviceStateError(
+            folder, f"a device folder ({CONFIG})", got, "make one with 'lrcompress device init'"
+        ) from e
     good = isinstance(value, dict) and value.get("schema") == 1 and value.get("made_by") == MAKER
     if not good or not all(isinstance(value.get(k), str) for k in ("model", "base_id", "url", "group")):
-        raise DeviceStateError(folder / CONFIG, "the configuration that 'lrcompress device init' wrote", "something else", "restore it")
+        raise DeviceStateError(
+            folder / CONFIG, "the configuration that 'lrcompress device init' wrote", "something else", "restore it"
+        )
     return dict(value)
 
 
@@ -233,7 +271,9 @@ def _read_root(path: Path) -> bytes:
         if not isinstance(Metadata[Root].from_bytes(data).signed, Root):
             raise ValueError("another role")
     except OSError as e:
-        raise UpdateError(path, "the publisher's root.json", e.strerror or str(e), "copy REPO/metadata/1.root.json") from e
+        raise UpdateError(
+            path, "the publisher's root.json", e.strerror or str(e), "copy REPO/metadata/1.root.json"
+        ) from e
     except (RepositoryError, ValueError) as e:
         raise UpdateError(path, "the publisher's root.json", str(e), "copy REPO/metadata/1.root.json") from e
     return data

@@ -1,7 +1,7 @@
 """Bring one file of known length and hash over a bad link: what arrived is kept, and the rest is asked for.
 
-    fetch(transport, "targets/…", length=n, part=store.part(sha), disk=disk)
-    store.adopt(sha)                                  # which checks the hash
+fetch(transport, "targets/…", length=n, part=store.part(sha), disk=disk)
+store.adopt(sha)                                  # which checks the hash
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def fetch(
             if e.status == 416:
                 disk.unlink(part)
             elif e.status < 500 and e.status not in _PASSING:
-                raise DownloadError(path, "the file that was signed", f"status {e.status}", "publish it again, or check the URL") from e
+                raise DownloadError(
+                    path, "the file that was signed", f"status {e.status}", "publish it again, or check the URL"
+                ) from e
             why = str(e)
         except Broken as e:
             why = str(e)
@@ -66,7 +68,9 @@ def _receive(transport: Transport, path: str, had: int, length: int, part: Path,
     if body.start not in (0, had):
         raise Broken(f"{path}: asked for byte {had}, got byte {body.start}")
     if body.total is not None and body.total != length:
-        raise DownloadError(path, f"{length} bytes", f"a file of {body.total}", "publish it again: a signed file never changes its size")
+        raise DownloadError(
+            path, f"{length} bytes", f"a file of {body.total}", "publish it again: a signed file never changes its size"
+        )
     # A server that cannot resume sends all of it: what we have is skipped, so that a cut costs nothing twice on disk.
     skip, grown = had - body.start, False
     mark, since, received = time.monotonic(), 0, 0

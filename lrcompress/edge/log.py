@@ -25,7 +25,9 @@ class StatusLog:
 
     def write(self, at: datetime, state: str, **about: Any) -> None:
         """Append one line; a disk that refuses it is no reason to stop."""
-        line = json.dumps(finite({"at": at.isoformat(timespec="milliseconds"), "state": state, **about}), sort_keys=True)
+        line = json.dumps(
+            finite({"at": at.isoformat(timespec="milliseconds"), "state": state, **about}), sort_keys=True
+        )
         with contextlib.suppress(HostError, OSError):
             if self._path.exists() and self._path.stat().st_size > MAX_BYTES:
                 self._disk.rename(self._path, self._path.with_name("log.1.jsonl"))

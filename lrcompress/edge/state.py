@@ -100,12 +100,12 @@ def decode(data: bytes) -> State | None:
 
 def _state(body: dict[str, Any]) -> State:
     known = {f.name for f in fields(State)} - {"readable"}
-    entry = lambda kind, value: None if value is None else kind(**value)  # noqa: E731
+    plain = {k: v for k, v in body.items() if k in known and k not in ("active", "previous", "pending", "refused")}
+    active, previous = (None if body[k] is None else Entry(**body[k]) for k in ("active", "previous"))
+    pending = None if body["pending"] is None else Pending(**body["pending"])
     found = State(
-        **{k: v for k, v in body.items() if k in known and k not in ("active", "previous", "pending", "refused")},
-        active=entry(Entry, body["active"]), previous=entry(Entry, body["previous"]), pending=entry(Pending, body["pending"]),
-        refused=tuple(Refused(**r) for r in body["refused"]),
-    )  # fmt: skip
+        **plain, active=active, previous=previous, pending=pending, refused=tuple(Refused(**r) for r in body["refused"])
+    )
     whole = all(type(n) is int and n >= 0 for n in (found.generation, found.seq))
     if not whole or not all(map(is_sha256, found.named)):
         raise ValueError("not a state")

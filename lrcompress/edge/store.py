@@ -42,7 +42,9 @@ class Store:
         have = part.stat().st_size if part.exists() else 0
         need, free = max(0, 2 * length - have) + RESERVE_BYTES, self._disk.free_bytes(self.folder)
         if free < need:
-            raise HostError(self.folder, f"{need} bytes free for an update of {length}", f"{free}", "free some space on the device")
+            raise HostError(
+                self.folder, f"{need} bytes free for an update of {length}", f"{free}", "free some space on the device"
+            )
 
     def adopt(self, sha256: str) -> None:
         """Move a complete download into the store, durably. Raises `UpdateError`, and deletes it, if the hash differs."""
@@ -51,7 +53,12 @@ class Store:
         found = sha256_file(part)
         if found != sha256:
             self._disk.unlink(part)
-            raise UpdateError("payload", f"sha256 {sha256}, as signed", found, "what the server holds is not what was signed: publish it again")
+            raise UpdateError(
+                "payload",
+                f"sha256 {sha256}, as signed",
+                found,
+                "what the server holds is not what was signed: publish it again",
+            )
         self._disk.rename(part, self.path(sha256))
         # Both folders: a rename across folders is two entries, and either may be lost without its own sync.
         self._disk.sync_folder(self.folder)

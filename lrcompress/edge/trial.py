@@ -42,9 +42,15 @@ def check(data: bytes, session: Session, golden: GoldenSet, limits: Limits) -> A
         report = compare(golden.compressed, outputs, limits.max_distance)
         if not report.passed:
             worst = report.worst
-            raise PayloadError(f"payload: output {worst.name}", f"at most {worst.tolerance:.3g} from the base", f"{worst.max_abs_diff:.3g}")
+            raise PayloadError(
+                f"payload: output {worst.name}",
+                f"at most {worst.tolerance:.3g} from the base",
+                f"{worst.max_abs_diff:.3g}",
+            )
     if ms > limits.latency_factor * base_ms:
-        raise PayloadError("payload: latency", f"at most {limits.latency_factor:g} times the base's {base_ms:.2f} ms", f"{ms:.2f} ms")
+        raise PayloadError(
+            "payload: latency", f"at most {limits.latency_factor:g} times the base's {base_ms:.2f} ms", f"{ms:.2f} ms"
+        )
     return prepared
 
 
@@ -54,11 +60,17 @@ def check_golden(payload: Payload, session: Session, outputs: Mapping[str, np.nd
     if bad:
         raise PayloadError(f"payload: output {bad[0]}", "finite answers to the golden inputs", "NaN or infinity")
     if set(payload.golden) != set(outputs):
-        raise PayloadError("payload: golden", f"outputs {', '.join(sorted(outputs))}", ", ".join(sorted(payload.golden)) or "none")
+        raise PayloadError(
+            "payload: golden", f"outputs {', '.join(sorted(outputs))}", ", ".join(sorted(payload.golden)) or "none"
+        )
     report = compare_projected(payload.golden, outputs, session.manifest.tolerance)
     if not report.passed:
         worst = report.worst
-        raise PayloadError(f"payload: golden output {worst.name}", f"a difference of at most {worst.tolerance:.3g}", f"{worst.max_abs_diff:.3g}")
+        raise PayloadError(
+            f"payload: golden output {worst.name}",
+            f"a difference of at most {worst.tolerance:.3g}",
+            f"{worst.max_abs_diff:.3g}",
+        )
     return report
 
 
@@ -67,7 +79,8 @@ def _timed(session: Session, prepared: Active, golden: GoldenSet) -> tuple[dict[
 
     The fastest is the run that nothing else disturbed, and taking turns lets both meet the same disturbance.
     """
-    base, outputs = session.prepare(None), {}
+    base = session.prepare(None)
+    outputs: dict[str, np.ndarray] = {}
     best = {True: math.inf, False: math.inf}
     for _ in range(_RUNS):
         for with_payload in (False, True):

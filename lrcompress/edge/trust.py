@@ -64,9 +64,16 @@ def newest(
         remedy = "the publisher runs 'lrcompress publish refresh'; check this device's clock too"
         raise UpdateError(where, "signatures that have not expired", e, remedy) from e
     except RepositoryError as e:
-        raise UpdateError(where, "metadata signed for this device, never older than before", f"{type(e).__name__}: {e}") from e
+        raise UpdateError(
+            where, "metadata signed for this device, never older than before", f"{type(e).__name__}: {e}"
+        ) from e
     except (TufDownloadError, Broken) as e:
-        raise DownloadError(where, "a repository that answers", str(e) or type(e).__name__, "check the URL and the link; it is tried again with the next update") from e
+        raise DownloadError(
+            where,
+            "a repository that answers",
+            str(e) or type(e).__name__,
+            "check the URL and the link; it is tried again with the next update",
+        ) from e
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise UpdateError(where, "metadata in TUF's form", f"{type(e).__name__}: {e}") from e
     return None if info is None else _offer(info.custom, info.length, info.hashes, target_path), issued
@@ -85,7 +92,9 @@ def _offer(custom: Any, length: int, hashes: dict[str, str], target_path: str) -
     def need(good: object, key: str, expected: str) -> None:
         if not good:
             got = custom.get(key, "nothing") if isinstance(custom, dict) else custom
-            raise UpdateError(f"release record: {key}", expected, got, "the publisher must sign a release of this version")
+            raise UpdateError(
+                f"release record: {key}", expected, got, "the publisher must sign a release of this version"
+            )
 
     need(isinstance(custom, dict), "custom", "an object")
     seq, ids, undone = custom.get("seq"), custom.get("base_ids"), custom.get("rollback_of")
@@ -96,4 +105,6 @@ def _offer(custom: Any, length: int, hashes: dict[str, str], target_path: str) -
     need(isinstance(custom.get("min_version"), str), "min_version", "a version")
     need(undone is None or (type(undone) is int and 0 < undone < seq), "rollback_of", "an earlier seq")
     folder, _, name = target_path.rpartition("/")
-    return Offer(seq, str(sha256), length, f"targets/{folder}/{sha256}.{name}", tuple(ids), custom["min_version"], undone)
+    return Offer(
+        seq, str(sha256), length, f"targets/{folder}/{sha256}.{name}", tuple(ids), custom["min_version"], undone
+    )

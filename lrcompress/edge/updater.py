@@ -75,7 +75,9 @@ class Updater:
         try:
             self._check_clock(state)
             try:
-                offer, issued = newest(self.folder / "metadata", self.root, self.transport, model=self.manifest.model, group=self.group)
+                offer, issued = newest(
+                    self.folder / "metadata", self.root, self.transport, model=self.manifest.model, group=self.group
+                )
             except DownloadError:
                 if state.pending is None or self.store.read(state.pending.sha256) is None:
                     raise
@@ -120,7 +122,12 @@ class Updater:
         if state.trusted_time is not None:
             floor = max(floor, datetime.fromisoformat(state.trusted_time) - CLOCK_SKEW)
         if self.clock() < floor:
-            raise HostError("clock", f"a time after {floor.isoformat()}, which is known to be past", self.clock().isoformat(timespec="seconds"), "set this device's clock")
+            raise HostError(
+                "clock",
+                f"a time after {floor.isoformat()}, which is known to be past",
+                self.clock().isoformat(timespec="seconds"),
+                "set this device's clock",
+            )
 
     def _trust_time(self, state: State, issued: datetime | None) -> State:
         """Remember the newest signed time of issue; it is written with the next change of the state."""
@@ -135,12 +142,24 @@ class Updater:
             self._save_time(state)
             return Outcome("up_to_date", f"group {self.group} has no release yet")
         if offer.seq < state.seq or (offer.seq == state.seq and offer.sha256 != state.seq_sha256):
-            raise UpdateError(f"release of group {self.group}", f"a seq above {state.seq}", f"{offer.seq} again, with other bytes" if offer.seq == state.seq else offer.seq, "an old release was signed anew: the publisher signs one with a higher seq")
+            raise UpdateError(
+                f"release of group {self.group}",
+                f"a seq above {state.seq}",
+                f"{offer.seq} again, with other bytes" if offer.seq == state.seq else offer.seq,
+                "an old release was signed anew: the publisher signs one with a higher seq",
+            )
         if (refusal := state.refusal(offer.sha256)) is not None:
             self._save_time(state)
-            raise PayloadError(f"release seq {offer.seq}", "a payload that passes its checks", refusal.reason, "the publisher repairs it and publishes again")
+            raise PayloadError(
+                f"release seq {offer.seq}",
+                "a payload that passes its checks",
+                refusal.reason,
+                "the publisher repairs it and publishes again",
+            )
         serving = state.active
-        if offer.seq == state.seq and (state.declined == offer.sha256 or (serving is not None and serving.sha256 == offer.sha256)):
+        if offer.seq == state.seq and (
+            state.declined == offer.sha256 or (serving is not None and serving.sha256 == offer.sha256)
+        ):
             self._save_time(state)
             self.store.clean(state.named)
             declined = serving is None or serving.sha256 != offer.sha256
@@ -167,11 +186,26 @@ class Updater:
     def _check_offer(self, offer: Offer) -> None:
         where = f"release seq {offer.seq}"
         if self.manifest.base_id not in offer.base_ids:
-            raise UpdateError(where, f"base {self.manifest.base_id[:16]}", ", ".join(b[:16] for b in offer.base_ids), "publish a payload for this base")
+            raise UpdateError(
+                where,
+                f"base {self.manifest.base_id[:16]}",
+                ", ".join(b[:16] for b in offer.base_ids),
+                "publish a payload for this base",
+            )
         if version_key(offer.min_version) > version_key(__version__):
-            raise UpdateError(where, f"at most lrcompress {__version__}", f"one that needs {offer.min_version}", "update lrcompress on this device")
+            raise UpdateError(
+                where,
+                f"at most lrcompress {__version__}",
+                f"one that needs {offer.min_version}",
+                "update lrcompress on this device",
+            )
         if not 0 < offer.length <= self.limits.max_payload_bytes:
-            raise UpdateError(where, f"at most {int(self.limits.max_payload_bytes)} bytes, as device.json says", offer.length, "publish a smaller payload")
+            raise UpdateError(
+                where,
+                f"at most {int(self.limits.max_payload_bytes)} bytes, as device.json says",
+                offer.length,
+                "publish a smaller payload",
+            )
 
     def _stage(self, offer: Offer) -> None:
         """Have the offered payload in the store, durably, whatever was there before."""
@@ -182,7 +216,9 @@ class Updater:
         for left in (1, 0):
             self.store.need_room(offer.sha256, offer.length)
             self.log.write(self.clock(), "download", seq=offer.seq, sha256=offer.sha256, bytes=offer.length)
-            resumed = fetch(self.transport, offer.path, length=offer.length, part=part, disk=self.disk, sleep=self.sleep)
+            resumed = fetch(
+                self.transport, offer.path, length=offer.length, part=part, disk=self.disk, sleep=self.sleep
+            )
             try:
                 self.store.adopt(offer.sha256)
                 return
@@ -196,7 +232,9 @@ class Updater:
         if pending.retry_at is not None:
             wait = datetime.fromisoformat(pending.retry_at) - now
             if timedelta(0) < wait <= MAX_BACKOFF:  # a wait beyond the longest means that the clock was set back
-                return Outcome("pending", f"no verdict in {pending.trials} trials; the next one is due {pending.retry_at}")
+                return Outcome(
+                    "pending", f"no verdict in {pending.trials} trials; the next one is due {pending.retry_at}"
+                )
         elif pending.trials and pending.trials % TRIALS == 0:
             due = now + min(MAX_BACKOFF, BACKOFF * 2 ** min(10, pending.trials // TRIALS - 1))
             waiting = replace(pending, retry_at=due.isoformat(timespec="seconds"))
@@ -208,7 +246,12 @@ class Updater:
         self.log.write(now, "trial", seq=pending.seq, sha256=pending.sha256, trials=pending.trials)
         data = self.store.read(pending.sha256)
         if data is None:
-            raise HostError(self.store.path(pending.sha256), "the payload that was just verified", "other bytes", "check this device's storage")
+            raise HostError(
+                self.store.path(pending.sha256),
+                "the payload that was just verified",
+                "other bytes",
+                "check this device's storage",
+            )
         try:
             prepared = check(data, self.session, self.golden, self.limits)
         except PayloadError as e:
@@ -216,7 +259,12 @@ class Updater:
             self.store.clean(state.named)
             raise
         except (MemoryError, OSError) as e:
-            raise HostError("trial", "memory and disk for one more payload", str(e) or "out of memory", "free some; it is tried again") from e
+            raise HostError(
+                "trial",
+                "memory and disk for one more payload",
+                str(e) or "out of memory",
+                "free some; it is tried again",
+            ) from e
         self._commit(state, pending)
         return Outcome("rolled_back" if pending.rollback_of is not None else "updated", activate=prepared)
 

@@ -136,6 +136,7 @@ def write_compressed(
     digest = tensors_digest(tensors, layers)
     # One entry only: the order of several in the header is not fixed, and equal tensors must give equal bytes.
     save_file({k: tensors[k] for k in sorted(tensors)}, stage / TENSORS, metadata={"format": "pt"})
+    (stage / TENSORS).chmod(0o644)  # safetensors makes it private
     source = None if opened.path is None else os.path.relpath(opened.path.resolve(), dest.resolve())
     spec = {
         "schema": SCHEMA,

@@ -246,7 +246,7 @@ def read_plan(path: Path, layers: Sequence[Layer]) -> list[Choice]:
 def _planned(where: str, entry: Any, known: Mapping[str, Layer]) -> Choice:
     if not isinstance(entry, dict) or not {"name", "form"} <= set(entry):
         raise PlanError(where, "an object with name, form and rank", entry)
-    layer = known.get(entry["name"])
+    layer = known.get(str(entry["name"]))
     if layer is None:
         raise PlanError(where, f"a layer of this model ({', '.join(list(known)[:4])}, …)", entry["name"], "a plan belongs to one model")
     if entry["form"] == "dense":

@@ -1,7 +1,7 @@
 """The publisher: keys, a TUF repository of static files, releases. Never imports the device side, nor it this.
 
-    init_repository("repo", "exported", "keys", passphrase=p)
-    add("repo", "adapters/first", group="default", passphrase=p)
+init_repository("repo", "exported", "keys", passphrase=p)
+add("repo", "adapters/first", group="default", passphrase=p)
 """
 
 from __future__ import annotations

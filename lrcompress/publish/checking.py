@@ -56,7 +56,12 @@ def verify(repo: str | Path) -> dict[str, Any]:
                 updater.download_target(info)
                 groups.append({"group": group, "seq": (info.custom or {}).get("seq"), "bytes": info.length})
         except (RepositoryError, DownloadError, OSError, ValueError) as e:
-            raise UpdateError(repository.folder, "a repository that a client accepts", f"{type(e).__name__}: {e}", "see 'lrcompress publish refresh'") from e
+            raise UpdateError(
+                repository.folder,
+                "a repository that a client accepts",
+                f"{type(e).__name__}: {e}",
+                "see 'lrcompress publish refresh'",
+            ) from e
     roles = ["root", "targets", "snapshot", "timestamp", *repository.groups()]
     expires = {role: repository.read(role).signed.expires for role in roles}
     soonest = min(expires, key=lambda r: expires[r])

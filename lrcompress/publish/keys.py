@@ -26,7 +26,9 @@ class KeyStore:
 
     def __init__(self, folder: Path, passphrase: str) -> None:
         if not passphrase:
-            raise CommandError("signing keys", "a passphrase", "an empty one", f"set {PASSPHRASE}, or type one at the prompt")
+            raise CommandError(
+                "signing keys", "a passphrase", "an empty one", f"set {PASSPHRASE}, or type one at the prompt"
+            )
         self.folder, self._passphrase = folder, passphrase.encode()
 
     def path(self, role: str) -> Path:
@@ -35,11 +37,15 @@ class KeyStore:
     def create(self, role: str) -> CryptoSigner:
         """Make and store a new key; raise `HostError` rather than replace one."""
         if self.path(role).exists():
-            raise HostError(self.path(role), "no key of that name", "one is there", "keys are never overwritten: move it away")
+            raise HostError(
+                self.path(role), "no key of that name", "one is there", "keys are never overwritten: move it away"
+            )
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         key = Ed25519PrivateKey.generate()
         data = key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.BestAvailableEncryption(self._passphrase)
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.BestAvailableEncryption(self._passphrase),
         )
         write_atomic(self.path(role), data, mode=0o600)
         return CryptoSigner(key)
@@ -56,7 +62,9 @@ class KeyStore:
         try:
             key = serialization.load_pem_private_key(data, self._passphrase)
         except (ValueError, TypeError) as e:
-            raise UpdateError(path, "the passphrase of this key", "another one, or a damaged file", f"check {PASSPHRASE}") from e
+            raise UpdateError(
+                path, "the passphrase of this key", "another one, or a damaged file", f"check {PASSPHRASE}"
+            ) from e
         if not isinstance(key, Ed25519PrivateKey):
             raise UpdateError(path, "an ed25519 key", type(key).__name__)
         return CryptoSigner(key)

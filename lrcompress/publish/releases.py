@@ -1,7 +1,7 @@
 """Releases: an adapter or payload goes in, a signed record comes out; a rollback is a new record for old bytes.
 
-    add(repo, "adapters/first", group="default", passphrase=p)
-    rollback(repo, 1, group="default", passphrase=p)
+add(repo, "adapters/first", group="default", passphrase=p)
+rollback(repo, 1, group="default", passphrase=p)
 """
 
 from __future__ import annotations
@@ -29,12 +29,19 @@ ENCODING_TOLERANCE = 1e-2
 ENCODINGS = ("int8", "f16", "f32")
 
 
-def init_repository(repo: str | Path, exported: str | Path, keys: str | Path | None = None, *, passphrase: str) -> dict[str, Any]:
+def init_repository(
+    repo: str | Path, exported: str | Path, keys: str | Path | None = None, *, passphrase: str
+) -> dict[str, Any]:
     """Make a repository for an exported model; keys go to `keys` (default REPO.keys beside it)."""
     folder = Path(repo)
     place = Path(keys) if keys is not None else folder.parent / f"{folder.name}.keys"
     found = create(folder, Path(exported), place, passphrase=passphrase)
-    return {"repository": str(folder), "model": found.model, "root": str(folder / "metadata" / "1.root.json"), "keys": str(place)}
+    return {
+        "repository": str(folder),
+        "model": found.model,
+        "root": str(folder / "metadata" / "1.root.json"),
+        "keys": str(place),
+    }
 
 
 def add(
@@ -52,12 +59,16 @@ def add(
     with repository.locked():
         manifest = Manifest.load(repository.exported)
         if manifest.model != repository.model:
-            raise PayloadError(repository.exported, f"the model {repository.model}", manifest.model, "this repository serves one model")
+            raise PayloadError(
+                repository.exported, f"the model {repository.model}", manifest.model, "this repository serves one model"
+            )
         kind, tensors = _tensors(Path(source), manifest)
         data, chosen, sizes = _smallest(repository.exported, manifest, kind, tensors, encoding)
         limit = load_limits(repository.exported)["max_payload_bytes"]
         if len(data) > limit:
-            raise PayloadError(source, f"at most {int(limit)} bytes, as device.json says", len(data), "use a smaller rank or encoding")
+            raise PayloadError(
+                source, f"at most {int(limit)} bytes, as device.json says", len(data), "use a smaller rank or encoding"
+            )
         before = repository.latest(group)
         custom = _record(manifest, sha256_bytes(data), 1 if before is None else before.seq + 1, kind, chosen)
         target = TargetFile(len(data), {"sha256": custom["sha256"]}, repository.target_path(group))
@@ -75,13 +86,29 @@ def rollback(repo: str | Path, to_seq: int, *, group: str = "default", passphras
         current = max(history.values(), key=lambda r: r.seq)
         old = history.get(to_seq)
         if old is None:
-            raise CommandError("lrcompress publish rollback --to", f"a seq of group {group}: {', '.join(map(str, sorted(history)))}", to_seq)
+            raise CommandError(
+                "lrcompress publish rollback --to",
+                f"a seq of group {group}: {', '.join(map(str, sorted(history)))}",
+                to_seq,
+            )
         if old.custom["sha256"] == current.custom["sha256"]:
-            raise CommandError("lrcompress publish rollback --to", "a release other than what is served", f"seq {to_seq}, which is the same payload")
+            raise CommandError(
+                "lrcompress publish rollback --to",
+                "a release other than what is served",
+                f"seq {to_seq}, which is the same payload",
+            )
         file = repository.payload_file(group, old.custom["sha256"])
         if not file.is_file() or sha256_file(file) != old.custom["sha256"]:
-            raise PayloadError(file, "the payload of that release", "it is gone or changed", "publish it again with 'add'")
-        custom = {**old.custom, "seq": current.seq + 1, "rollback_of": current.seq, "issued": now().isoformat(), "min_version": __version__}
+            raise PayloadError(
+                file, "the payload of that release", "it is gone or changed", "publish it again with 'add'"
+            )
+        custom = {
+            **old.custom,
+            "seq": current.seq + 1,
+            "rollback_of": current.seq,
+            "issued": now().isoformat(),
+            "min_version": __version__,
+        }
         target = TargetFile(old.target.length, dict(old.target.hashes), repository.target_path(group))
         repository.publish(keys, group, None, target, custom)
         return _report(repository, group, custom, old.target.length)
@@ -101,7 +128,13 @@ def status(repo: str | Path) -> dict[str, Any]:
     groups = []
     for group in repository.groups():
         history = repository.history(group)
-        releases = [{**{k: r.custom.get(k) for k in ("seq", "sha256", "kind", "encoding", "issued", "rollback_of")}, "bytes": r.target.length} for r in history]
+        releases = [
+            {
+                **{k: r.custom.get(k) for k in ("seq", "sha256", "kind", "encoding", "issued", "rollback_of")},
+                "bytes": r.target.length,
+            }
+            for r in history
+        ]
         groups.append({"group": group, "seq": history[-1].seq, "releases": releases})
     roles = ["root", "targets", "snapshot", "timestamp", *repository.groups()]
     expires = {role: repository.read(role).signed.expires.isoformat() for role in roles}
@@ -160,13 +193,20 @@ def _smallest(
         bare = payloads.build(tensors, manifest=manifest, kind=kind, encoding=name)
         outputs = answers(bare)
         budget = max(1024, len(bare) // 10)
-        data = payloads.build(tensors, manifest=manifest, kind=kind, encoding=name, golden=project(outputs, budget // 2))
+        data = payloads.build(
+            tensors, manifest=manifest, kind=kind, encoding=name, golden=project(outputs, budget // 2)
+        )
         sizes[name] = len(data)
         faithful = compare(reference, outputs, ENCODING_TOLERANCE).passed
         if best is None and (faithful or name == "f32"):
             best = data, name
         elif encoding == name and not faithful:
-            raise PayloadError(f"--encoding {name}", f"golden outputs within {ENCODING_TOLERANCE:.0%} of the f32 payload's", "further away", "use f16 or auto")
+            raise PayloadError(
+                f"--encoding {name}",
+                f"golden outputs within {ENCODING_TOLERANCE:.0%} of the f32 payload's",
+                "further away",
+                "use f16 or auto",
+            )
     assert best is not None
     return (*best, sizes)
 

@@ -20,10 +20,20 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from tuf.api.exceptions import DownloadHTTPError, RepositoryError
+from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import (
-    DelegatedRole, Delegations, Metadata, MetaFile, Role, Root, Signed, Snapshot, TargetFile, Targets, Timestamp,
-)  # fmt: skip
+    DelegatedRole,
+    Delegations,
+    Metadata,
+    MetaFile,
+    Role,
+    Root,
+    Signed,
+    Snapshot,
+    TargetFile,
+    Targets,
+    Timestamp,
+)
 from tuf.api.serialization.json import JSONSerializer
 
 from ..errors import CommandError, DeviceStateError, UpdateError
@@ -33,7 +43,13 @@ from .keys import ROLES, KeyStore
 
 MAKER = "lrcompress publish"
 CONFIG = "publisher.json"
-EXPIRY = {"root": timedelta(days=365), "targets": timedelta(days=180), "group": timedelta(days=180), "snapshot": timedelta(days=180), "timestamp": timedelta(days=14)}
+EXPIRY = {
+    "root": timedelta(days=365),
+    "targets": timedelta(days=180),
+    "group": timedelta(days=180),
+    "snapshot": timedelta(days=180),
+    "timestamp": timedelta(days=14),
+}
 TARGET = "payload.safetensors"
 _SERIALIZER = JSONSerializer(compact=True)
 
@@ -67,7 +83,9 @@ class Repository:
             self.keys_folder = (folder / config["keys"]).resolve()
             self.exported = (folder / config["exported"]).resolve()
         except (OSError, ValueError, KeyError, TypeError) as e:
-            raise CommandError(folder, "a repository made by 'lrcompress publish init'", type(e).__name__, "make one first") from e
+            raise CommandError(
+                folder, "a repository made by 'lrcompress publish init'", type(e).__name__, "make one first"
+            ) from e
 
     @property
     def metadata(self) -> Path:
@@ -80,7 +98,9 @@ class Repository:
             try:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as e:
-                raise DeviceStateError(self.folder, "one publisher at a time", "another one is at work", "try again when it is done") from e
+                raise DeviceStateError(
+                    self.folder, "one publisher at a time", "another one is at work", "try again when it is done"
+                ) from e
             yield
 
     # reading ------------------------------------------------------------------------------------------------------
@@ -91,7 +111,9 @@ class Repository:
         try:
             return Metadata.from_file(str(self.metadata / name))
         except (OSError, RepositoryError, ValueError) as e:
-            raise UpdateError(self.metadata / name, f"the {role} metadata", str(e), "restore the repository from a copy") from e
+            raise UpdateError(
+                self.metadata / name, f"the {role} metadata", str(e), "restore the repository from a copy"
+            ) from e
 
     def version(self, role: str) -> int:
         """Return the version of a role that the current timestamp leads to."""
@@ -103,7 +125,9 @@ class Repository:
             return int(self.read("timestamp").signed.snapshot_meta.version)
         meta = self.read("snapshot").signed.meta
         if f"{role}.json" not in meta:
-            raise CommandError(self.folder, f"a group that has a release ({', '.join(self.groups()) or 'none yet'})", role)
+            raise CommandError(
+                self.folder, f"a group that has a release ({', '.join(self.groups()) or 'none yet'})", role
+            )
         return int(meta[f"{role}.json"].version)
 
     def groups(self) -> list[str]:
@@ -135,9 +159,16 @@ class Repository:
 
     # writing ------------------------------------------------------------------------------------------------------
 
-    def publish(self, keys: KeyStore, group: str, data: bytes | None, target: TargetFile, custom: dict[str, Any]) -> None:
+    def publish(
+        self, keys: KeyStore, group: str, data: bytes | None, target: TargetFile, custom: dict[str, Any]
+    ) -> None:
         """Sign a release of `group` and everything above it; `data` None re-uses a payload that is there."""
         check_group(group)
+        known = group in self.groups()
+        for role in ("snapshot", "timestamp", group if known else "targets"):
+            keys.load(
+                role
+            )  # a lost key or a wrong passphrase shows before anything is written, or a new key is made with it
         sha = target.hashes["sha256"]
         if data is not None:
             file = self.payload_file(group, sha)
@@ -145,7 +176,7 @@ class Repository:
             write_atomic(file, data)
         target.unrecognized_fields["custom"] = custom
         snapshot = self.read("snapshot").signed
-        if group in self.groups():
+        if known:
             signed = self.read(group).signed
             signed.version += 1
         else:
@@ -184,7 +215,7 @@ class Repository:
 
     def _write(self, keys: KeyStore, role: str, signed: Signed, lifetime: str) -> None:
         signed.expires = now() + EXPIRY[lifetime]
-        metadata = Metadata(signed)
+        metadata: Metadata[Any] = Metadata(signed)
         metadata.sign(keys.load(role))
         name = "timestamp.json" if role == "timestamp" else f"{signed.version}.{role}.json"
         write_atomic(self.metadata / name, metadata.to_bytes(_SERIALIZER))
@@ -199,10 +230,20 @@ def create(folder: Path, exported: Path, keys: Path, *, passphrase: str) -> Repo
     """Make a repository for the model in `exported`. Raises `CommandError` where something stands in the way."""
     manifest = Manifest.load(exported)
     if keys.resolve().is_relative_to(folder.resolve()):
-        raise CommandError("lrcompress publish init --keys", "a folder outside the repository", keys, "whoever serves REPO would serve the keys")
+        raise CommandError(
+            "lrcompress publish init --keys",
+            "a folder outside the repository",
+            keys,
+            "whoever serves REPO would serve the keys",
+        )
     for place, what in ((folder, "repository"), (keys, "key")):
         if place.exists() and (not place.is_dir() or any(place.iterdir())):
-            raise CommandError(place, f"a new or empty {what} folder", "something is there", "choose another place; keys and history are never replaced")
+            raise CommandError(
+                place,
+                f"a new or empty {what} folder",
+                "something is there",
+                "choose another place; keys and history are never replaced",
+            )
     store = KeyStore(keys, passphrase)
     (folder / "metadata").mkdir(parents=True)
     (folder / "targets").mkdir()
@@ -212,17 +253,22 @@ def create(folder: Path, exported: Path, keys: Path, *, passphrase: str) -> Repo
         root.add_key(signer.public_key, role)
         root.roles[role] = Role([signer.public_key.keyid], 1)
     snapshot = Snapshot()
-    signed: list[tuple[str, Signed]] = [("root", root), ("targets", Targets()), ("snapshot", snapshot), ("timestamp", Timestamp())]
+    signed: list[tuple[str, Signed]] = [
+        ("root", root),
+        ("targets", Targets()),
+        ("snapshot", snapshot),
+        ("timestamp", Timestamp()),
+    ]
     signed[-1][1].unrecognized_fields["issued"] = now().isoformat()
     for role, value in signed:
         value.expires = now() + EXPIRY[role]
-        metadata = Metadata(value)
+        metadata: Metadata[Any] = Metadata(value)
         metadata.sign(signers[role])
         name = "timestamp.json" if role == "timestamp" else f"1.{role}.json"
         write_atomic(folder / "metadata" / name, metadata.to_bytes(_SERIALIZER))
-    relative = {"keys": os.path.relpath(keys.resolve(), folder.resolve()), "exported": os.path.relpath(exported.resolve(), folder.resolve())}
+    relative = {
+        "keys": os.path.relpath(keys.resolve(), folder.resolve()),
+        "exported": os.path.relpath(exported.resolve(), folder.resolve()),
+    }
     write_json(folder / CONFIG, {"schema": 1, "made_by": MAKER, "model": manifest.model, **relative})
     return Repository(folder)
-
-
-__all__ = ["DownloadHTTPError", "Release", "Repository", "check_group", "create", "now"]

@@ -124,7 +124,11 @@ def test_a_lost_metadata_folder_does_not_let_an_old_release_in(fleet):
 def test_a_flipped_signature_is_refused(fleet, name):
     fleet.add("first")
     folder = fleet.repo / "metadata"
-    path = folder / name if name.endswith(".json") else max(folder.glob(f"*.{name}.json"), key=lambda p: int(p.name.split(".")[0]))
+    path = (
+        folder / name
+        if name.endswith(".json")
+        else max(folder.glob(f"*.{name}.json"), key=lambda p: int(p.name.split(".")[0]))
+    )
     value = json.loads(path.read_bytes())
     value["signed"]["expires"] = "2099-01-01T00:00:00Z"
     path.write_text(json.dumps(value))
@@ -175,7 +179,9 @@ def test_a_clock_in_the_past_is_refused(fleet, hours):
 
 
 @pytest.mark.parametrize("name", ["timestamp.json", "1.root.json"])
-@pytest.mark.parametrize("data", [b"", b"{}", b"[" * 5000, b"\xff" * 100, b'{"signed": {"_type": "root"}, "signatures": []}'])
+@pytest.mark.parametrize(
+    "data", [b"", b"{}", b"[" * 5000, b"\xff" * 100, b'{"signed": {"_type": "root"}, "signatures": []}']
+)
 def test_rubbish_for_metadata_is_refused(fleet, name, data):
     (fleet.repo / "metadata" / ("timestamp.json" if name == "timestamp.json" else "2.root.json")).write_bytes(data)
     d = fleet.device().update()
@@ -257,7 +263,19 @@ def without_golden(data):
     return joined(header, body[:start] + body[end:])
 
 
-@pytest.mark.parametrize("change", [with_nan, other_base, other_slots, without_golden, lambda d: d[:-4], lambda d: d + b"0000", lambda d: b"", lambda d: b"\xff" * 64])
+@pytest.mark.parametrize(
+    "change",
+    [
+        with_nan,
+        other_base,
+        other_slots,
+        without_golden,
+        lambda d: d[:-4],
+        lambda d: d + b"0000",
+        lambda d: b"",
+        lambda d: b"\xff" * 64,
+    ],
+)
 def test_a_signed_payload_that_breaks_a_rule_is_refused_for_good(fleet, change):
     release(fleet, change(GOOD()) or b"\0", seq=2)
     d = refused(fleet, "payload", final=True)

@@ -278,7 +278,16 @@ def test_the_command_line_from_init_to_rollback(tmp_path, capsys, monkeypatch):
     assert code == 0 and d["serving"]["kind"] == "factory"
     code, d = call(capsys, "device", "status", device)
     assert code == 0
-    assert {"serving", "previous", "pending", "refused", "base_id", "seq", "last_trusted_time", "free_bytes"} <= d.keys()
+    assert {
+        "serving",
+        "previous",
+        "pending",
+        "refused",
+        "base_id",
+        "seq",
+        "last_trusted_time",
+        "free_bytes",
+    } <= d.keys()
     for command in (["status"], ["update"], ["validate"]):
         assert run(["device", *command, str(device)]) == 0
     assert "the factory's model" in capsys.readouterr().out
@@ -290,7 +299,9 @@ def test_inputs_that_do_not_fit_are_named(fleet, tmp_path, capsys):
     np.savez(tmp_path / "shape.npz", x=X[:2, :, :4])
     np.savez(tmp_path / "dtype.npz", x=X[:2].astype(np.float64))
     for name in ("wrong", "text", "shape", "dtype", "missing"):
-        code, d = call(capsys, "device", "infer", fleet.at, "--input", tmp_path / f"{name}.npz", "--output", tmp_path / "y.npz")
+        code, d = call(
+            capsys, "device", "infer", fleet.at, "--input", tmp_path / f"{name}.npz", "--output", tmp_path / "y.npz"
+        )
         assert (code, d["error"]["kind"]) == (9, "data"), name
     assert not (tmp_path / "y.npz").exists()
     with pytest.raises(DataError):
@@ -306,7 +317,9 @@ def test_a_folder_that_is_no_device_is_named(tmp_path, capsys):
 # state ----------------------------------------------------------------------------------------------------------------
 
 SHA = sha256_bytes(b"a")
-FULL = State(3, 7, SHA, Entry(SHA, 7), Entry(sha256_bytes(b"b"), 6), Pending(sha256_bytes(b"c"), 8, 1), None).refuse(sha256_bytes(b"d"), 5, "why")
+FULL = State(3, 7, SHA, Entry(SHA, 7), Entry(sha256_bytes(b"b"), 6), Pending(sha256_bytes(b"c"), 8, 1), None).refuse(
+    sha256_bytes(b"d"), 5, "why"
+)
 
 
 def test_a_state_reads_back_and_any_flipped_byte_is_noticed():
@@ -379,14 +392,26 @@ class Link(http.server.BaseHTTPRequestHandler):
 
 
 def link(script, content=None):
-    return type("L", (Link,), {"script": list(script), "sent": 0, "asked": [], **({} if content is None else {"content": content})})
+    return type(
+        "L",
+        (Link,),
+        {"script": list(script), "sent": 0, "asked": [], **({} if content is None else {"content": content})},
+    )
 
 
 def get(tmp_path, handler, **options):
     part = tmp_path / "p.part"
     with served(tmp_path, handler) as url:
         try:
-            return fetch(HttpTransport(url), "targets/a", length=len(handler.content), part=part, disk=Disk(), sleep=lambda s: None, **options)
+            return fetch(
+                HttpTransport(url),
+                "targets/a",
+                length=len(handler.content),
+                part=part,
+                disk=Disk(),
+                sleep=lambda s: None,
+                **options,
+            )
         finally:
             handler.got = part.read_bytes() if part.exists() else b""
 
@@ -399,7 +424,18 @@ def test_twenty_cuts_cost_less_than_a_twentieth(tmp_path):
     assert sum(a is not None for a in handler.asked) == 20
 
 
-@pytest.mark.parametrize("script", [["no-range"], ["cut 5000", "no-range"], [503, 503], ["cut 5000", "wrong-offset"], ["cut 5000", "no-content-range"], ["cut 5000", 416], [429]])
+@pytest.mark.parametrize(
+    "script",
+    [
+        ["no-range"],
+        ["cut 5000", "no-range"],
+        [503, 503],
+        ["cut 5000", "wrong-offset"],
+        ["cut 5000", "no-content-range"],
+        ["cut 5000", 416],
+        [429],
+    ],
+)
 def test_bad_answers_are_survived(tmp_path, script):
     handler = link(script)
     get(tmp_path, handler)

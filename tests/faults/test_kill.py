@@ -184,7 +184,11 @@ def test_a_disk_that_refuses_any_write_is_told_and_survived(world, tmp_path, num
 
 
 def test_rot_in_any_file_is_noticed_or_harmless(world, tmp_path):
-    files = sorted(p.relative_to(world.folder / "at2") for p in (world.folder / "at2").rglob("*") if p.is_file() and not p.is_symlink())
+    files = sorted(
+        p.relative_to(world.folder / "at2")
+        for p in (world.folder / "at2").rglob("*")
+        if p.is_file() and not p.is_symlink()
+    )
     assert len(files) > 12
     for name in files:
         at = copy(world, tmp_path)
@@ -247,7 +251,9 @@ def test_a_bad_payload_is_refused_wherever_it_is_stopped(tmp_path):
 
 def test_killed_for_real_at_random_times(world, tmp_path):
     """SIGKILL, a real process, a real session."""
-    code = "import sys; from lrcompress.edge import Device; d = Device(sys.argv[1]); print('up', flush=True); d.update()"
+    code = (
+        "import sys; from lrcompress.edge import Device; d = Device(sys.argv[1]); print('up', flush=True); d.update()"
+    )
     rng, killed = random.Random(1), 0
     at = copy(world, tmp_path)
     for _ in range(12):
@@ -280,7 +286,9 @@ def test_a_publisher_that_is_stopped_leaves_a_repository_that_clients_accept(tmp
         with pytest.raises(Stop):
             publish.add(fleet.repo, made() / "adapters" / "second", passphrase=PASSPHRASE)
         monkeypatch.undo()
-        assert publish.verify(fleet.repo)["groups"] == [{"group": "default", "seq": 1, "bytes": publish.verify(fleet.repo)["groups"][0]["bytes"]}]
+        assert publish.verify(fleet.repo)["groups"] == [
+            {"group": "default", "seq": 1, "bytes": publish.verify(fleet.repo)["groups"][0]["bytes"]}
+        ]
         assert fleet.device().update()["to_seq"] == 1
     assert fleet.add("second")["seq"] == 2
     assert fleet.device().update()["to_seq"] == 2

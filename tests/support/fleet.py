@@ -41,7 +41,9 @@ def made() -> Path:
     """Return a folder with compressed/, adapters/{first,second,loha} and exported/; nobody may change it."""
     folder = Path(tempfile.mkdtemp(prefix="lrcompress-fleet-"))
     torch.save(small().state_dict(), folder / "model.pt")
-    lrcompress.factorize(folder / "model.pt", rank=6, arch="tests.support.nets:small", inputs=SPEC, output=folder / "compressed")
+    lrcompress.factorize(
+        folder / "model.pt", rank=6, arch="tests.support.nets:small", inputs=SPEC, output=folder / "compressed"
+    )
     found = load_compressed(folder / "compressed")
     for seed, (name, kind) in enumerate((("first", "lora"), ("second", "lora"), ("loha", "loha"))):
         generator, adapters = torch.Generator().manual_seed(seed), {}
@@ -93,7 +95,9 @@ def served(folder: Path, handler: type[http.server.BaseHTTPRequestHandler] | Non
         server.server_close()
 
 
-def release(fleet: Fleet, data: bytes, *, seq: int, group: str = "default", length: int | None = None, **custom: object) -> dict:
+def release(
+    fleet: Fleet, data: bytes, *, seq: int, group: str = "default", length: int | None = None, **custom: object
+) -> dict:
     """Sign `data` as a publisher that checks nothing would; `custom` replaces fields of the record (None removes one)."""
     repository = Repository(fleet.repo)
     keys = KeyStore(repository.keys_folder, PASSPHRASE)
