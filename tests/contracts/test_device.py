@@ -369,7 +369,7 @@ class Link(http.server.BaseHTTPRequestHandler):
         asked = self.headers.get("Range")
         cls.asked.append(asked)
         start = int(asked[6:-1]) if asked and step != "no-range" else 0
-        body = cls.content[start:]
+        body = cls.content[start + (step == "wrong-offset") :]
         if isinstance(step, int):
             self.send_response(step)
             self.send_header("Content-Length", "0")
@@ -455,6 +455,13 @@ def test_giving_up_is_an_answer_and_keeps_what_arrived(tmp_path):
     with pytest.raises(DownloadError, match="goes on from there"):
         get(tmp_path, handler)
     assert handler.got == handler.content[:7000] and len(handler.asked) < 10
+
+
+def test_a_part_that_is_longer_than_the_file_is_thrown_away(tmp_path):
+    handler = link([])
+    (tmp_path / "p.part").write_bytes(b"x" * (len(handler.content) + 1))
+    get(tmp_path, handler)
+    assert handler.got == handler.content
 
 
 def test_a_file_of_another_size_is_refused_before_it_is_read(tmp_path):

@@ -218,7 +218,11 @@ def test_both_state_copies_destroyed_serves_the_factory_and_deletes_nothing(worl
     stored = set((at / "store").iterdir())
     assert serving(world, at) == 0
     assert not opened(at).status()["state_readable"]
+    config = (at / "config.json").read_text()
+    (at / "config.json").write_text(config.replace(str(world.repo), str(world.repo) + "-gone"))
+    assert opened(at).update()["error"]["code"] == 8
     assert set((at / "store").iterdir()) == stored
+    (at / "config.json").write_text(config)
     converges(world, at)
 
 
