@@ -21,15 +21,16 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .api import export, factorize, load, recover, run, to_dense, validate
+    from .api import export, factorize, load, recover, to_dense, validate
+    from .pipeline import run
 
 # Equal input must give equal bytes: without this, MKL's results depend on where in memory a matrix lies.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 #: Verbs whose name is also a subpackage or module: `lrcompress.factorize(…)` and `lrcompress.factorize.svd` both work.
 _VERBS = ("export", "factorize", "recover", "validate")
-#: Functions that live in `lrcompress.api` only.
-_FUNCTIONS = ("load", "run", "to_dense")
+#: Other functions -> the module that has them.
+_FUNCTIONS = {"load": "api", "run": "pipeline", "to_dense": "api"}
 
 __all__ = ["__version__", "export", "factorize", "load", "recover", "run", "to_dense", "validate"]
 
@@ -52,7 +53,7 @@ def __getattr__(name: str) -> Any:
     if name in _VERBS:
         return importlib.import_module(f"lrcompress.{name}")
     if name in _FUNCTIONS:
-        return getattr(importlib.import_module("lrcompress.api"), name)
+        return getattr(importlib.import_module(f"lrcompress.{_FUNCTIONS[name]}"), name)
     raise AttributeError(f"module 'lrcompress' has no attribute {name!r}")
 
 

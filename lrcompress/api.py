@@ -16,8 +16,6 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .progress import Progress
-
 if TYPE_CHECKING:
     from torch import nn
 
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Compressed", "ExportResult", "FactorizeResult", "RecoverResult", "ValidateResult",
-    "export", "factorize", "load", "recover", "run", "to_dense", "validate",
+    "export", "factorize", "load", "recover", "to_dense", "validate",
 ]  # fmt: skip
 
 #: Name -> module that defines it: a verb loads what it needs when it is first named.
@@ -54,10 +52,3 @@ def load(folder: str | Path) -> nn.Module:
     from .model.checkpoint import load_compressed
 
     return load_compressed(Path(folder)).need_module("load")
-
-
-def run(recipe: str | Path, *, run_dir: str | Path | None = None, progress: Progress | None = None) -> dict[str, Any]:
-    """Run a recipe, by path or by the name of one that ships with the package; return its report."""
-    from .pipeline import run as run_pipeline
-
-    return run_pipeline(recipe, run_dir=run_dir, progress=progress)

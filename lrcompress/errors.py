@@ -16,8 +16,11 @@ class LrcompressError(Exception):
 
     exit_code = 1
     kind = "bug"
+    #: What to do, where the one who raises knows nothing better.
+    usual_remedy = ""
 
     def __init__(self, where: object, expected: str, got: object = "", remedy: str = "") -> None:
+        remedy = remedy or self.usual_remedy
         self.where, self.expected, self.got, self.remedy = _one_line(where), expected, _one_line(got), remedy
         text = f"{self.where}: expected {expected}"
         if self.got:
@@ -49,36 +52,42 @@ class CommandError(LrcompressError):
     """The command line is wrong (the caller must act)."""
 
     exit_code, kind = 2, "usage"
+    usual_remedy = "see --help"
 
 
 class RecipeError(LrcompressError):
     """A recipe is wrong (its author must act)."""
 
     exit_code, kind = 3, "recipe"
+    usual_remedy = "correct the recipe"
 
 
 class PlanError(LrcompressError):
     """A plan file is wrong, or does not belong to the model."""
 
     exit_code, kind = 3, "plan"
+    usual_remedy = "correct the plan"
 
 
 class ProfileError(LrcompressError):
     """A device profile is wrong."""
 
     exit_code, kind = 3, "device_profile"
+    usual_remedy = "correct the profile"
 
 
 class ModelError(LrcompressError):
     """A model file, its architecture or one of its layers cannot be used."""
 
     exit_code, kind = 4, "model"
+    usual_remedy = "check the model, or give another"
 
 
 class ParityError(LrcompressError):
     """Outputs or accuracy are beyond what was promised; `report` says by how much."""
 
     exit_code, kind = 5, "parity"
+    usual_remedy = "export it again, or compress it less"
 
     def __init__(
         self, where: object, expected: str, got: object = "", remedy: str = "", *, report: dict[str, object] | None = None
@@ -91,6 +100,7 @@ class TrustError(LrcompressError):
     """Something signed, hashed or declared does not hold: it must not be used."""
 
     exit_code, kind = 6, "trust"
+    usual_remedy = "do not use it; get it again from where it was made"
 
 
 class ManifestError(TrustError):
@@ -115,30 +125,35 @@ class DeviceStateError(LrcompressError):
     """The state directory of a device is damaged, missing or somebody else's."""
 
     exit_code, kind = 7, "device_state"
+    usual_remedy = "see 'lrcompress device status'"
 
 
 class DownloadError(LrcompressError):
     """Bytes did not arrive: retry later."""
 
     exit_code, kind = 8, "download"
+    usual_remedy = "try again later"
 
 
 class DataError(LrcompressError):
     """Calibration, training or test data do not fit the model."""
 
     exit_code, kind = 9, "data"
+    usual_remedy = "check the data"
 
 
 class HostError(LrcompressError):
     """The machine lacks something: disk space, a permission, an extra, a tool."""
 
     exit_code, kind = 10, "environment"
+    usual_remedy = "check this machine's tools, space and permissions"
 
 
 class BudgetError(LrcompressError):
     """No choice meets the budget; the nearest one is named."""
 
     exit_code, kind = 11, "budget"
+    usual_remedy = "allow more, or start from a smaller model"
 
 
 class MissingExtraError(HostError):

@@ -137,10 +137,18 @@ def made_by(folder: Path, marker: str) -> str | None:
     return value if isinstance(value, str) else None
 
 
+def _absolute(path: Path) -> Path:
+    """Return `path` from the root, `..` taken by text: a link stays the link that was named."""
+    return Path(os.path.abspath(path))  # noqa: PTH100
+
+
 def check_output(dest: Path, *, maker: str, marker: str) -> None:
     """Refuse a destination that `maker` did not make (exit 2); a missing or empty folder is fine."""
     _recover_interrupted(dest)
     if not os.path.lexists(dest):
+        nearest = next(p for p in _absolute(dest).parents if os.path.lexists(p))
+        if not nearest.is_dir():
+            raise CommandError(dest, "a place below folders", f"{nearest.name} is a file", "choose another place with -o")
         return
     if dest.is_dir() and (made_by(dest, marker) == maker or not any(dest.iterdir())):
         return
@@ -151,7 +159,7 @@ def check_output(dest: Path, *, maker: str, marker: str) -> None:
 @contextlib.contextmanager
 def staged_folder(dest: Path, *, maker: str, marker: str) -> Iterator[Path]:
     """Yield an empty folder beside `dest`; on success it becomes `dest`, on any error it and new parents vanish."""
-    dest = Path(os.path.abspath(dest))
+    dest = _absolute(dest)
     check_output(dest, maker=maker, marker=marker)
     new_parents = [p for p in dest.parents if not p.exists()]
     stage = None

@@ -139,7 +139,9 @@ def _stored(name: str, rows: np.ndarray, share: int, dtype: np.dtype[Any]) -> np
         return _project_rows(name, rows, width).astype(dtype)
 
 
-def compare_projected(stored: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray], tolerance: float) -> ParityReport:
+def compare_projected(
+    stored: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray], tolerance: float
+) -> ParityReport:
     """Compare what a payload stored (see `project`) with the outputs of a run, allowing for float16's rounding."""
     projected, rounding = {}, 0.0
     for name, want in stored.items():

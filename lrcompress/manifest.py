@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ManifestError
-from .files import canonical_json, sha256_bytes, sha256_file, sha256_json
+from .files import canonical_json, sha256_file, sha256_json
 
 MANIFEST = "manifest.json"
 GRAPH, DATA, GOLDEN, LIMITS = "model.onnx", "base.data", "golden.npz", "device.json"
@@ -93,10 +93,14 @@ class Manifest:
         _check(raw, where)
         manifest = cls(raw)
         try:
-            found = base_id(graph=manifest.files[GRAPH]["sha256"], data=manifest.files[DATA]["sha256"], slots=manifest.slots)
+            found = base_id(
+                graph=manifest.files[GRAPH]["sha256"], data=manifest.files[DATA]["sha256"], slots=manifest.slots
+            )
             own_slots_id = slots_id(slots=manifest.slots, factors=manifest.factors_digest)
         except ValueError as e:  # 1e999 and half a surrogate pair are JSON, and have no canonical form
-            raise ManifestError(f"{where}: slots", "numbers and text with a canonical form", e, "export the model again") from None
+            raise ManifestError(
+                f"{where}: slots", "numbers and text with a canonical form", e, "export the model again"
+            ) from None
         if found != raw["base_id"]:
             raise ManifestError(f"{where}: base_id", found, raw["base_id"], "export the model again")
         if own_slots_id != raw["slots_id"]:
@@ -128,7 +132,9 @@ class Manifest:
                     raise ManifestError(path, f"{entry['bytes']} bytes", str(size), "copy the folder again")
                 digest = sha256_file(path)
             except OSError as e:
-                raise ManifestError(path, "a file of the exported model", e.strerror or str(e), "copy the folder again") from None
+                raise ManifestError(
+                    path, "a file of the exported model", e.strerror or str(e), "copy the folder again"
+                ) from None
             if digest != entry["sha256"]:
                 raise ManifestError(path, f"sha256 {entry['sha256']}", digest, "copy the folder again")
 
@@ -255,7 +261,11 @@ def _check(raw: Any, where: object) -> None:
     need(isinstance(raw.get("precision"), str), "precision", "text")
     _check_files(raw, need)
     ort = raw.get("ort")
-    need(isinstance(ort, dict) and isinstance(ort.get("min"), str) and isinstance(ort.get("max"), str | None), "ort", "{min, max}")
+    need(
+        isinstance(ort, dict) and isinstance(ort.get("min"), str) and isinstance(ort.get("max"), str | None),
+        "ort",
+        "{min, max}",
+    )
     tolerances = raw.get("tolerances")
     need(isinstance(tolerances, dict), "tolerances", "an object")
     for kind in ("cpu", "arm64"):
@@ -302,16 +312,28 @@ def _check_slot(slot: Any, where: str) -> None:
     tensors = slot["tensors"]
     need(isinstance(tensors, list) and len(tensors) == 2, "two tensors")
     for t in tensors:
-        need(isinstance(t, dict) and t.keys() >= _TENSOR_KEYS and isinstance(t["name"], str) and t["name"], "tensors with " + ", ".join(sorted(_TENSOR_KEYS)))
+        need(
+            isinstance(t, dict) and t.keys() >= _TENSOR_KEYS and isinstance(t["name"], str) and t["name"],
+            "tensors with " + ", ".join(sorted(_TENSOR_KEYS)),
+        )
         need(t["dtype"] in ("float32", "float64"), "dtype float32 or float64")
         shape, axis = t["shape"], t["rank_axis"]
         need(isinstance(shape, list) and _count(axis) and axis < len(shape), "a rank axis inside the shape")
-        need(all((isinstance(d, str) and i == axis) or (_count(d) and d > 0) for i, d in enumerate(shape)), "one symbolic dimension")
+        need(
+            all((isinstance(d, str) and i == axis) or (_count(d) and d > 0) for i, d in enumerate(shape)),
+            "one symbolic dimension",
+        )
         need(isinstance(shape[axis], str) and shape[axis] == t["rank_symbol"], "rank_symbol at rank_axis")
     a, b = tensors
     need(a["rank_symbol"] == b["rank_symbol"], "one rank symbol for both tensors")
     if slot["op"] == "linear":
-        need([a["rank_axis"], b["rank_axis"]] == [1, 0] and len(a["shape"]) == len(b["shape"]) == 2, "A (in, r) and B (r, out)")
+        need(
+            [a["rank_axis"], b["rank_axis"]] == [1, 0] and len(a["shape"]) == len(b["shape"]) == 2,
+            "A (in, r) and B (r, out)",
+        )
     else:
-        need([a["rank_axis"], b["rank_axis"]] == [0, 1] and len(a["shape"]) == len(b["shape"]) > 2, "A (r, in, *k) and B (out, r, 1…)")
+        need(
+            [a["rank_axis"], b["rank_axis"]] == [0, 1] and len(a["shape"]) == len(b["shape"]) > 2,
+            "A (r, in, *k) and B (out, r, 1…)",
+        )
         need(set(b["shape"][2:]) == {1}, "a 1x1 kernel for B")

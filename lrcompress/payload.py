@@ -55,7 +55,12 @@ class Payload:
         if self.slots_id != manifest.slots_id:
             raise PayloadError("payload: slots_id", manifest.slots_id, self.slots_id, "it was made for another model")
         if manifest.base_id not in self.base_ids:
-            raise PayloadError("payload: base_ids", f"one that is {manifest.base_id}", ", ".join(self.base_ids), "it was made for another base")
+            raise PayloadError(
+                "payload: base_ids",
+                f"one that is {manifest.base_id}",
+                ", ".join(self.base_ids),
+                "it was made for another base",
+            )
         slots = [s for s in manifest.slots if s["kind"] == "lora"]
         expected = {name: template for s in slots for name, template in _templates(s, self.kind).items()}
         missing, extra = sorted(set(expected) - set(self.tensors)), sorted(set(self.tensors) - set(expected))
@@ -69,7 +74,9 @@ class Payload:
         ranks = set()
         for name, template in _templates(slot, self.kind).items():
             shape = self.tensors[name].shape
-            if len(shape) != len(template) or any(isinstance(t, int) and t != d for t, d in zip(template, shape, strict=True)):
+            if len(shape) != len(template) or any(
+                isinstance(t, int) and t != d for t, d in zip(template, shape, strict=True)
+            ):
                 raise PayloadError(f"payload: {name}", f"shape {list(template)}", list(shape))
             ranks.add(next(d for t, d in zip(template, shape, strict=True) if isinstance(t, str)))
         if len(ranks) != 1:
@@ -83,7 +90,11 @@ class Payload:
         """Return every slot tensor of `manifest`, as the graph takes it. Call `verify` first."""
         out: dict[str, np.ndarray] = {}
         for slot in manifest.slots:
-            pair = [self.tensors[t["name"]] for t in slot["tensors"]] if self.kind == "lora" else expand_loha(slot, self.tensors)
+            pair = (
+                [self.tensors[t["name"]] for t in slot["tensors"]]
+                if self.kind == "lora"
+                else expand_loha(slot, self.tensors)
+            )
             for spec, value in zip(slot["tensors"], pair, strict=True):
                 if 0 in value.shape and slot.get("default_rank", 0):
                     value = np.zeros([slot["default_rank"] if isinstance(d, str) else d for d in spec["shape"]])
@@ -127,7 +138,9 @@ def build(
 ) -> bytes:
     """Return the bytes of a payload: equal input, equal bytes. Raises `PayloadError` if it would not verify."""
     if kind not in KINDS or encoding not in ENCODINGS:
-        raise PayloadError("payload", f"kind {'|'.join(KINDS)} and encoding {'|'.join(ENCODINGS)}", f"{kind}, {encoding}")
+        raise PayloadError(
+            "payload", f"kind {'|'.join(KINDS)} and encoding {'|'.join(ENCODINGS)}", f"{kind}, {encoding}"
+        )
     stored: dict[str, np.ndarray] = {}
     for name, value in tensors.items():
         with np.errstate(over="ignore"):  # what float32 cannot hold is refused as infinite
@@ -151,7 +164,9 @@ def _encode(name: str, value: np.ndarray, encoding: str) -> dict[str, np.ndarray
         return {name: value.astype("<f4")}
     if encoding == "f16":
         if value.size and float(np.abs(value).max()) > 65504:
-            raise PayloadError(f"payload: {name}", "numbers that float16 holds", f"{np.abs(value).max():.3g}", "use f32")
+            raise PayloadError(
+                f"payload: {name}", "numbers that float16 holds", f"{np.abs(value).max():.3g}", "use f32"
+            )
         return {name: value.astype("<f2")}
     # One scale per slice of the shorter of the first two axes: that is the rank, so scales cost little.
     keep = 0 if value.ndim < 2 or value.shape[0] <= value.shape[1] else 1
@@ -168,7 +183,11 @@ def _serialize(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -
     for name in sorted(tensors):
         array = np.ascontiguousarray(tensors[name])
         raw = array.tobytes()
-        header[name] = {"dtype": _NAMES[array.dtype.newbyteorder("<")], "shape": list(array.shape), "data_offsets": [offset, offset + len(raw)]}
+        header[name] = {
+            "dtype": _NAMES[array.dtype.newbyteorder("<")],
+            "shape": list(array.shape),
+            "data_offsets": [offset, offset + len(raw)],
+        }
         chunks.append(raw)
         offset += len(raw)
     text = canonical_json(header)
@@ -183,24 +202,46 @@ def parse(data: bytes) -> Payload:
     """Return the payload in `data`; `PayloadError` for every rule of the format that it breaks."""
     stored, metadata = _deserialize(data)
     if set(metadata) != _METADATA or not all(isinstance(v, str) for v in metadata.values()):
-        raise PayloadError("payload: metadata", f"exactly {', '.join(sorted(_METADATA))}", ", ".join(sorted(map(str, metadata))) or "none")
+        raise PayloadError(
+            "payload: metadata",
+            f"exactly {', '.join(sorted(_METADATA))}",
+            ", ".join(sorted(map(str, metadata))) or "none",
+        )
     if metadata["schema"] != SCHEMA:
         raise PayloadError("payload: schema", SCHEMA, metadata["schema"], "update lrcompress on this device")
     if metadata["kind"] not in KINDS or metadata["encoding"] not in ENCODINGS:
-        raise PayloadError("payload", f"kind {'|'.join(KINDS)}, encoding {'|'.join(ENCODINGS)}", f"{metadata['kind']}, {metadata['encoding']}")
+        raise PayloadError(
+            "payload",
+            f"kind {'|'.join(KINDS)}, encoding {'|'.join(ENCODINGS)}",
+            f"{metadata['kind']}, {metadata['encoding']}",
+        )
     try:
         base_ids = strict_json(metadata["base_ids"])
     except ValueError as e:
         raise PayloadError("payload: base_ids", "a JSON list", str(e)) from None
-    if not isinstance(base_ids, list) or not base_ids or not all(is_sha256(b) for b in [*base_ids, metadata["slots_id"]]):
+    if (
+        not isinstance(base_ids, list)
+        or not base_ids
+        or not all(is_sha256(b) for b in [*base_ids, metadata["slots_id"]])
+    ):
         raise PayloadError("payload: base_ids, slots_id", "hex sha256", f"{base_ids}, {metadata['slots_id']}")
     golden = {k.removeprefix(GOLDEN): v for k, v in stored.items() if k.startswith(GOLDEN)}
     for name, value in golden.items():
         if not name or value.dtype == np.int8 or value.ndim != 2 or not np.isfinite(value).all():
-            raise PayloadError(f"payload: {GOLDEN}{name}", "finite float rows (samples, k)", f"{value.dtype} {list(value.shape)}")
+            raise PayloadError(
+                f"payload: {GOLDEN}{name}", "finite float rows (samples, k)", f"{value.dtype} {list(value.shape)}"
+            )
     tensors = _decode({k: v for k, v in stored.items() if not k.startswith(GOLDEN)}, metadata["encoding"])
     return Payload(
-        metadata["kind"], metadata["encoding"], metadata["slots_id"], tuple(base_ids), tensors, golden, sha256_bytes(data), len(data), data
+        metadata["kind"],
+        metadata["encoding"],
+        metadata["slots_id"],
+        tuple(base_ids),
+        tensors,
+        golden,
+        sha256_bytes(data),
+        len(data),
+        data,
     )
 
 
@@ -214,9 +255,13 @@ def _decode(stored: Mapping[str, np.ndarray], encoding: str) -> dict[str, np.nda
                 continue
             scale = stored.get(name.removesuffix(".q") + ".scale") if name.endswith(".q") else None
             if scale is None or q.dtype != np.int8 or scale.dtype != np.float32 or scale.ndim != q.ndim:
-                raise PayloadError(f"payload: {name}", "int8 codes and a float32 scale of the same number of axes", q.dtype)
+                raise PayloadError(
+                    f"payload: {name}", "int8 codes and a float32 scale of the same number of axes", q.dtype
+                )
             if any(s not in (1, d) for s, d in zip(scale.shape, q.shape, strict=True)):
-                raise PayloadError(f"payload: {name}", "a scale that broadcasts", f"{list(scale.shape)} over {list(q.shape)}")
+                raise PayloadError(
+                    f"payload: {name}", "a scale that broadcasts", f"{list(scale.shape)} over {list(q.shape)}"
+                )
             with np.errstate(over="ignore", invalid="ignore"):
                 out[name.removesuffix(".q")] = q.astype(np.float32) * scale
     else:
@@ -242,8 +287,14 @@ def _deserialize(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         header = strict_json(data[8 : 8 + length].decode())
     except ValueError as e:
         raise PayloadError("payload: header", "JSON", str(e)) from None
-    if not isinstance(header, dict) or not isinstance(header.get("__metadata__"), dict) or len(header) - 1 > MAX_TENSORS:
-        raise PayloadError("payload: header", f"an object with __metadata__ and at most {MAX_TENSORS} tensors", type(header).__name__)
+    if (
+        not isinstance(header, dict)
+        or not isinstance(header.get("__metadata__"), dict)
+        or len(header) - 1 > MAX_TENSORS
+    ):
+        raise PayloadError(
+            "payload: header", f"an object with __metadata__ and at most {MAX_TENSORS} tensors", type(header).__name__
+        )
     metadata = header.pop("__metadata__")
     body = memoryview(data)[8 + length :]
     if list(header) != sorted(header):

@@ -27,7 +27,10 @@ class Adapter(BaseAdapter):
 
     def reset(self, generator: torch.Generator | None) -> None:
         out, n = self.sides
-        normal = lambda rows, columns, std: nn.Parameter(torch.empty(rows, columns).normal_(0, std, generator=generator))  # noqa: E731
+
+        def normal(rows: int, columns: int, std: float) -> nn.Parameter:
+            return nn.Parameter(torch.empty(rows, columns).normal_(0, std, generator=generator))
+
         self.hada_w1_a = normal(out, self.rank, 0.1)
         self.hada_w1_b = normal(self.rank, n, 1.0)
         self.hada_w2_a = nn.Parameter(torch.zeros(out, self.rank))

@@ -42,7 +42,10 @@ def recover(shell: Shell, compressed: str, name: str | None, output: str | None,
     name = name or (Path(output).name if output else "recover")
     found = verb(compressed, name=name, output=output or f"adapters/{name}", progress=shell.progress, **options)
     d = found.data
-    show = lambda v: "–" if v is None else f"{v:.4f}"  # noqa: E731
+
+    def show(value: float | None) -> str:
+        return "–" if value is None else f"{value:.4f}"
+
     lines = [
         f"{d['metric']} on held-out data: original {show(d['original'])}, before {show(d['before'])}, after {show(d['after'])}",
         f"loss ({d['loss']['kind']}) {d['loss']['before']:.4g} → {d['loss']['after']:.4g}, best at step {d['best_step']} of {d['steps']}",

@@ -41,7 +41,7 @@ class _Answers(nn.Module):
 def example_inputs(specs: Sequence[InputSpec], module: nn.Module, *, batch: int = 2, seed: int = 0) -> dict[str, np.ndarray]:
     """Return seeded inputs of the declared shapes; a word is a dynamic axis, the first of them the batch."""
     rng = np.random.default_rng(seed)
-    rows = [m.num_embeddings for m in module.modules() if hasattr(m, "num_embeddings")]
+    rows = [n for m in module.modules() if isinstance(n := getattr(m, "num_embeddings", None), int)]
     top = min(rows) if rows else 2
     sizes: dict[str, int] = {}
     out = {}

@@ -38,8 +38,8 @@ def _merge(layer: FactorizedLayer, adapter: BaseAdapter) -> None:
     elif layer.form == "svd":
         u, v = layer.factors["U"], layer.factors["V"]
         layer._parameters["U"] = nn.Parameter(torch.cat([u, b.to(u.dtype)], 1))
-        layer._parameters["V"] = nn.Parameter(torch.cat([v, a.to(v.dtype).reshape(-1, *v.shape[1:])], 0))
-        layer.rank = layer._parameters["V"].shape[0]
+        longer = nn.Parameter(torch.cat([v, a.to(v.dtype).reshape(-1, *v.shape[1:])], 0))
+        layer._parameters["V"], layer.rank = longer, longer.shape[0]
     else:
         branch = make_adapter("lora", weight_shape=layer.shape, rank=a.shape[0])
         branch.load({"lora_A.weight": a, "lora_B.weight": b.reshape(*b.shape, *(1,) * (len(layer.shape) - 2))})

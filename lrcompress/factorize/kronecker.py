@@ -161,7 +161,7 @@ def _refit(w: Tensor, b: Tensor, c: Tensor, s: Tensor) -> Tensor:
     right = torch.einsum("pajd,kad->pkj", (w @ s).reshape(m1, m2, n1, n2), c).reshape(m1, terms * n1)
     start = b.permute(1, 0, 2).reshape(m1, terms * n1)
     raised = normal + ridge * torch.eye(len(normal), dtype=normal.dtype)
-    solved = torch.linalg.solve(raised, (right + ridge * start).T).T
+    solved: Tensor = torch.linalg.solve(raised, (right + ridge * start).T).T
     return solved.reshape(m1, terms, n1).permute(1, 0, 2)
 
 

@@ -129,7 +129,8 @@ def _refit(w: Tensor, a: Tensor, b: Tensor, s: Tensor, kw: int) -> Tensor:
     if not ridge > 0:
         return b
     raised = normal + ridge * torch.eye(len(normal), dtype=normal.dtype)
-    return torch.linalg.solve(raised, (right + ridge * b).T).T
+    solved: Tensor = torch.linalg.solve(raised, (right + ridge * b).T)
+    return solved.T
 
 
 def curve(weight: Tensor, statistics: Statistics | None = None) -> list[Point]:
@@ -157,5 +158,7 @@ def conv(factors: Mapping[str, Tensor], x: Tensor, geometry: ConvGeometry) -> Te
 
 
 def _only(geometry: ConvGeometry, axis: int) -> ConvGeometry:
-    keep = lambda values, neutral: tuple(v if i == axis else neutral for i, v in enumerate(values))  # noqa: E731
+    def keep(values: tuple[int, ...], neutral: int) -> tuple[int, ...]:
+        return tuple(v if i == axis else neutral for i, v in enumerate(values))
+
     return ConvGeometry(keep(geometry.stride, 1), keep(geometry.padding, 0), keep(geometry.dilation, 1))

@@ -21,6 +21,7 @@ class FactorizedLayer(nn.Module):
     """What the factorized layers share. `shape` is that of the weight the factors stand for, (out, in, *k)."""
 
     layer_kind: str
+    bias: nn.Parameter | None
 
     def __init__(self, form_name: str, factors: Mapping[str, Tensor], shape: tuple[int, ...], rank: Rank, bias: Tensor | None) -> None:
         super().__init__()
@@ -189,7 +190,7 @@ class FactorizedEmbedding(FactorizedLayer):
         return self.shape[1]
 
     def forward(self, ids: Tensor) -> Tensor:
-        rows = form(self.form).embedding(self.factors, ids)
+        rows: Tensor = form(self.form).embedding(self.factors, ids)
         return rows if self.bias is None else rows + self.bias
 
     def to_plain(self) -> nn.Module:

@@ -106,8 +106,14 @@ def _refusal(where: object, error: Exception) -> ModelError:
             got,
             "give its state dict, or --trust-pickle if you trust where it comes from",
         )
-    reason = str(error).strip().splitlines()
-    why = f"{type(error).__name__}: {reason[0] if reason else ''}"
-    got = f"one that cannot be read without running code or at all ({why})"
+    got = f"one that cannot be read without running code or at all ({type(error).__name__}: {_reason(error)})"
     remedy = "if the file is cut or damaged, fetch it again; --trust-pickle if it holds more and you trust its source"
     return ModelError(where, "a whole torch file of tensors", got, remedy)
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line that says why; torch puts its advice to load the file unsafely before it."""
+    text = str(error)
+    if text.startswith("Weights only load failed"):
+        text = text.rpartition("WeightsUnpickler error:")[2].rpartition("from a trusted source.")[2]
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")

@@ -56,7 +56,7 @@ def _run(recipe: Recipe, folder: Path, progress: Progress) -> dict[str, Any]:
     compared = baselines(context, compressed, recovered, exported)
     measure.validate(context, compressed, exported, compared)
     updates = [steps.update(context, i, compressed) for i in range(len(recipe.updates))]
-    fleet.fleet(context, recovered, exported, updates)
+    fleet.fleet(context, recovered, exported, compared, updates)
     nothing = all(s.reused for s in store.done)
     _record(recipe, store, complete=True)
     report = folder / "report.json"

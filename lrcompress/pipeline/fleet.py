@@ -18,12 +18,13 @@ import numpy as np
 from .. import edge, metrics, publish
 from ..data import Data
 from ..errors import DeviceStateError
-from ..files import write_atomic
+from ..files import canonical_json, finite, sha256_json, write_atomic
+from ..runtime import Session
 from .steps import Context, runtime_bytes
-from .store import Stage, Store
+from .store import MAKER, Stage, Store
 
 _BATCH = 200
-REPOSITORY, KEYS, DEVICE, PASSPHRASE = "repository", "keys", "device", "passphrase"
+REPOSITORY, KEYS, DEVICE, PASSPHRASE, MARK = "repository", "keys", "device", "passphrase", ".fleet.json"
 
 
 def places(store: Store) -> dict[str, Path]:
@@ -31,36 +32,47 @@ def places(store: Store) -> dict[str, Path]:
     return {n: store.folder / n for n in (REPOSITORY, KEYS, DEVICE)}
 
 
-def fleet(context: Context, recovered: Stage, exported: Stage, updates: list[Stage]) -> Stage:
+def fleet(context: Context, recovered: Stage, exported: Stage, compared: Stage, updates: list[Stage]) -> Stage:
     """Publish, update a device, let it answer; then the same for every later correction."""
     recipe, where = context.recipe, places(context.store)
     splits = {n: context.split_key(n) for n in ["test", *(f"{u.name}.test" for u in recipe.updates)]}
     inputs = {
         "exported": exported.key,
         "recover": recovered.key,
+        "baselines": compared.key,
         "updates": [u.key for u in updates],
         "splits": splits,
         "publish": recipe.publish.model_dump(mode="json"),
         "metric": recipe.metric.name,
     }
 
+    # There is one repository and one device in a run directory: they may be those of another state of the recipe.
+    mark, about = context.store.folder / MARK, {"made_by": MAKER, "inputs": sha256_json(finite(inputs))}
+    if not mark.is_file() or mark.read_bytes() != canonical_json(about):
+        mark.unlink(missing_ok=True)
+
     def build(stage: Path) -> dict[str, Any]:
+        mark.unlink(missing_ok=True)
         for folder in where.values():
             shutil.rmtree(folder, ignore_errors=True)
-        return _Fleet(context, stage, exported).run(
+        original = Session(compared.folder / "dense-fp32", threads=1)
+        result = _Fleet(context, stage, exported, original).run(
             exported.folder / "exported" / "payloads" / "recover.safetensors", updates
         )
+        write_atomic(mark, canonical_json(about))
+        return result
 
-    return context.store.stage("publish", inputs, build, needs=tuple(where.values()))
+    return context.store.stage("publish", inputs, build, needs=(mark, *where.values()))
 
 
 class _Fleet:
     """One repository, one device, and the answers it gives."""
 
-    def __init__(self, context: Context, stage: Path, exported: Stage) -> None:
-        self.context, self.stage, self.exported = context, stage, exported
+    def __init__(self, context: Context, stage: Path, exported: Stage, original: Session) -> None:
+        self.context, self.stage, self.exported, self.original = context, stage, exported, original
         self.where = places(context.store)
         self.metric = metrics.get(context.recipe.metric.name)
+        self.reference = original.run if self.metric.needs_original else None
         self.group = context.recipe.publish.group
         self.rows: list[dict[str, Any]] = []
         self.releases: list[dict[str, Any]] = []
@@ -78,28 +90,30 @@ class _Fleet:
         edge.Device.init(self.where[DEVICE], folder, root, str(self.where[REPOSITORY]), self.group)
         self.device = edge.Device(self.where[DEVICE])
         test = context.data("test")
-        total = 2 + sum(4 for _ in updates)
-        with context.progress.task("publish and update a device", total=total) as advance:
+        shifts: list[dict[str, Any]] = []
+        with context.progress.task("publish and update a device", total=2 + 2 * len(updates)) as advance:
             self._answer("as delivered", "test", test)
             advance(1, "answered as delivered")
             self._release("recover", first)
             self._answer("after update 1 (recover)", "test", test)
             advance(1, "update 1")
-            for number, update in enumerate(updates, start=2):
-                part = recipe.updates[number - 2]
-                shifted = context.data(f"{part.name}.test")
-                self._answer(f"before update {number} ({part.name})", f"{part.name}.test", shifted)
+            for number, (part, update) in enumerate(zip(recipe.updates, updates, strict=True), start=2):
+                split, after = f"{part.name}.test", f"after update {number} ({part.name})"
+                shifted = context.data(split)
+                original = self.metric.evaluate(self.original.run, shifted, _BATCH, original=self.reference)
+                before = self._answer(f"before update {number} ({part.name})", split, shifted)
                 advance(1, part.name)
                 self._release(part.name, update.folder / "adapters" / part.name)
+                answered = self._answer(after, split, shifted)
+                kept = self._answer(after, "test", test)
+                values = {"before": before.value, "after": answered.value, "kept": kept.value}
+                shifts.append({"name": part.name, "original": original.value, **values})
                 advance(1, f"update {number}")
-                self._answer(f"after update {number} ({part.name})", f"{part.name}.test", shifted)
-                advance(1)
-                self._answer(f"after update {number} ({part.name})", "test", test)
-                advance(1)
         size = runtime_bytes(self.exported.result)
         return {
             "device_rows": self.rows,
             "releases": self.releases,
+            "shifts": shifts,
             "model_bytes": size,
             "fleet": self._fleet_bytes(size),
         }
@@ -123,18 +137,19 @@ class _Fleet:
         got = {k: taken.get(k) for k in ("bytes_downloaded", "requests", "ms")}
         self.releases.append({"name": name, **{k: added.get(k) for k in keep}, **got})
 
-    def _answer(self, name: str, split: str, data: Data) -> None:
-        """Let the device answer a split; keep its outputs and the metric they give."""
+    def _answer(self, name: str, split: str, data: Data) -> metrics.MetricResult:
+        """Let the device answer a split; keep its outputs, return the metric they give."""
         parts = [self.device.infer(batch.inputs) for batch in data.batches(_BATCH)]
         outputs = {k: np.concatenate([p[k] for p in parts]) for k in [metrics.answer_name(parts[0])]}
         file = f"answers/{len(self.rows):02d}.npz"
         (self.stage / "answers").mkdir(exist_ok=True)
         np.savez(self.stage / file, **outputs)  # type: ignore[arg-type]
-        result = of_outputs(self.metric, outputs, data)
+        result = of_outputs(self.metric, outputs, data, self.reference)
         about = {"metric": result.name, "value": result.value, "n": result.n, "stderr": result.stderr}
         self.rows.append(
             {"name": name, "split": split, "answers": file, **about, "serving": self.device.status()["serving"]}
         )
+        return result
 
     def _fleet_bytes(self, model: int) -> dict[str, Any]:
         devices = self.context.recipe.publish.fleet
@@ -142,7 +157,9 @@ class _Fleet:
         return {"devices": devices, "updates_bytes": [devices * u for u in updates], "model_bytes": devices * model}
 
 
-def of_outputs(metric: metrics.Metric, outputs: dict[str, np.ndarray], data: Data) -> metrics.MetricResult:
+def of_outputs(
+    metric: metrics.Metric, outputs: dict[str, np.ndarray], data: Data, original: metrics.Predict | None
+) -> metrics.MetricResult:
     """Return the metric of answers that were given before, in the order of `data`."""
     place = 0
 
@@ -152,4 +169,4 @@ def of_outputs(metric: metrics.Metric, outputs: dict[str, np.ndarray], data: Dat
         place += size
         return {k: v[place - size : place] for k, v in outputs.items()}
 
-    return metric.evaluate(replay, data, _BATCH)
+    return metric.evaluate(replay, data, _BATCH, original=original)

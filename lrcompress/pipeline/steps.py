@@ -7,6 +7,7 @@ stage's content goes into its inputs, by content and never by path.
 from __future__ import annotations
 
 import importlib.util
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +19,9 @@ from .. import api, metrics
 from ..data import Data
 from ..data._callables import is_callable_source, load_callable
 from ..errors import DataError, ModelError, RecipeError
-from ..files import sha256_file, sha256_tree
+from ..files import sha256_file, sha256_tree, write_json
 from ..model import OpenedModel, open_model
+from ..model.checkpoint import MARKER as CHECKPOINT
 from ..progress import Progress
 from ..recipe import Recipe, TrainingPart, open_split, resolve, split_part
 from .store import Stage, Store
@@ -177,9 +179,28 @@ def factorize(context: Context) -> Stage:
             output=stage / "compressed",
             progress=context.progress,
         )
-        return {**_without_paths(found.data), "spectra": spectra(context.opened.module, found.data["layers"])}
+        size = _same_anywhere(stage / "compressed", context.store.folder)
+        result = {**_without_paths(found.data), "bytes_after": size}
+        return {**result, "spectra": spectra(context.opened.module, found.data["layers"])}
 
     return context.store.stage("factorize", inputs, build)
+
+
+def _same_anywhere(folder: Path, run: Path) -> int:
+    """Make a checkpoint's record the same bytes in every run directory, return its size.
+
+    A path that leads out of the run directory becomes absolute: a relative one would say how deep the directory lies.
+    """
+    path = folder / CHECKPOINT
+    record = json.loads(path.read_text())
+    source = record["source"].get("path")
+    if source and not (folder / source).resolve().is_relative_to(run):
+        record["source"]["path"] = str((folder / source).resolve())
+    arch = record["model"].get("arch") or {}
+    if arch.get("relative") and Path(arch["spec"].rpartition(":")[0]).is_absolute():
+        del arch["relative"]
+    write_json(path, record)
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
 
 def _without_paths(data: dict[str, Any]) -> dict[str, Any]:

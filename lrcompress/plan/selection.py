@@ -258,11 +258,11 @@ def _planned(where: str, entry: Any, known: Mapping[str, Layer]) -> Choice:
         raise PlanError(f"{where} ({layer.name})", f"a form for a {layer.kind} layer: {', '.join(fitting)}", entry["form"])
     module = form(entry["form"])
     top = module.full_rank(layer.shape)
-    rank = tuple(entry["rank"]) if isinstance(entry.get("rank"), list) else entry.get("rank")
+    rank: Any = tuple(entry["rank"]) if isinstance(entry.get("rank"), list) else entry.get("rank")
     flat = (rank,) if isinstance(top, int) else rank
     tops = (top,) if isinstance(top, int) else top
     valid = isinstance(flat, tuple) and len(flat) == len(tops)
-    if not valid or not all(type(r) is int and 1 <= r <= t for r, t in zip(flat, tops, strict=True)):  # type: ignore[arg-type]
+    if not valid or not all(type(r) is int and 1 <= r <= t for r, t in zip(flat, tops, strict=True)):
         wanted = f"a rank in 1…{top}" if isinstance(top, int) else f"ranks in 1…{list(top)}"
         raise PlanError(f"{where} ({layer.name})", wanted, entry.get("rank"), f"the weight is {list(layer.shape)}")
     return Choice(layer.name, entry["form"], rank, module.n_params(layer.shape, rank))

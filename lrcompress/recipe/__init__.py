@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
+import numpy as np
 from pydantic import ValidationError
 
 from ..data import Data, InputLike, open_data
@@ -106,17 +107,22 @@ def open_split(
     if tokenizer is None:
         tokenizer = _tokenizer(found)
     columns = {k: v for k, v in (data.columns.model_dump() if data.columns else {}).items() if v is not None}
-    return open_data(
+    opened = open_data(
         resolve(found, part.source),
         inputs=inputs or found.inputs,
         skip=part.skip,
-        limit=part.limit,
+        limit=None if part.every > 1 else part.limit,
         args=part.args,
         preprocess={k: v.model_dump() for k, v in data.preprocess.items()},
         columns=columns or None,
         tokenizer=tokenizer,
         max_length=data.max_length,
     )
+    if part.every == 1:
+        return opened
+    width = 2 if opened.pairs else 1
+    rows = np.arange(0, len(opened) // width, part.every)[: part.limit]
+    return opened.take((rows[:, None] * width + np.arange(width)).reshape(-1))
 
 
 def split_part(recipe: Recipe, split: str) -> SplitPart:

@@ -63,11 +63,12 @@ class ColumnsPart(Part):
 
 
 class SplitPart(Part):
-    """One set of samples."""
+    """One set of samples: after `skip` rows every `every`-th one, at most `limit`; files are often sorted by kind."""
 
     source: str
     args: dict[str, Any] = {}
     skip: Annotated[int, Field(ge=0)] = 0
+    every: Annotated[int, Field(ge=1)] = 1
     limit: Annotated[int, Field(ge=1)] | None = None
 
 

@@ -109,7 +109,7 @@ def _train(
                 if not torch.isfinite(loss):
                     raise ModelError("recovery", "a finite loss", f"{float(loss.detach())} at step {step}", "lower the learning rate")
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
                 schedule.step()

@@ -12,8 +12,9 @@ from .plots import draw
 _CAPTIONS = {
     "bytes": "Accuracy over bytes on disk: up and to the left is better.",
     "device": "What the device itself answered, as delivered and after each update.",
-    "layers": "Layer by layer: parameters before and after, with the relative error of each factorization.",
-    "spectra": "Singular values of the original weights: where a curve falls late, a low rank costs accuracy.",
+    "layers": "Parameters before and after, with the relative error of each factorization in its own norm (table below).",
+    "spectra": "Singular values of the original weights as they are, without the activations: "
+    "where a curve falls late, a low rank costs accuracy unless the activations allow it.",
 }
 _TITLES = {"bytes": "Accuracy over bytes", "device": "The device", "layers": "Layer by layer", "spectra": "Spectra"}
 
@@ -35,6 +36,7 @@ def render(report: Mapping[str, Any]) -> str:
         report=report,
         tables=tables,
         plots=plots,
+        shifts=words.shifts_of(report),
         captions=_CAPTIONS,
         titles=_TITLES,
         layers=[_layer(r) for r in report["layers"]],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -51,7 +52,8 @@ def _svg(plot: Callable[[Any, Mapping[str, Any]], None], report: Mapping[str, An
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     text = out.getvalue()
-    return text[text.index("<svg") :]
+    # The block of metadata names web addresses and says nothing; the page is to need none.
+    return re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
 
 
 def _scale(metric: str) -> tuple[float, str]:
@@ -62,6 +64,8 @@ def _accuracy_over_bytes(axes: Any, report: Mapping[str, Any]) -> None:
     factor, unit = _scale(report["metric"]["name"])
     for i, row in enumerate(report["rows"]):
         color = INK if row["name"] == "original fp32" else SECOND if "int8" in row["name"] else ACCENT
+        # Equal bytes lies, by its making, just beside the adapter: a hollow mark around it keeps both in sight.
+        hollow = "equal bytes" in row["name"]
         axes.errorbar(
             row["bytes"] / 1000,
             factor * row["value"],
@@ -69,7 +73,8 @@ def _accuracy_over_bytes(axes: Any, report: Mapping[str, Any]) -> None:
             fmt=_MARKS[i % len(_MARKS)],
             color=color,
             capsize=3,
-            markersize=7,
+            markersize=13 if hollow else 7,
+            markerfacecolor="none" if hollow else color,
             label=row["name"],
         )
     axes.set_xscale("log")
@@ -77,7 +82,8 @@ def _accuracy_over_bytes(axes: Any, report: Mapping[str, Any]) -> None:
     axes.set_ylabel(f"{report['metric']['name']}{unit}, ± 1 standard error")
     low, high = min(r["bytes"] for r in report["rows"]), max(r["bytes"] for r in report["rows"])
     axes.set_xlim(low / 1000 * 0.85, high / 1000 * 1.15)
-    ticks = [t for t in (m * 10.0**e for e in range(-1, 7) for m in (1, 2, 5)) if 0.85 * low <= 1000 * t <= 1.15 * high]
+    steps = (1, 2, 5) if high > 8 * low else (1, 1.5, 2, 3, 4, 5, 6, 8)
+    ticks = [t for t in (m * 10.0**e for e in range(-1, 7) for m in steps) if 0.85 * low <= 1000 * t <= 1.15 * high]
     axes.set_xticks(ticks, [f"{t:,.0f}" if t >= 1 else f"{t:g}" for t in ticks])
     axes.minorticks_off()
     axes.grid(True)
@@ -143,19 +149,29 @@ def _layers(axes: Any, report: Mapping[str, Any]) -> None:
 
 
 def _spectra(axes: Any, report: Mapping[str, Any]) -> None:
-    ranks = {r["name"]: r["rank"] for r in report["layers"]}
-    few = len(report["spectra"]) <= 8
-    for i, (name, values) in enumerate(report["spectra"].items()):
-        color = f"C{i}" if few else ACCENT
+    from matplotlib import colormaps
+
+    forms = {r["name"]: (r["form"], r["rank"]) for r in report["layers"]}
+    names = list(report["spectra"])
+    few = len(names) <= 8
+    shades = colormaps["viridis"].resampled(max(2, len(names)))
+    for i, name in enumerate(names):
+        values = report["spectra"][name]
+        # Many layers are told apart by their depth only: the legend names the first and the last.
+        color, shown = (
+            (f"C{i}", name) if few else (shades(0.9 * i / len(names)), name if i in (0, len(names) - 1) else None)
+        )
         x = [(k + 1) / len(values) for k in range(len(values))]
-        axes.plot(x, values, color=color, lw=1.6 if few else 0.8, alpha=1 if few else 0.45, label=name if few else None)
-        rank = ranks.get(name)
-        if isinstance(rank, int) and 1 <= rank <= len(values):
+        axes.plot(x, values, color=color, lw=1.6 if few else 0.9, alpha=1 if few else 0.7, label=shown)
+        form, rank = forms.get(name, ("dense", None))
+        # Only an SVD keeps a number of just these values; other forms cut other matrices.
+        if form == "svd" and isinstance(rank, int) and 1 <= rank <= len(values):
             axes.plot(x[rank - 1], values[rank - 1], "o", color=color, markersize=6 if few else 4)
+    low = min(v for values in report["spectra"].values() for v in values)
     axes.set_yscale("log")
-    axes.set_ylim(bottom=1e-4)
-    axes.set_xlabel("share of the singular values (a dot: the rank that was kept)")
+    axes.set_ylim(max(1e-4, 0.6 * low), 1.3)
+    dots = any(forms.get(n, ("", None))[0] == "svd" for n in names)
+    axes.set_xlabel("share of the singular values" + (" (a dot: the rank that an SVD kept)" if dots else ""))
     axes.set_ylabel("singular value over the largest")
     axes.grid(True)
-    if few:
-        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9)

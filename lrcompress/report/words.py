@@ -59,13 +59,40 @@ def updates_of(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     ]
     cells = []
     for release, total in zip(report["updates"], report["fleet"]["updates_bytes"], strict=True):
-        wire = total / report["fleet"]["devices"]
-        share = f"{100 * wire / report['model_bytes']:.1f} %"
+        sent = wire(release)
+        share = f"{100 * sent / report['model_bytes']:.1f} %"
         cells.append(
-            [f"{release['seq']} {release['name']}", f"{release['payload_bytes']:,}", f"{wire:,.0f}", share, size(total)]
+            [f"{release['seq']} {release['name']}", f"{release['payload_bytes']:,}", f"{sent:,}", share, size(total)]
         )
     cells.append(["the whole model", "", f"{report['model_bytes']:,}", "100.0 %", size(report["fleet"]["model_bytes"])])
     return header, cells
+
+
+def shifts_of(report: Mapping[str, Any]) -> list[str]:
+    """Return a sentence per later update: what the changed world did, and what the update did about it."""
+    about = {u["name"]: u for u in report["updates"]}
+    original = next(r for r in report["rows"] if r["name"] == "original fp32")
+    metric = report["metric"]["name"]
+    sentences = []
+    for s in report["shifts"]:
+        update = about[s["name"]]
+        sentences.append(
+            f"{s['name']}: {update['about']}. The original fp32 falls from {plain(metric, original['value'])} to "
+            f"{plain(metric, s['original'])} there, the device to {plain(metric, s['before'])}; after an update of "
+            f"{size(wire(update))} the device answers {plain(metric, s['after'])}, and {plain(metric, s['kept'])} on the "
+            "data as they were."
+        )
+    return sentences
+
+
+def wire(update: Mapping[str, Any]) -> int:
+    """Return what one device downloads for an update."""
+    return int(update["bytes_downloaded"] or update["payload_bytes"] + update["metadata_bytes"])
+
+
+def plain(metric: str, number: float) -> str:
+    """Return a value without its standard error."""
+    return f"{100 * number:.1f} %" if metric in ("accuracy", "top5") else f"{number:.4f}"
 
 
 def split_words(split: str) -> str:
@@ -91,6 +118,7 @@ def table_text(report: Mapping[str, Any]) -> str:
     """Return everything a run prints at its end."""
     parts = [report["about"]] if report["about"] else []
     parts += [aligned(*rows_of(report)), aligned(*device_rows_of(report)), aligned(*updates_of(report))]
+    parts += [f"why updates exist: {s}" for s in shifts_of(report)]
     training = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report["training_seconds"].items())
     parts.append(f"training: {training}; all stages {report['seconds']:.0f} s")
     parts.append(f"verdict: {report['verdict']}")

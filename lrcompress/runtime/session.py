@@ -1,8 +1,8 @@
 """ONNX Runtime with one active payload; a swap is one reference assignment between two requests.
 
-    session = Session(Path("exported"))
-    session.swap(parse(data))                 # checked against the manifest before anything changes
-    y = session.run({"x": x})["output"]       # thread-safe: a request sees one payload or the other, never half of one
+session = Session(Path("exported"))
+session.swap(parse(data))                 # checked against the manifest before anything changes
+y = session.run({"x": x})["output"]       # thread-safe: a request sees one payload or the other, never half of one
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ class Active:
 class Session:
     """An exported model, loaded. `threads`: of one request; `verify`: hash every file first."""
 
-    def __init__(self, exported: Path, *, threads: int = 1, manifest: Manifest | None = None, verify: bool = True) -> None:
+    def __init__(
+        self, exported: Path, *, threads: int = 1, manifest: Manifest | None = None, verify: bool = True
+    ) -> None:
         exported = Path(exported)
         self.manifest = manifest or Manifest.load(exported, verify=False)
         if verify:
@@ -43,13 +45,17 @@ class Session:
         try:
             self._session = ort.InferenceSession(str(exported / GRAPH), options, providers=["CPUExecutionProvider"])
         except Exception as e:  # the runtime raises its own private family
-            raise ManifestError(exported / GRAPH, f"a graph that ONNX Runtime {ort.__version__} loads", e, "export it again") from e
+            raise ManifestError(
+                exported / GRAPH, f"a graph that ONNX Runtime {ort.__version__} loads", e, "export it again"
+            ) from e
         self._inputs = {i.name: i for i in self._session.get_inputs()}
         self._outputs = [o.name for o in self._session.get_outputs()]
         overridable = {i.name for i in self._session.get_overridable_initializers()}
         lost = sorted({t["name"] for s in self.manifest.slots for t in s["tensors"]} - overridable)
         if lost:
-            raise ManifestError(exported / GRAPH, f"the slot {lost[0]} as an optional input", "the graph does not offer it")
+            raise ManifestError(
+                exported / GRAPH, f"the slot {lost[0]} as an optional input", "the graph does not offer it"
+            )
         self._active = Active(None, {})
 
     @property
@@ -80,7 +86,9 @@ class Session:
         """Return the named outputs for `inputs`. Raises `DataError` for other names, dtypes or shapes."""
         return self.run_with(self._active, inputs, outputs)
 
-    def run_with(self, active: Active, inputs: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+    def run_with(
+        self, active: Active, inputs: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None
+    ) -> dict[str, np.ndarray]:
         """Run with something prepared that need not be active: what a trial does."""
         self._check(inputs)
         wanted = list(self._outputs if outputs is None else outputs)
@@ -102,5 +110,7 @@ class Session:
             if str(value.dtype) != spec["dtype"]:
                 raise DataError(f"inference: input {name}", f"dtype {spec['dtype']}", value.dtype)
             shape = spec["shape"]
-            if value.ndim != len(shape) or any(isinstance(d, int) and d != n for d, n in zip(shape, value.shape, strict=True)):
+            if value.ndim != len(shape) or any(
+                isinstance(d, int) and d != n for d, n in zip(shape, value.shape, strict=True)
+            ):
                 raise DataError(f"inference: input {name}", f"shape {shape}", list(value.shape))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import re
 import resource
 import warnings
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,6 @@ from torch import Tensor, nn
 from .._version import __version__
 from ..calibrate import collect
 from ..data import Data
-from .sources import for_model
 from ..errors import CommandError, LrcompressWarning, ModelError
 from ..factorize import Factorization, Statistics, form, forms
 from ..files import staged_folder
@@ -31,6 +31,7 @@ from ..model.checkpoint import MAKER, MARKER, layer_spec, module_layers, state_o
 from ..model.surgery import Layer, count_parameters, find_layers, replace_layer, tensors_as_layers
 from ..plan import Choice, read_plan, select
 from ..progress import Progress, Silent
+from .sources import for_model
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def _check_options(rank: int | None, ratio: float | None, energy: float | None, 
     if len(given) != 1:
         raise CommandError(where, "exactly one of --rank, --ratio, --energy, --plan", " and ".join(given) or "none", "for example --rank 16")
     if rank is not None and rank < 1:
-        raise CommandError(f"{where} --rank", "a whole number of at least 1", rank)
+        raise CommandError(f"{where} --rank", "a whole number of at least 1", rank, "for example --rank 16")
     for name, share in (("--ratio", ratio), ("--energy", energy)):
         if share is not None and not 0 < share <= 1:
             raise CommandError(f"{where} {name}", "a number above 0 and at most 1", share)
@@ -225,8 +226,11 @@ def _warn_few_samples(layers: Sequence[Layer], statistics: Mapping[str, Statisti
 def _device(compute: str) -> str:
     if compute == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if compute.startswith("cuda") and not torch.cuda.is_available():
-        raise CommandError("--compute", "a device that is here", compute, "no CUDA device was found; use --compute cpu")
+    asked = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", compute)
+    if asked is None:
+        raise CommandError("--compute", "auto, cpu, cuda or cuda:N", compute)
+    if compute != "cpu" and int(asked[1] or 0) >= torch.cuda.device_count():
+        raise CommandError("--compute", "a device that is here", compute, "no such CUDA device was found; use --compute cpu")
     return compute
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from .. import validate as checks
 from ..data import Data
 from ..errors import LrcompressError, ModelError
 from ..manifest import Manifest
 from ..model import InputSpec, OpenedModel, open_model
 from ..model.checkpoint import is_compressed, load_compressed
 from ..progress import Progress, Silent
+from ..validate import validate as check_exported
 from .predict import predictor
 from .sources import as_data
 
@@ -57,7 +57,7 @@ def validate(
         reference = _original(folder, manifest, original, arch, arch_args, inputs, trust)
         specs = [InputSpec(i["name"], i["dtype"], tuple(i["shape"])) for i in manifest.inputs]
         samples = as_data(data, inputs=specs, tokenizer=_tokenizer(reference))
-    report = checks.validate(
+    report = check_exported(
         folder, data=samples, metric=metric, predict_original=_predict(reference), max_drop=max_drop, on=tuple(on), threads=threads,
         progress=progress or Silent(),
     )  # fmt: skip
@@ -71,7 +71,7 @@ def _original(
     arch: str | None,
     arch_args: Mapping[str, Any] | None,
     inputs: Sequence[InputSpec],
-    trust: dict[str, bool],
+    trust: Mapping[str, bool],
 ) -> OpenedModel | None:
     """Return the original: as named, or where the compressed model that was exported says it is; None if it is gone."""
     if isinstance(original, OpenedModel):
@@ -92,7 +92,7 @@ def _original(
     if compressed is None:
         return None
     try:
-        return compressed.open_original(**trust)
+        return compressed.open_original(None, **trust)
     except LrcompressError:
         return None
 

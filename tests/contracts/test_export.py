@@ -22,6 +22,7 @@ from lrcompress.model import InputSpec, open_model
 from lrcompress.model.checkpoint import load_compressed
 from lrcompress.payload import parse
 from lrcompress.runtime import Session
+from lrcompress.validate.tolerances import tolerances
 from tests.support.nets import images, small, words
 
 SPEC = (InputSpec("x", "float32", ("batch", 3, 8, 8)),)
@@ -125,6 +126,9 @@ def test_int8_keeps_its_slots_and_its_answers(base):
     assert np.abs(int8.run({"x": X})["output"] - b).max() > 1e-3
     assert (base / "int8" / "base.data").stat().st_size < 0.5 * (base / "exported" / "base.data").stat().st_size
     assert lrcompress.validate(base / "int8").passed
+    # One table: the floor of the precision, and for int8 what quantization itself moved.
+    assert fp32.manifest.tolerances == tolerances("fp32")
+    assert all(v > tolerances("int8")[k] for k, v in int8.manifest.tolerances.items())
 
 
 def test_a_plain_network_is_a_baseline(tmp_path):

@@ -80,7 +80,10 @@ def test_no_damage_is_an_accident(tmp_path: Path) -> None:
 
 
 def test_an_array_that_claims_to_be_enormous_is_refused(tmp_path: Path) -> None:
-    header = b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000000,), }".ljust(127) + b"\n"
+    header = (
+        b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000000,), }".ljust(127)
+        + b"\n"
+    )
     with zipfile.ZipFile(tmp_path / "g.npz", "w") as z:
         z.writestr("input/a.npy", header)
     with pytest.raises(ManifestError):
@@ -105,7 +108,9 @@ def test_missing_and_misshapen_answers_are_infinitely_far(got: dict[str, np.ndar
     assert not report.passed and report.max_abs_diff == math.inf
 
 
-@pytest.mark.parametrize(("want", "got"), [(1.0, np.nan), (np.nan, 1.0), (np.nan, np.nan), (1.0, np.inf), (np.inf, -np.inf)])
+@pytest.mark.parametrize(
+    ("want", "got"), [(1.0, np.nan), (np.nan, 1.0), (np.nan, np.nan), (1.0, np.inf), (np.inf, -np.inf)]
+)
 def test_what_is_not_finite_does_not_pass(want: float, got: float) -> None:
     assert not compare({"y": np.array([want, 0.0])}, {"y": np.array([got, 0.0])}, 1e6).passed
 
@@ -149,7 +154,7 @@ def test_the_directions_are_pinned() -> None:
     assert found.shape == (8, 64)
     assert np.allclose(np.abs(found), 1 / 20, atol=1e-4)
     first = ["".join("+" if v > 0 else "-" for v in row) for row in found[:, :4]]
-    assert first == ['--+-', '++++', '-++-', '--++', '---+', '++-+', '---+', '-+--']
+    assert first == ["--+-", "++++", "-++-", "--++", "---+", "++-+", "---+", "-+--"]
 
 
 def test_a_change_of_any_sample_is_seen_and_rounding_is_not() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +38,12 @@ def write(tmp_path: Path, text: str) -> Path:
 
 def test_defaults_paths_and_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = recipes.load(write(tmp_path, TEXT))
-    assert found.recover.rank == 8 and found.export.slots == ("lora",) and found.seed == 0 and found.updates[0].kind == "lora"
+    assert (
+        found.recover.rank == 8
+        and found.export.slots == ("lora",)
+        and found.seed == 0
+        and found.updates[0].kind == "lora"
+    )
     assert recipes.resolve(found, found.model.source) == str(tmp_path.resolve().parent / "here" / "net.safetensors")
     assert recipes.resolve(found, found.model.arch) == f"{tmp_path.resolve()}/archs/net.py:net"
     assert recipes.resolve(found, "pkg.mod:call") == "pkg.mod:call"
@@ -55,7 +59,12 @@ def test_defaults_paths_and_variables(tmp_path: Path, monkeypatch: pytest.Monkey
     [
         ("ratio: 0.5", "ratoi: 0.5", ":13: factorize.ratoi", ["did you mean 'ratio'"]),
         ("limit: 4", "limmit: 4", ":8: data.calibration.limmit", ["did you mean 'limit'"]),
-        ("    data: {train: {source", "    data: {train: {sourec", ":16: updates[0].data.train.sourec", ["did you mean 'source'"]),
+        (
+            "    data: {train: {source",
+            "    data: {train: {sourec",
+            ":16: updates[0].data.train.sourec",
+            ["did you mean 'source'"],
+        ),
         ("name: small", "nmae: small", ":2: nmae", ["did you mean 'name'"]),
         ("x: {dtype", "x: {dtipe", ":6: model.inputs.x.dtipe", ["did you mean 'dtype'"]),
         ("ratio: 0.5", "ratio: 1.5", ":13: factorize.ratio", ["less than or equal to 1", "1.5"]),
@@ -111,6 +120,8 @@ def test_splits_open_with_the_recipes_preprocessing(tmp_path: Path) -> None:
     assert select.labels.tolist() == [4, 5, 6, 7, 8, 9]
     assert next(iter(select.batches(1))).inputs["x"].tolist() == [[24.0, 26.0, 28.0]]
     assert len(recipes.open_split(path, "later.train")) == 9
+    spread = write(tmp_path, path.read_text().replace("skip: 4}", "skip: 1, every: 4, limit: 2}", 1))
+    assert recipes.open_split(spread, "select").labels.tolist() == [1, 5]
     with pytest.raises(RecipeError, match="did you mean 'select'"):
         recipes.open_split(path, "selekt")
 
@@ -120,4 +131,4 @@ def test_a_package_that_is_not_installed_says_what_to_install(tmp_path: Path) ->
     with pytest.raises(HostError, match="pip install no-such-thing"):
         recipes.resolve(found, "package:no_such_thing/model")
     assert Path(recipes.resolve(found, "package:numpy/random")) == Path(np.__file__).parent / "random"
-    assert os.path.isdir(recipes.resolve(found, "package:numpy"))
+    assert Path(recipes.resolve(found, "package:numpy")).is_dir()

@@ -125,7 +125,9 @@ def test_a_payload_of_another_base_changes_nothing(exported: Path, tmp_path: Pat
         ({"x": X, "fc0.lora_A": np.zeros((64, 1), np.float32)}, "fc0.lora_A"),
     ],
 )  # fmt: skip
-def test_inputs_that_the_graph_does_not_take_are_the_data_s_fault(exported: Path, inputs: dict[str, Any], word: str) -> None:
+def test_inputs_that_the_graph_does_not_take_are_the_data_s_fault(
+    exported: Path, inputs: dict[str, Any], word: str
+) -> None:
     with pytest.raises(DataError) as caught:
         Session(exported).run(inputs)
     assert word in str(caught.value) and "\n" not in str(caught.value) and caught.value.exit_code == 9

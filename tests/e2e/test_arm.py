@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 
 from lrcompress import payload as payloads
+from lrcompress.cli.main import run as command
 from lrcompress.errors import CommandError, HostError
 from lrcompress.export.quantize import quantize_int8
 from lrcompress.golden import project
@@ -62,6 +63,12 @@ def test_arm_answers_what_x86_answers(root: Path, exported: Path, cpu: str) -> N
     assert set(rows) == {"compressed", "payload first.safetensors"}
     assert all(t["p50_ms"] is None and t["p95_ms"] is None for t in rows.values()), "emulated time means nothing"
     assert rows["compressed"]["max_abs_diff"] < 1e-5
+
+
+def test_the_command_checks_here_and_there(root: Path, exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(["validate", str(exported), "--on", "cpu", "--on", "arm64:cortex-a53", "--json", "--quiet"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["passed"] and {t["target"] for t in found["targets"]} == {"cpu", "arm64:cortex-a53"}
 
 
 def test_a_model_that_answers_otherwise_is_a_miss_there_too(root: Path, tmp_path: Path) -> None:

@@ -16,7 +16,21 @@ import pytest
 from tests.support.graphs import mlp, write_exported
 
 ROOT = Path(__file__).resolve().parents[2]
-HEAVY = {"torch", "onnx", "onnxscript", "onnx_ir", "tensorly", "pydantic", "yaml", "scipy", "transformers", "optimum", "rich", "matplotlib", "jinja2"}
+HEAVY = {
+    "torch",
+    "onnx",
+    "onnxscript",
+    "onnx_ir",
+    "tensorly",
+    "pydantic",
+    "yaml",
+    "scipy",
+    "transformers",
+    "optimum",
+    "rich",
+    "matplotlib",
+    "jinja2",
+}
 #: What those modules are called as packages, where the name differs.
 PACKAGES = HEAVY - {"yaml", "onnx_ir"} | {"pyyaml", "onnx-ir"}
 RSS_LIMIT, TIME_LIMIT, RUNS = 80 << 20, 2.0, 7
@@ -36,7 +50,16 @@ def bin(tmp_path_factory: pytest.TempPathFactory) -> Path:
         else:
             shutil.copy(ROOT / name, source / name)
     venv.create(place / "venv", with_pip=True)
-    pip = [str(place / "venv/bin/python"), "-m", "pip", "install", "-q", str(source), "-c", str(ROOT / "constraints.txt")]
+    pip = [
+        str(place / "venv/bin/python"),
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        str(source),
+        "-c",
+        str(ROOT / "constraints.txt"),
+    ]
     done = subprocess.run(pip, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
     return place / "venv" / "bin"
@@ -62,7 +85,9 @@ def test_nothing_heavy_is_installed(bin: Path) -> None:
 
 
 def test_recipes_and_devices_travel_inside(bin: Path) -> None:
-    code = "from importlib.resources import files; print(*sorted(p.name for p in files('lrcompress._recipes').iterdir()))"
+    code = (
+        "from importlib.resources import files; print(*sorted(p.name for p in files('lrcompress._recipes').iterdir()))"
+    )
     shipped = set(said(bin, code).split())
     assert {p.name for p in (ROOT / "recipes").iterdir() if not p.name.startswith("__")} <= shipped
 
@@ -86,7 +111,11 @@ def test_the_device_s_commands_are_there(bin: Path) -> None:
 def test_what_needs_more_says_what_to_install(bin: Path, tmp_path: Path, args: tuple[str, ...]) -> None:
     done = command(bin, *args, "--json", cwd=tmp_path)
     assert done.returncode == 10, (done.returncode, done.stderr)
-    assert done.stderr.count("\n") == 1 and "pip install 'lrcompress[build]'" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.stderr.count("\n") == 1
+        and "pip install 'lrcompress[build]'" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     error = json.loads(done.stdout)["error"]
     assert error["code"] == 10 and error["kind"] == "missing_extra" and error["where"] == f"lrcompress {args[0]}"
     assert not list(tmp_path.iterdir())
@@ -117,7 +146,10 @@ def test_the_edge_is_light(bin: Path) -> None:
     """At most 80 MiB for `import lrcompress.edge` and all below it; at most twice the time of numpy and onnxruntime, measured in turns."""
     timed = "import time; t = time.perf_counter(); import {}; print(time.perf_counter() - t)"
     # VmHWM: ru_maxrss would carry the memory of the process that started this one.
-    rss = said(bin, f"import {', '.join(EDGE)}; print([l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM')][0])")
+    rss = said(
+        bin,
+        f"import {', '.join(EDGE)}; print([l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM')][0])",
+    )
     assert int(rss) << 10 <= RSS_LIMIT, f"{int(rss) / 1024:.1f} MiB"
     edge, runtime = [], []
     for _ in range(RUNS):

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -33,8 +34,14 @@ def _passphrase() -> Iterator[None]:
 
 def small_recipe(folder: Path, **changes: str) -> Path:
     """Write the quickstart with fewer steps into `folder`; `changes` replace text."""
-    text = (TOP / "recipes" / "quickstart.yaml").read_text().replace("archs/digits.py", f"{TOP}/recipes/archs/digits.py")
-    text = text.replace("steps: 400", "steps: 120").replace("steps: 300", "steps: 40").replace("max_drop: 0.02", "max_drop: 0.2")
+    text = (
+        (TOP / "recipes" / "quickstart.yaml").read_text().replace("archs/digits.py", f"{TOP}/recipes/archs/digits.py")
+    )
+    text = (
+        text.replace("steps: 400", "steps: 120")
+        .replace("steps: 800", "steps: 60")
+        .replace("max_drop: 0.02", "max_drop: 0.2")
+    )
     for old, new in changes.items():
         assert old in text
         text = text.replace(old, new)
@@ -70,7 +77,9 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
-    return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.stat().st_ino) for p in folder.rglob("*") if p.is_file()}
+    return {
+        str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.stat().st_ino) for p in folder.rglob("*") if p.is_file()
+    }
 
 
 def test_it_tells_the_story(done: tuple[Path, Path, dict[str, Any], Seen]) -> None:
@@ -89,10 +98,15 @@ def test_it_tells_the_story(done: tuple[Path, Path, dict[str, Any], Seen]) -> No
     device = {(r["name"], r["split"]): r["value"] for r in report["device_rows"]}
     gained = device["after update 2 (rotated)", "rotated.test"] - device["before update 2 (rotated)", "rotated.test"]
     assert gained > 0.05
+    (shift,) = report["shifts"]
+    assert shift["original"] < rows["original fp32"]["value"] - 0.05, (
+        "the change must hurt, or the update has no reason"
+    )
+    assert shift["after"] - shift["before"] == pytest.approx(gained)
     for update in report["updates"]:
         assert 0 < update["payload_bytes"] < 0.6 * report["model_bytes"]
     text = table_text(report)
-    for part in ("original fp32", "dense int8", "fleet of 1,000", "verdict:", "training: base"):
+    for part in ("original fp32", "dense int8", "fleet of 1,000", "why updates exist", "verdict:", "training: base"):
         assert part in text
     for name in ("train the base network", "factorize", "recover", "export", "report"):
         assert any(name in task for task in seen.tasks), name
@@ -170,6 +184,22 @@ def test_a_damaged_stage_is_built_again_to_the_same_bytes(done: tuple[Path, Path
     assert len(rebuilt) == 1 and rebuilt[0].endswith(" export")
 
 
+@pytest.mark.parametrize("harm", ["device", "mark"])
+def test_a_device_that_is_gone_or_another_ones_is_made_anew(
+    done: tuple[Path, Path, dict[str, Any], Seen], harm: str
+) -> None:
+    path, folder, report, _ = done
+    if harm == "device":
+        shutil.rmtree(folder / "device")
+    else:
+        (folder / ".fleet.json").write_text("{}")
+    seen = Seen()
+    again = pipeline.run(path, folder, seen)
+    assert [t for t in seen.tasks if "/" in t] == ["8/8 publish"]
+    assert again["hashes"] == report["hashes"] and (folder / "device").is_dir()
+    assert pipeline.run(path, folder)["nothing_to_do"]
+
+
 KILLER = """
 import json, os, signal, sys
 import lrcompress.pipeline as pipeline, lrcompress.edge, lrcompress.publish, lrcompress.verbs.export
@@ -192,20 +222,25 @@ print(json.dumps(pipeline.run(recipe, folder)["hashes"]))
 def killed_runs(path: Path, folder: Path, moments: list[float]) -> tuple[list[str], dict[str, str]]:
     """Stop a run after each of `moments` seconds, then let one finish; return what became of them and the hashes."""
     command = [sys.executable, "-c", KILLER, str(path), str(folder), json.dumps(moments)]
-    found = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(TOP)}, check=False)
+    found = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(TOP)}, check=False
+    )
     assert found.returncode == 0, found.stderr[-3000:]
     *fates, last = found.stdout.strip().splitlines()
     return fates, json.loads(last)
 
 
-def test_a_killed_run_continues_to_the_same_hashes(done: tuple[Path, Path, dict[str, Any], Seen], tmp_path: Path) -> None:
+def test_a_killed_run_continues_to_the_same_hashes(
+    done: tuple[Path, Path, dict[str, Any], Seen], tmp_path: Path
+) -> None:
     path, _, report, _ = done
     chance = random.Random(0)
     moments = [chance.uniform(0.2, 0.35 * report["seconds"]) for _ in range(5)]
-    fates, hashes = killed_runs(path, tmp_path / "run", moments)
+    # Another depth, too: where the run directory lies must not show in any file that counts.
+    fates, hashes = killed_runs(path, tmp_path / "deeper" / "run", moments)
     assert "killed" in fates
     assert hashes == report["hashes"]
-    left = [p for p in (tmp_path / "run" / "stages").iterdir() if not (p / "stage.json").is_file()]
+    left = [p for p in (tmp_path / "deeper" / "run" / "stages").iterdir() if not (p / "stage.json").is_file()]
     assert left == []
 
 
@@ -228,11 +263,16 @@ def _audit(event: str, args: tuple[Any, ...]) -> None:
 
 
 def test_test_data_are_not_opened_before_validate(tmp_path: Path) -> None:
-    path = small_recipe(tmp_path, **{"steps: 120": "steps: 20", "steps: 40": "steps: 2", "max_drop: 0.2": "max_drop: 1.0"})
+    path = small_recipe(
+        tmp_path, **{"steps: 120": "steps: 20", "steps: 60": "steps: 2", "max_drop: 0.2": "max_drop: 1.0"}
+    )
     arrays = pipeline.steps.load_callable(f"{TOP}/recipes/archs/digits.py:digits")("test")
     np.savez(tmp_path / "held-out.npz", **arrays)
     held = str(tmp_path.resolve() / "held-out.npz")
-    text = path.read_text().replace(f'test: {{source: "{TOP}/recipes/archs/digits.py:digits", args: {{split: test}}}}', "test: {source: held-out.npz}")
+    text = path.read_text().replace(
+        f'test: {{source: "{TOP}/recipes/archs/digits.py:digits", args: {{split: test}}}}',
+        "test: {source: held-out.npz}",
+    )
     assert "held-out.npz" in text
     path.write_text(text)
 
@@ -254,7 +294,12 @@ def test_test_data_are_not_opened_before_validate(tmp_path: Path) -> None:
 
 
 def test_a_miss_stops_before_anything_is_published(tmp_path: Path) -> None:
-    changes = {"max_drop: 0.2": "max_drop: 0.0", "ratio: 0.06": "ratio: 0.02", "steps: 40": "steps: 1", "updates:": "updates: []\nx-later:"}
+    changes = {
+        "max_drop: 0.2": "max_drop: 0.0",
+        "ratio: 0.05": "ratio: 0.03",
+        "steps: 60": "steps: 1",
+        "updates:": "updates: []\nx-later:",
+    }
     path = small_recipe(tmp_path, **{k: v for k, v in changes.items() if k != "updates:"})
     text = path.read_text()
     path.write_text(text[: text.index("updates:")])
