@@ -15,25 +15,25 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
-import onnx
 from torch import nn
 
 from .. import payload as payloads
 from ..adapt._files import read_adapter
 from ..data import Data
 from ..errors import CommandError, LrcompressError, LrcompressWarning, ModelError
-from ..export.gates import factors_stay_apart, names_and_bytes, outputs_agree
-from ..export.graph import OPSET, example_inputs, store_external, trace
+from ..export.gates import outputs_agree
+from ..export.graph import example_inputs
 from ..export.merging import merge_adapter
 from ..export.payloads import payload_tensors
-from ..export.quantize import quantize_int8
-from ..export.slots import attach_slots, make_inputs
-from ..files import check_output, sha256_bytes, staged_folder, write_json
+from ..export.targets import Request, Written
+from ..export.targets import target as find_target
+from ..files import check_output, sha256_file, staged_folder, write_json
 from ..golden import project
-from ..manifest import Manifest, base_id, slots_id
+from ..manifest import DATA, GRAPH, REQUIRED, Manifest, base_id, slots_id
 from ..model import OpenedModel
 from ..model.checkpoint import Compressed, load_compressed, module_layers, state_of, tensors_digest
 from ..model.surgery import count_parameters
@@ -82,7 +82,7 @@ def export(
     """
     progress = progress or Silent()
     dest = Path(output)
-    _check(target, slots, quantize)
+    exporter = _check(target, slots, quantize)
     check_output(dest, maker=MAKER, marker=MARKER)
     source = _source(compressed)
     module = copy.deepcopy(source.module)
@@ -91,10 +91,13 @@ def export(
             merge_adapter(module, read_adapter(_adapter_folder(merge, source.folder)))
         digest = source.digest if merge is None else tensors_digest(state_of(module), module_layers(module))
         data = None if calib is None else for_model(calib, source.opened)
-        golden = _golden(source, module, data, original, {"trust_pickle": trust_pickle, "trust_remote_code": trust_remote_code})
+        trust = {"trust_pickle": trust_pickle, "trust_remote_code": trust_remote_code}
+        golden = _golden(source, module, data, original, trust, quantize)
         advance(1, "traced")
+        feeds = None if data is None else _feeds(data)
+        request = Request(source.opened, module, slots, slot_include, quantize, feeds, golden, advance)
         with staged_folder(dest, maker=MAKER, marker=MARKER) as stage:
-            report = _write(stage, dest, source, module, digest, slots, slot_include, quantize, data, golden, name, advance)
+            report = _write(stage, dest, source, module, digest, exporter, request, name)
             shipped = [] if merge is not None or not report["slots"] else _payloads(stage, _adapters(adapters, source.folder), digest)
             report["payloads"] = [{"path": str(dest / "payloads" / p.name), "bytes": p.stat().st_size} for p in shipped]
             advance(1, "payloads")
@@ -112,15 +115,14 @@ class _Source:
     name: str
 
 
-def _check(target: str, slots: Sequence[str], quantize: str) -> None:
-    where = "lrcompress export"
-    if target != "onnx":
-        raise CommandError(f"{where} --target", "onnx", target)
-    if quantize not in ("none", "int8"):
-        raise CommandError(f"{where} --quantize", "none or int8", quantize)
+def _check(target: str, slots: Sequence[str], quantize: str) -> ModuleType:
+    where, exporter = "lrcompress export", find_target(target)
+    if quantize not in exporter.QUANTIZE:
+        raise CommandError(f"{where} --quantize", " or ".join(exporter.QUANTIZE), quantize)
     unknown = sorted(set(slots) - {"lora", "none"})
     if unknown or ("none" in slots and len(slots) > 1):
         raise CommandError(f"{where} --slots", "lora (which also serves LoHa) or none", ",".join(slots))
+    return exporter
 
 
 def _source(compressed: str | Path | Compressed | OpenedModel) -> _Source:
@@ -143,12 +145,15 @@ def _model_name(path: Path | None) -> str:
 
 
 def _golden(
-    source: _Source, module: nn.Module, data: Data | None, original: str | Path | None, trust: dict[str, bool]
-) -> dict[str, np.ndarray]:
+    source: _Source, module: nn.Module, data: Data | None, original: str | Path | None, trust: dict[str, bool],
+    quantize: str,
+) -> dict[str, np.ndarray]:  # fmt: skip
     """Return golden inputs and the answers of the module and, where it can be opened, of the original."""
     if data is not None and len(data) >= 1:
         batch = next(iter(data.take(slice(0, min(GOLDEN_SAMPLES, len(data)))).batches(GOLDEN_SAMPLES)))
         inputs = {k: np.asarray(v) for k, v in batch.inputs.items()}
+        if quantize != "none":
+            inputs = _unpadded(inputs)
     else:
         inputs = example_inputs(source.opened.inputs, module, batch=GOLDEN_SAMPLES)
     if not inputs:
@@ -170,55 +175,41 @@ def _golden(
     return arrays
 
 
+def _unpadded(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Cut token sequences to the shortest one: what a model says at padding is noise, which int8 makes another noise."""
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.ndim != 2 or not np.all(mask.astype(bool).sum(1)):
+        return inputs
+    width = int(mask.astype(bool).sum(1).min())
+    return {k: v[:, :width] if v.shape[:2] == mask.shape else v for k, v in inputs.items()}
+
+
 def _write(
-    stage: Path, dest: Path, source: _Source, module: nn.Module, digest: str, slots: Sequence[str], slot_include: Sequence[str],
-    quantize: str, data: Data | None, golden: Mapping[str, np.ndarray], name: str | None, advance: Any,
+    stage: Path, dest: Path, source: _Source, module: nn.Module, digest: str, exporter: ModuleType, request: Request, name: str | None
 ) -> dict[str, Any]:  # fmt: skip
-    """Write everything but payloads; one pass in the order of the gates, which is why it is long."""
-    traced = copy.deepcopy(module)
-    slot_layers = attach_slots(traced, slot_include) if "none" not in slots else []
-    entries = [s.manifest() for s in slot_layers]
-    slot_names = [t["name"] for e in entries for t in e["tensors"]]
-    factors = [f"{layer}.{f}" for layer, spec in module_layers(module).items() for f in spec["factors"]]
-    model = trace(source.opened, traced, where="export")
-    names_and_bytes(model, traced, slot_names)
-    make_inputs(model.graph, entries)
-    advance(1, "gates")
-    if quantize == "int8":
-        feeds = None if data is None else _feeds(data)
-        model = quantize_int8(model, slots=slot_names, calibration=feeds)
-    blob = store_external(model, "base.data")
-    graph = model.SerializeToString(deterministic=True)
-    (stage / "model.onnx").write_bytes(graph)
-    (stage / "base.data").write_bytes(blob)
-    onnx.checker.check_model(str(stage / "model.onnx"))
-    if quantize == "none":
-        factors_stay_apart(stage / "model.onnx", factors, slot_names)
-    advance(1, "written")
-    np.savez(stage / "golden.npz", **golden)  # type: ignore[arg-type]
-    limits = {"schema": 1, "max_payload_bytes": max(4 * sum(p.numel() for p in module.parameters()), 1 << 20), "latency_factor": 20.0, "threads": 1}
-    write_json(stage / "device.json", limits)
-    precision = "fp32" if quantize == "none" else quantize
-    files = {n: (stage / n).read_bytes() for n in ("model.onnx", "base.data", "golden.npz", "device.json")}
-    inputs = [{"name": s.name, "dtype": s.dtype, "shape": list(s.shape)} for s in source.opened.inputs]
+    """Write everything but payloads: the target's files, goldens, limits, and the manifest over them."""
+    written: Written = exporter.write(stage, request)
+    np.savez(stage / "golden.npz", **request.golden)  # type: ignore[arg-type]
+    most = max(4 * sum(p.numel() for p in module.parameters()), 1 << 20)
+    write_json(stage / "device.json", {"schema": 1, "max_payload_bytes": most, "latency_factor": 20.0, "threads": 1})
+    precision = "fp32" if request.quantize == "none" else request.quantize
+    files: dict[str, dict[str, Any]] = {n: {"sha256": sha256_file(stage / n), "bytes": (stage / n).stat().st_size} for n in REQUIRED}
     value: dict[str, Any] = {
         "schema": 1, "made_by": MAKER, "model": name or source.name,
-        "base_id": base_id(graph=sha256_bytes(graph), data=sha256_bytes(blob), slots=entries),
-        "slots_id": slots_id(slots=entries, factors=digest), "factors_digest": digest,
-        "files": {n: {"sha256": sha256_bytes(b), "bytes": len(b)} for n, b in files.items()},
-        "inputs": inputs, "outputs": _outputs(model, golden),
-        "opset": OPSET, "ir": model.ir_version, "ort": {"min": "1.22.0", "max": None}, "precision": precision,
-        "slots": entries, "tolerances": tolerances(precision), "factors": factors, "params": count_parameters(module),
+        "base_id": base_id(graph=files[GRAPH]["sha256"], data=files[DATA]["sha256"], slots=written.slots),
+        "slots_id": slots_id(slots=written.slots, factors=digest), "factors_digest": digest, "files": files,
+        "inputs": [{"name": s.name, "dtype": s.dtype, "shape": list(s.shape)} for s in source.opened.inputs],
+        "outputs": written.outputs, **written.about, "ort": {"min": "1.22.0", "max": None}, "precision": precision,
+        "slots": written.slots, "tolerances": tolerances(precision), "factors": written.factors, "params": count_parameters(module),
         "compressed": None if source.folder is None else {"path": os.path.relpath(source.folder.resolve(), dest.resolve()), "digest": source.digest},
         "versions": {p: importlib.metadata.version(p) for p in ("torch", "onnx", "onnxruntime", "onnxscript")},
     }  # fmt: skip
-    _fit_tolerance(stage, value, golden, precision)
+    _fit_tolerance(stage, value, request.golden, precision)
     write_json(stage / MARKER, value)
-    total = sum(f["bytes"] for f in value["files"].values())
+    sizes = {"graph": files[GRAPH]["bytes"], "base": files[DATA]["bytes"], "total": sum(f["bytes"] for f in files.values())}
     return {
-        "base_id": value["base_id"], "slots_id": value["slots_id"],
-        "bytes": {"graph": len(graph), "base": len(blob), "total": total}, "slots": entries, "payloads": [], "opset": OPSET,
-        "precision": precision, "model": value["model"],
+        "base_id": value["base_id"], "slots_id": value["slots_id"], "bytes": sizes, "slots": written.slots, "payloads": [],
+        "opset": written.about.get("opset"), "precision": precision, "model": value["model"],
     }  # fmt: skip
 
 
@@ -240,15 +231,6 @@ def _fit_tolerance(stage: Path, value: dict[str, Any], golden: Mapping[str, np.n
     )
     outputs_agree(expected, got, 0.5, where="export --quantize int8")
     value["tolerances"] = tolerances(precision, distance)
-
-
-def _outputs(model: onnx.ModelProto, golden: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-    found = []
-    for o in model.graph.output:
-        array = golden.get(f"compressed/{o.name}")
-        dims = [d.dim_param or d.dim_value for d in o.type.tensor_type.shape.dim]
-        found.append({"name": o.name, "dtype": str(array.dtype) if array is not None else "float32", "shape": dims})
-    return found
 
 
 def _feeds(data: Data) -> list[dict[str, np.ndarray]]:
