@@ -20,6 +20,7 @@ from .output import Result, Shell, common, human_bytes
 @click.option("--merge", metavar="NAME", help="Bake this adapter in instead of shipping it.")
 @click.option("--adapter", "adapters", multiple=True, type=click.Path(), help="Adapter to ship as a payload  [default: all of adapters/]")
 @click.option("--original", type=click.Path(), help="The model that was factorized, if it moved.")
+@click.option("--device", metavar="NAME|FILE", help="Device profile whose limits go into device.json, e.g. raspberry-pi-4.")
 @click.option("--name", help="Name of the model in manifests and repositories.")
 @click.option("--trust-pickle", is_flag=True, help="Allow an original that can run code while it is opened.")
 @click.option("--trust-remote-code", is_flag=True, help="Allow code that a Hugging Face folder brings.")

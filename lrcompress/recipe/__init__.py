@@ -16,11 +16,10 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
-from pydantic import ValidationError
 
 from ..data import Data, InputLike, open_data
 from ..errors import HostError, RecipeError
-from .reading import explain, read
+from ..yamlfile import parse
 from .schema import Recipe, SplitPart, TrainingPart
 
 __all__ = ["Recipe", "SplitPart", "TrainingPart", "find", "load", "open_split", "resolve", "shipped", "split_part"]
@@ -58,13 +57,7 @@ def load(recipe: str | Path | Recipe) -> Recipe:
     if isinstance(recipe, Recipe):
         return recipe
     path = find(recipe)
-    value, lines = read(path)
-    try:
-        found = Recipe.model_validate(value)
-    except ValidationError as e:
-        # A misspelt key is both unknown and missing: the unknown one is the cause.
-        first = min(e.errors(), key=lambda error: error["type"] != "extra_forbidden")
-        raise explain(path, first, value, lines) from e
+    found = parse(path, Recipe, error=RecipeError)
     found._path = path.resolve()
     names = [u.name for u in found.updates]
     twice = next((n for n in names if names.count(n) > 1 or n == "recover"), None)

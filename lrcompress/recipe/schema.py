@@ -5,15 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from ..model import InputSpec
-
-
-class Part(BaseModel):
-    """A frozen part of a recipe in which every key is known."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+from ..yamlfile import Part
 
 
 class InputPart(Part):

@@ -62,12 +62,14 @@ def _scale(metric: str) -> tuple[float, str]:
 
 def _accuracy_over_bytes(axes: Any, report: Mapping[str, Any]) -> None:
     factor, unit = _scale(report["metric"]["name"])
+    low, high = min(r["bytes"] for r in report["rows"]), max(r["bytes"] for r in report["rows"])
+    per, name = (1e6, "MB") if low > 5e6 else (1e3, "kB")
     for i, row in enumerate(report["rows"]):
         color = INK if row["name"] == "original fp32" else SECOND if "int8" in row["name"] else ACCENT
         # Equal bytes lies, by its making, just beside the adapter: a hollow mark around it keeps both in sight.
         hollow = "equal bytes" in row["name"]
         axes.errorbar(
-            row["bytes"] / 1000,
+            row["bytes"] / per,
             factor * row["value"],
             yerr=factor * row["stderr"],
             fmt=_MARKS[i % len(_MARKS)],
@@ -78,12 +80,11 @@ def _accuracy_over_bytes(axes: Any, report: Mapping[str, Any]) -> None:
             label=row["name"],
         )
     axes.set_xscale("log")
-    axes.set_xlabel("kB on disk (log scale)")
+    axes.set_xlabel(f"{name} on disk (log scale)")
     axes.set_ylabel(f"{report['metric']['name']}{unit}, ± 1 standard error")
-    low, high = min(r["bytes"] for r in report["rows"]), max(r["bytes"] for r in report["rows"])
-    axes.set_xlim(low / 1000 * 0.85, high / 1000 * 1.15)
+    axes.set_xlim(low / per * 0.85, high / per * 1.15)
     steps = (1, 2, 5) if high > 8 * low else (1, 1.5, 2, 3, 4, 5, 6, 8)
-    ticks = [t for t in (m * 10.0**e for e in range(-1, 7) for m in steps) if 0.85 * low <= 1000 * t <= 1.15 * high]
+    ticks = [t for t in (m * 10.0**e for e in range(-1, 7) for m in steps) if 0.85 * low <= per * t <= 1.15 * high]
     axes.set_xticks(ticks, [f"{t:,.0f}" if t >= 1 else f"{t:g}" for t in ticks])
     axes.minorticks_off()
     axes.grid(True)
@@ -130,19 +131,20 @@ def _layers(axes: Any, report: Mapping[str, Any]) -> None:
     y = range(len(rows))
     axes.barh(y, [r["params_before"] / 1000 for r in rows], color="#d5dae1", height=0.74, label="before")
     axes.barh(y, [r["params_after"] / 1000 for r in rows], color=ACCENT, height=0.42, label="after")
-    most = max(r["params_before"] for r in rows) / 1000
+    # A table of embeddings that nobody touched must not press all other bars flat.
+    most = max(r["params_before"] for r in rows if r["form"] != "dense") / 1000
     for i, r in enumerate(rows):
+        width = max(r["params_before"], r["params_after"]) / 1000
         error = "dense" if r["form"] == "dense" else f"{r['form']}, error {r['rel_error']:.2f}"
-        axes.text(
-            max(r["params_before"], r["params_after"]) / 1000 + 0.01 * most,
-            i,
-            error,
-            va="center",
-            fontsize=8,
-            color=MUTED,
-        )
+        if width > 1.3 * most:
+            inside = f"dense, {width:,.0f} thousand: goes on to the right"
+            axes.text(1.28 * most, i, inside, va="center", ha="right", fontsize=8, color="white", fontweight="bold")
+            axes.barh(i, 1.3 * most, color=ACCENT, height=0.74)
+        else:
+            axes.text(width + 0.01 * most, i, error, va="center", fontsize=8, color=MUTED)
     axes.set_yticks(y, [r["name"] for r in rows], fontsize=8)
-    axes.set_xlim(0, 1.28 * most)
+    axes.set_xlim(0, 1.3 * most)
+    axes.set_ylim(-0.7, len(rows) - 0.3)
     axes.set_xlabel("thousand parameters")
     axes.grid(True, axis="x")
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
@@ -152,7 +154,7 @@ def _spectra(axes: Any, report: Mapping[str, Any]) -> None:
     from matplotlib import colormaps
 
     forms = {r["name"]: (r["form"], r["rank"]) for r in report["layers"]}
-    names = list(report["spectra"])
+    names = [r["name"] for r in report["layers"] if r["name"] in report["spectra"]]
     few = len(names) <= 8
     shades = colormaps["viridis"].resampled(max(2, len(names)))
     for i, name in enumerate(names):
@@ -174,4 +176,7 @@ def _spectra(axes: Any, report: Mapping[str, Any]) -> None:
     axes.set_xlabel("share of the singular values" + (" (a dot: the rank that an SVD kept)" if dots else ""))
     axes.set_ylabel("singular value over the largest")
     axes.grid(True)
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9)
+    if few:
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9)
+    else:
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=9)

@@ -37,6 +37,7 @@ from ..manifest import DATA, GRAPH, REQUIRED, Manifest, base_id, slots_id
 from ..model import OpenedModel
 from ..model.checkpoint import Compressed, load_compressed, module_layers, state_of, tensors_digest
 from ..model.surgery import count_parameters
+from ..plan.profile import DeviceProfile, load_profile
 from ..progress import Progress, Silent
 from ..runtime import Session
 from ..validate.tolerances import tolerances
@@ -69,6 +70,7 @@ def export(
     adapters: Sequence[str | Path] | None = None,
     original: str | Path | None = None,
     name: str | None = None,
+    device: str | Path | None = None,
     output: str | Path = "exported",
     trust_pickle: bool = False,
     trust_remote_code: bool = False,
@@ -77,12 +79,13 @@ def export(
     """Write `compressed` as ONNX with adapter slots, its goldens and its manifest.
 
     `adapters`: folders to ship as payloads (default: every folder of `adapters/` beside the checkpoint that belongs
-    to it). `merge`: one to bake in instead. `calib`: data for static int8 and for the goldens. An `OpenedModel` gives
-    the plain baseline. Raises `CommandError`, `ModelError`, `ParityError`.
+    to it). `merge`: one to bake in instead. `calib`: data for static int8 and for the goldens. `device`: a profile, by
+    name or file, whose limits go into `device.json`. An `OpenedModel` gives the plain baseline. Raises `CommandError`, `ModelError`, `ParityError`.
     """
     progress = progress or Silent()
     dest = Path(output)
     exporter = _check(target, slots, quantize)
+    profile = None if device is None else load_profile(device)
     check_output(dest, maker=MAKER, marker=MARKER)
     source = _source(compressed)
     module = copy.deepcopy(source.module)
@@ -97,7 +100,7 @@ def export(
         feeds = None if data is None else _feeds(data)
         request = Request(source.opened, module, slots, slot_include, quantize, feeds, golden, advance)
         with staged_folder(dest, maker=MAKER, marker=MARKER) as stage:
-            report = _write(stage, dest, source, module, digest, exporter, request, name)
+            report = _write(stage, dest, source, module, digest, exporter, request, name, profile)
             shipped = [] if merge is not None or not report["slots"] else _payloads(stage, _adapters(adapters, source.folder), digest)
             report["payloads"] = [{"path": str(dest / "payloads" / p.name), "bytes": p.stat().st_size} for p in shipped]
             advance(1, "payloads")
@@ -185,13 +188,13 @@ def _unpadded(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _write(
-    stage: Path, dest: Path, source: _Source, module: nn.Module, digest: str, exporter: ModuleType, request: Request, name: str | None
+    stage: Path, dest: Path, source: _Source, module: nn.Module, digest: str, exporter: ModuleType, request: Request, name: str | None,
+    profile: DeviceProfile | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write everything but payloads: the target's files, goldens, limits, and the manifest over them."""
     written: Written = exporter.write(stage, request)
     np.savez(stage / "golden.npz", **request.golden)  # type: ignore[arg-type]
-    most = max(4 * sum(p.numel() for p in module.parameters()), 1 << 20)
-    write_json(stage / "device.json", {"schema": 1, "max_payload_bytes": most, "latency_factor": 20.0, "threads": 1})
+    write_json(stage / "device.json", _limits(module, profile))
     precision = "fp32" if request.quantize == "none" else request.quantize
     files: dict[str, dict[str, Any]] = {n: {"sha256": sha256_file(stage / n), "bytes": (stage / n).stat().st_size} for n in REQUIRED}
     value: dict[str, Any] = {
@@ -211,6 +214,15 @@ def _write(
         "base_id": value["base_id"], "slots_id": value["slots_id"], "bytes": sizes, "slots": written.slots, "payloads": [],
         "opset": written.about.get("opset"), "precision": precision, "model": value["model"],
     }  # fmt: skip
+
+
+def _limits(module: nn.Module, profile: DeviceProfile | None) -> dict[str, Any]:
+    """Return what a device allows itself: no update larger than the model, a trial no slower than 20 times the base."""
+    most = max(4 * sum(p.numel() for p in module.parameters()), 1 << 20)
+    limits: dict[str, Any] = {"schema": 1, "max_payload_bytes": most, "latency_factor": 20.0, "threads": 1}
+    if profile is not None:
+        limits |= {"device": profile.name, "threads": profile.threads, "max_payload_bytes": min(most, profile.max_update_bytes)}
+    return limits
 
 
 def _fit_tolerance(stage: Path, value: dict[str, Any], golden: Mapping[str, np.ndarray], precision: str) -> None:

@@ -21,7 +21,7 @@ LAYERS: list[set[str]] = [
     {"runtime"},
     {"edge"},
     # What a device runs ends here; from here on the [build] extra may be imported.
-    {"factorize"},
+    {"factorize", "yamlfile"},
     {"adapt"},
     {"model"},
     {"data"},

@@ -80,29 +80,40 @@ def smaller(found: Recipe, **changes: Any) -> Recipe:
     return made
 
 
-@pytest.mark.slow
 def test_resnet20_through_all_stages(load: Any, tmp_path: Path) -> None:
+    # One thread: two that share their cores with another process wait for each other most of the time.
     found = smaller(
-        load("resnet20-cifar10"), recover__steps=60, data__calibration__limit=256, data__train__limit=2000, data__select__limit=200,
-        data__test__limit=1000, metric__max_drop=0.1,
-    )  # fmt: skip
+        load("resnet20-cifar10"),
+        threads=1,
+        recover__steps=50,
+        data__calibration__limit=160,
+        data__train__limit=2000,
+        data__select__limit=200,
+        data__test__limit=1000,
+        metric__max_drop=0.1,
+    )
     report = pipeline.run(found, tmp_path / "run")
     rows = {r["name"]: r for r in report["rows"]}
     assert rows["original fp32"]["value"] == pytest.approx(0.915, abs=0.02)
     assert rows["factorized + adapter"]["value"] > rows["factorized"]["value"]
     assert rows["dense int8"]["drop"] < 0.03
-    assert report["params_after"] <= 0.5 * report["params_before"]
+    assert report["params_after"] <= 0.4 * report["params_before"]
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_minilm_through_all_stages(load: Any, tmp_path: Path) -> None:
     found = load("minilm-sts")
     need_minilm()
     found = smaller(
-        found, recover__steps=10, data__calibration__limit=32, data__train__limit=400, data__select__limit=60, data__test__limit=150,
+        found,
+        threads=1,
+        recover__steps=8,
+        data__calibration__limit=64,
+        data__train__limit=400,
+        data__select__limit=30,
+        data__test__limit=150,
         metric__max_drop=0.2,
-    )  # fmt: skip
+    )
     report = pipeline.run(found, tmp_path / "run")
     rows = {r["name"]: r for r in report["rows"]}
     assert rows["original fp32"]["value"] > 0.7
