@@ -31,7 +31,7 @@ from ..model.checkpoint import MAKER, MARKER, layer_spec, module_layers, state_o
 from ..model.surgery import Layer, count_parameters, find_layers, replace_layer, tensors_as_layers
 from ..plan import Choice, read_plan, select
 from ..progress import Progress, Silent
-from .sources import for_model
+from .sources import for_model, inputs_told_by
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,16 @@ def factorize(
     layers = _selected(opened, include, exclude)
     statistics: dict[str, Statistics] = {}
     if calib is not None:
-        if opened.module is None:
+        network = opened.module
+        if network is None:
             raise ModelError(opened.path, "a network to run the calibration data through", "a state dict", "give --arch")
         data = for_model(calib, opened)
+        if not opened.inputs and len(data):
+            # What the data told is kept: export needs it. Read again, so that arrays take the names of the inputs.
+            opened = replace(opened, inputs=inputs_told_by(data, opened))
+            data = for_model(calib, opened)
         wanted = [layer for layer in layers if layer.reason is None]
-        statistics = collect(opened, opened.module, data, wanted, seed=seed, compute=device, progress=progress)
+        statistics = collect(opened, network, data, wanted, seed=seed, compute=device, progress=progress)
         _warn_few_samples(layers, statistics)
     method = method or ("auto" if statistics else "svd")
     if plan is not None:

@@ -174,3 +174,26 @@ def test_to_dense_is_a_plain_network(state):
     plain = lrcompress.to_dense(model)
     assert {type(m).__name__ for m in plain.modules()} == {type(m).__name__ for m in small().modules()}
     torch.testing.assert_close(plain(X), model(X), rtol=1e-4, atol=1e-5)
+
+
+def test_calibration_data_tell_the_inputs_that_export_needs(tmp_path):
+    torch.save(small().state_dict(), tmp_path / "m.pt")
+    np.savez(tmp_path / "c.npz", anything=images(40)[0])
+    lrcompress.factorize(
+        tmp_path / "m.pt", ratio=0.5, calib=str(tmp_path / "c.npz"), arch="tests.support.nets:small", output=tmp_path / "c"
+    )
+    lrcompress.export(tmp_path / "c", output=tmp_path / "e")
+    inputs = json.loads((tmp_path / "e" / "manifest.json").read_text())["inputs"]
+    assert inputs == [{"name": "x", "dtype": "float32", "shape": ["batch", 3, 8, 8]}]
+
+
+def test_calibration_ids_of_any_length(tmp_path):
+    torch.save(words().state_dict(), tmp_path / "m.pt")
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "c.npz", ids=rng.integers(0, 40, (60, 7)), attention_mask=np.ones((60, 7), np.int64))
+    lrcompress.factorize(
+        tmp_path / "m.pt", rank=3, calib=str(tmp_path / "c.npz"), arch="tests.support.nets:words", output=tmp_path / "c"
+    )
+    lrcompress.export(tmp_path / "c", output=tmp_path / "e")
+    shapes = [i["shape"] for i in json.loads((tmp_path / "e" / "manifest.json").read_text())["inputs"]]
+    assert shapes == [["batch", "sequence"], ["batch", "sequence"]]
