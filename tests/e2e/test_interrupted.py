@@ -86,21 +86,30 @@ def test_ctrl_c_leaves_nothing_half_written(here: Path, command: str) -> None:
     before = sha256_tree(Path("state"))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     script = [sys.executable, "-m", "lrcompress", *argv, "--threads", "1", "--json"]
-    process = subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    assert process.stderr is not None
-    until = time.monotonic() + 60
-    # The threads of the maths library start with the work, well after the imports that a signal would merely end.
-    while time.monotonic() < until and process.poll() is None and not working(process.pid):
-        time.sleep(0.05)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    # A shell that puts a job in the background lets it ignore the signal, and its children inherit that.
+    process = subprocess.Popen(
+        script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=heed_interrupts
+    )
+    try:
+        until = time.monotonic() + 60
+        # The maths starts well after the imports, which a signal would merely end.
+        while time.monotonic() < until and process.poll() is None and not working(process.pid):
+            time.sleep(0.05)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, (process.returncode, err)
     assert "Traceback" not in err and err.strip().splitlines()[-1].startswith("error: interrupted"), err
     assert json.loads(out)["error"]["code"] == 130 and out.count("\n") == 1
     assert (
         sha256_tree(Path("state")) == before and tree(Path("state"))[0] == "ok" and not list(Path("state").glob(".*"))
     )
+
+
+def heed_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def working(pid: int) -> bool:
