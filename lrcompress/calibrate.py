@@ -119,15 +119,25 @@ def _finish(layer: Layer, found: _Collected, samples: int, gradient_samples: int
         counts = found.counts.double().cpu()
         smoothed = counts + _UNSEEN * counts.mean()
         return Statistics(
-            row_weights=smoothed / smoothed.sum(), output_gram=output, count=int(counts.sum()), positions=float(counts.sum()) / samples
+            row_weights=smoothed / smoothed.sum(),
+            output_gram=output,
+            count=int(counts.sum()),
+            positions=float(counts.sum()) / samples,
         )
     m = found.moments
     if m.mean is None or m.second is None:
         return Statistics()  # the layer was never reached
     if not torch.isfinite(m.second).all() or (output is not None and not torch.isfinite(output).all()):
-        raise DataError(f"calibration data at layer {layer.name}", "finite activations", "NaN or infinity", "check the inputs and their scale")
+        raise DataError(
+            f"calibration data at layer {layer.name}",
+            "finite activations",
+            "NaN or infinity",
+            "check the inputs and their scale",
+        )
     gram = (m.second / m.count).cpu()
-    return Statistics(gram=(gram + gram.T) / 2, mean=m.mean.cpu(), output_gram=output, count=m.count, positions=m.count / samples)
+    return Statistics(
+        gram=(gram + gram.T) / 2, mean=m.mean.cpu(), output_gram=output, count=m.count, positions=m.count / samples
+    )
 
 
 def _one_batch(
@@ -174,7 +184,11 @@ def _frozen(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _watching(
-    module: nn.Module, layers: Sequence[Layer], collected: Mapping[str, _Collected], mask: Tensor | None, outputs: dict[str, Tensor] | None
+    module: nn.Module,
+    layers: Sequence[Layer],
+    collected: Mapping[str, _Collected],
+    mask: Tensor | None,
+    outputs: dict[str, Tensor] | None,
 ) -> Iterator[None]:
     """Hook every layer: take its input's moments and, if `outputs` is given, keep its output in the graph."""
     seen: dict[tuple[Any, ...], tuple[Tensor, Moments]] = {}
@@ -205,10 +219,19 @@ def _watching(
 
 
 def _add_rows(
-    found: _Collected, seen: dict[tuple[Any, ...], tuple[Tensor, Moments]], target: nn.Module, layer: Layer, x: Tensor, mask: Tensor | None
+    found: _Collected,
+    seen: dict[tuple[Any, ...], tuple[Tensor, Moments]],
+    target: nn.Module,
+    layer: Layer,
+    x: Tensor,
+    mask: Tensor | None,
 ) -> None:
     """Add the rows of `x`, once per distinct input: layers that read the same tensor share the `Moments` object."""
-    walk = (target.kernel_size, target.stride, target.padding, target.dilation, target.padding_mode) if layer.kind == "conv" else ()
+    walk = (
+        (target.kernel_size, target.stride, target.padding, target.dilation, target.padding_mode)
+        if layer.kind == "conv"
+        else ()
+    )
     key = (x.data_ptr(), x._version, tuple(x.shape), x.stride(), walk)
     if key in seen:
         found.moments = seen[key][1]

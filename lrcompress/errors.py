@@ -90,7 +90,13 @@ class ParityError(LrcompressError):
     usual_remedy = "export it again, or compress it less"
 
     def __init__(
-        self, where: object, expected: str, got: object = "", remedy: str = "", *, report: dict[str, object] | None = None
+        self,
+        where: object,
+        expected: str,
+        got: object = "",
+        remedy: str = "",
+        *,
+        report: dict[str, object] | None = None,
     ) -> None:
         super().__init__(where, expected, got, remedy)
         self.report = report or {}

@@ -148,12 +148,16 @@ def check_output(dest: Path, *, maker: str, marker: str) -> None:
     if not os.path.lexists(dest):
         nearest = next(p for p in _absolute(dest).parents if os.path.lexists(p))
         if not nearest.is_dir():
-            raise CommandError(dest, "a place below folders", f"{nearest.name} is a file", "choose another place with -o")
+            raise CommandError(
+                dest, "a place below folders", f"{nearest.name} is a file", "choose another place with -o"
+            )
         return
     if dest.is_dir() and (made_by(dest, marker) == maker or not any(dest.iterdir())):
         return
     got = "a folder made by something else" if dest.is_dir() else "a file"
-    raise CommandError(dest, f"an output that '{maker}' made, or none", got, "choose another place with -o, or move it away")
+    raise CommandError(
+        dest, f"an output that '{maker}' made, or none", got, "choose another place with -o, or move it away"
+    )
 
 
 @contextlib.contextmanager

@@ -27,7 +27,9 @@ def load(package: str, key: str) -> ModuleType:
     """Import the module that is called `key` in `package`; `KeyError` names the nearest one."""
     if key not in names(package):
         near = difflib.get_close_matches(key, names(package), 1)
-        raise KeyError(f"{key!r} is none of {', '.join(names(package))}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        raise KeyError(
+            f"{key!r} is none of {', '.join(names(package))}" + (f"; did you mean {near[0]!r}?" if near else "")
+        )
     for entry in entry_points(group=package):
         if entry.name == key:
             module = entry.load()

@@ -1,9 +1,9 @@
 """How long work reports itself: a protocol that is passed in, never a global.
 
-    with progress.task("factorize", total=len(layers)) as advance:
-        for layer in layers:
-            ...
-            advance(1, layer.name)
+with progress.task("factorize", total=len(layers)) as advance:
+    for layer in layers:
+        ...
+        advance(1, layer.name)
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """YAML files that people write, recipes and device profiles: plain values that know their line, checked by a schema.
 
-    recipe = parse(path, Recipe, error=RecipeError)     # one line with file, line, key path and the nearest known key
+recipe = parse(path, Recipe, error=RecipeError)     # one line with file, line, key path and the nearest known key
 """
 
 from __future__ import annotations
@@ -88,7 +88,11 @@ def _plain(node: yaml.Node, at: tuple[str | int, ...], lines: Lines, path: Path,
         raise error(
             f"{path}:{node.start_mark.line + 1}: {_dotted(at)}", "a plain value", getattr(e, "problem", None) or e
         ) from e
-    return _substitute(value, f"{path}:{node.start_mark.line + 1}: {_dotted(at)}", error) if isinstance(value, str) else value
+    return (
+        _substitute(value, f"{path}:{node.start_mark.line + 1}: {_dotted(at)}", error)
+        if isinstance(value, str)
+        else value
+    )
 
 
 def _substitute(text: str, where: str, error: Failure) -> str:
@@ -96,9 +100,7 @@ def _substitute(text: str, where: str, error: Failure) -> str:
         name, default = match.group(1), match.group(2)
         found = os.environ.get(name) or default
         if found is None:
-            raise error(
-                where, f"the environment variable {name}", "unset", f"set it, or write ${{{name}:-default}}"
-            )
+            raise error(where, f"the environment variable {name}", "unset", f"set it, or write ${{{name}:-default}}")
         return found
 
     return _VARIABLE.sub(value, text)

@@ -30,7 +30,12 @@ def adapter_class(kind: str) -> type[BaseAdapter]:
 
 
 def adapter(
-    kind: str, *, weight_shape: tuple[int, ...], rank: int, alpha: float | None = None, generator: torch.Generator | None = None
+    kind: str,
+    *,
+    weight_shape: tuple[int, ...],
+    rank: int,
+    alpha: float | None = None,
+    generator: torch.Generator | None = None,
 ) -> BaseAdapter:
     """Make a fresh adapter for a weight of shape (out, in, *k)."""
     return adapter_class(kind)(weight_shape, rank, alpha, generator)

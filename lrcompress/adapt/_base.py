@@ -24,7 +24,11 @@ class BaseAdapter(nn.Module, abc.ABC):
     tensor_names: ClassVar[Mapping[str, str]]
 
     def __init__(
-        self, weight_shape: tuple[int, ...], rank: int, alpha: float | None = None, generator: torch.Generator | None = None
+        self,
+        weight_shape: tuple[int, ...],
+        rank: int,
+        alpha: float | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         if rank < 1:

@@ -44,7 +44,9 @@ class AdapterFolder:
         return sum(p.numel() for a in self.adapters.values() for p in a.parameters())
 
 
-def write_adapter(stage: Path, adapters: Mapping[str, BaseAdapter], *, maker: str, base: str, info: Mapping[str, Any]) -> None:
+def write_adapter(
+    stage: Path, adapters: Mapping[str, BaseAdapter], *, maker: str, base: str, info: Mapping[str, Any]
+) -> None:
     """Write `adapters` (by layer path) into the folder `stage`."""
     some = next(iter(adapters.values()))
     rank = Counter(a.rank for a in adapters.values()).most_common(1)[0][0]
@@ -63,12 +65,18 @@ def write_adapter(stage: Path, adapters: Mapping[str, BaseAdapter], *, maker: st
     }
     if some.kind == "lora":
         config |= {"bias": "none", "lora_dropout": 0.0, "use_rslora": False, "use_dora": False, "fan_in_fan_out": False}
-    tensors = {f"{_PREFIX}{layer}.{name}": t.contiguous().clone() for layer, a in adapters.items() for name, t in a.tensors().items()}
+    tensors = {
+        f"{_PREFIX}{layer}.{name}": t.contiguous().clone()
+        for layer, a in adapters.items()
+        for name, t in a.tensors().items()
+    }
     save_file({k: tensors[k] for k in sorted(tensors)}, stage / TENSORS, metadata={"format": "pt"})
     (stage / TENSORS).chmod(0o644)  # safetensors makes it private
     write_json(stage / CONFIG, config)
     shapes = {layer: list(a.weight_shape) for layer, a in sorted(adapters.items())}
-    write_json(stage / MARKER, {"schema": 1, "made_by": maker, "base": base, "kind": some.kind, "shapes": shapes, **info})
+    write_json(
+        stage / MARKER, {"schema": 1, "made_by": maker, "base": base, "kind": some.kind, "shapes": shapes, **info}
+    )
 
 
 def read_adapter(folder: Path, shapes: Mapping[str, tuple[int, ...]] | None = None) -> AdapterFolder:
@@ -88,7 +96,9 @@ def read_adapter(folder: Path, shapes: Mapping[str, tuple[int, ...]] | None = No
         raise ModelError(folder, "an intact adapter folder", str(e)) from e
     kind = str(config.get("peft_type", "")).lower()
     if kind not in kinds():
-        raise ModelError(folder / CONFIG, f"a peft_type of {', '.join(k.upper() for k in kinds())}", config.get("peft_type"))
+        raise ModelError(
+            folder / CONFIG, f"a peft_type of {', '.join(k.upper() for k in kinds())}", config.get("peft_type")
+        )
     base = info.get("base")
     known = {k: tuple(v) for k, v in {**info.get("shapes", {}), **(shapes or {})}.items()}
     found = _by_layer(folder, tensors, kind)
@@ -113,7 +123,12 @@ def _by_layer(folder: Path, tensors: Mapping[str, Tensor], kind: str) -> dict[st
 
 
 def _one(
-    folder: Path, kind: str, config: Mapping[str, Any], layer: str, tensors: Mapping[str, Tensor], known: tuple[int, ...] | None
+    folder: Path,
+    kind: str,
+    config: Mapping[str, Any],
+    layer: str,
+    tensors: Mapping[str, Tensor],
+    known: tuple[int, ...] | None,
 ) -> BaseAdapter:
     try:
         rank = int(config.get("rank_pattern", {}).get(layer, config["r"]))

@@ -23,7 +23,12 @@ class Adapter(BaseAdapter):
     """B₂ (w2_a) is zero at init, the others Gaussian."""
 
     kind = "loha"
-    tensor_names = {"hada_w1_a": "hada_w1_a", "hada_w1_b": "hada_w1_b", "hada_w2_a": "hada_w2_a", "hada_w2_b": "hada_w2_b"}
+    tensor_names = {
+        "hada_w1_a": "hada_w1_a",
+        "hada_w1_b": "hada_w1_b",
+        "hada_w2_a": "hada_w2_a",
+        "hada_w2_b": "hada_w2_b",
+    }
 
     def reset(self, generator: torch.Generator | None) -> None:
         out, n = self.sides

@@ -13,14 +13,24 @@ from .output import Result, Shell, common, human_bytes
 @click.command(epilog="Example: lrcompress export --target onnx --quantize int8 --calib images.npz")
 @click.argument("compressed", default="compressed", type=click.Path())
 @click.option("--target", default="onnx", show_default=True, help="What to write: onnx.")
-@click.option("--slots", default="lora", show_default=True, help="Adapter slots to wire: lora (which also serves LoHa), or none.")
+@click.option(
+    "--slots", default="lora", show_default=True, help="Adapter slots to wire: lora (which also serves LoHa), or none."
+)
 @click.option("--slot-include", multiple=True, metavar="GLOB", help="Only layers whose path matches get a slot.")
 @click.option("--quantize", default="none", show_default=True, help="none or int8.")
 @click.option("--calib", metavar="DATA", help="Inputs for static int8 and for the golden set.")
 @click.option("--merge", metavar="NAME", help="Bake this adapter in instead of shipping it.")
-@click.option("--adapter", "adapters", multiple=True, type=click.Path(), help="Adapter to ship as a payload  [default: all of adapters/]")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    type=click.Path(),
+    help="Adapter to ship as a payload  [default: all of adapters/]",
+)
 @click.option("--original", type=click.Path(), help="The model that was factorized, if it moved.")
-@click.option("--device", metavar="NAME|FILE", help="Device profile whose limits go into device.json, e.g. raspberry-pi-4.")
+@click.option(
+    "--device", metavar="NAME|FILE", help="Device profile whose limits go into device.json, e.g. raspberry-pi-4."
+)
 @click.option("--name", help="Name of the model in manifests and repositories.")
 @click.option("--trust-pickle", is_flag=True, help="Allow an original that can run code while it is opened.")
 @click.option("--trust-remote-code", is_flag=True, help="Allow code that a Hugging Face folder brings.")

@@ -20,7 +20,11 @@ from .output import Result, Shell, common, human_bytes, table
 @click.option("--energy", type=float, help="Share of the squared singular values that each layer keeps.")
 @click.option("--plan", type=click.Path(), help="A plan file that names form and rank of every layer.")
 @click.option("--method", help="A decomposition (svd, tucker, kronecker, …), or auto: the default with --calib.")
-@click.option("--calib", metavar="DATA", help="Inputs to weight errors by: .npz, .safetensors, .tsv, a folder, RECIPE.yaml:SPLIT, pkg.mod:callable.")
+@click.option(
+    "--calib",
+    metavar="DATA",
+    help="Inputs to weight errors by: .npz, .safetensors, .tsv, a folder, RECIPE.yaml:SPLIT, pkg.mod:callable.",
+)
 @click.option("--include", multiple=True, metavar="GLOB", help="Only layers whose path matches.")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="No layer whose path matches.")
 @click.option("-o", "--output", default="compressed", show_default=True, type=click.Path(), help="Folder to write.")
@@ -38,7 +42,11 @@ def factorize(shell: Shell, model: str, inputs: tuple[str, ...], arch_args: tupl
     from ..verbs.factorize import factorize as verb
 
     found = verb(
-        model, inputs=[parse_input(i) for i in inputs], arch_args=arch_arguments(arch_args), progress=shell.progress, **options
+        model,
+        inputs=[parse_input(i) for i in inputs],
+        arch_args=arch_arguments(arch_args),
+        progress=shell.progress,
+        **options,
     )
     return Result(found.data, text=describe(found.data))
 

@@ -47,7 +47,9 @@ class Root(click.Group):
         command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in COMMANDS:
             near = difflib.get_close_matches(args[0], COMMANDS, 1)
             hint = f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(COMMANDS)}"
@@ -88,11 +90,25 @@ def run(argv: list[str]) -> int:
     except click.ClickException as e:
         where = e.ctx.command_path if isinstance(e, click.UsageError) and e.ctx else "lrcompress"
         message = e.format_message()
-        error = {"code": 2, "kind": "usage", "where": where, "expected": message, "got": "", "remedy": f"{where} --help"}
+        error = {
+            "code": 2,
+            "kind": "usage",
+            "where": where,
+            "expected": message,
+            "got": "",
+            "remedy": f"{where} --help",
+        }
         print_failure(error, f"{where}: {message}; see '{where} --help'", as_json=as_json)
         return 2
     except (click.Abort, KeyboardInterrupt):
-        error = {"code": 130, "kind": "interrupted", "where": "lrcompress", "expected": "", "got": "", "remedy": "run it again"}
+        error = {
+            "code": 130,
+            "kind": "interrupted",
+            "where": "lrcompress",
+            "expected": "",
+            "got": "",
+            "remedy": "run it again",
+        }
         print_failure(error, "interrupted; nothing half-written was left, the same command continues", as_json=as_json)
         return 130
     except ModuleNotFoundError as e:
@@ -115,7 +131,14 @@ def _environment(e: OSError | MemoryError, as_json: bool) -> int:
     where = getattr(e, "filename", None) or "this machine"
     got = (e.strerror or str(e)) if isinstance(e, OSError) else "out of memory"
     remedy = "free space or memory, or check the permissions"
-    error = {"code": 10, "kind": "environment", "where": str(where), "expected": "a working disk and memory", "got": got, "remedy": remedy}
+    error = {
+        "code": 10,
+        "kind": "environment",
+        "where": str(where),
+        "expected": "a working disk and memory",
+        "got": got,
+        "remedy": remedy,
+    }
     print_failure(error, f"{where}: expected a working disk and memory, got {got}; {remedy}", as_json=as_json)
     return 10
 

@@ -29,9 +29,13 @@ def arch_arguments(pairs: tuple[str, ...]) -> dict[str, Any]:
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add --arch, --arch-arg, --input, --trust-pickle, --trust-remote-code."""
 
-    @click.option("--arch", metavar="MODULE:CALLABLE", help="What builds the network: pkg.mod:callable or path/file.py:callable.")
+    @click.option(
+        "--arch", metavar="MODULE:CALLABLE", help="What builds the network: pkg.mod:callable or path/file.py:callable."
+    )
     @click.option("--arch-arg", "arch_args", multiple=True, metavar="K=V", help="An argument for --arch (JSON value).")
-    @click.option("--input", "inputs", multiple=True, metavar="NAME:DTYPE:DIMS", help="An input, e.g. x:float32:batch,3,32,32.")
+    @click.option(
+        "--input", "inputs", multiple=True, metavar="NAME:DTYPE:DIMS", help="An input, e.g. x:float32:batch,3,32,32."
+    )
     @click.option("--trust-pickle", is_flag=True, help="Allow files that can run code while they are opened.")
     @click.option("--trust-remote-code", is_flag=True, help="Allow code that a Hugging Face folder brings.")
     @functools.wraps(function)
@@ -63,7 +67,13 @@ def online_option(function: Callable[..., Any]) -> Callable[..., Any]:
         if not online:
             import os
 
-            for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
+            for name in (
+                "HF_HUB_OFFLINE",
+                "TRANSFORMERS_OFFLINE",
+                "HF_DATASETS_OFFLINE",
+                "HF_HUB_DISABLE_TELEMETRY",
+                "DO_NOT_TRACK",
+            ):
                 os.environ.setdefault(name, "1")
         return function(**options)
 

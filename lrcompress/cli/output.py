@@ -1,10 +1,10 @@
 """What every command shares: the common options, the result, how it is printed, and progress on stderr.
 
-    @root_or_group.command(...)
-    @common
-    def factorize(model: str, shell: Shell, ...) -> Result:
-        with shell.progress.task("factorize", total) as advance: ...
-        return Result({"method": ...}, text="…")
+@root_or_group.command(...)
+@common
+def factorize(model: str, shell: Shell, ...) -> Result:
+    with shell.progress.task("factorize", total) as advance: ...
+    return Result({"method": ...}, text="…")
 """
 
 from __future__ import annotations
@@ -128,7 +128,9 @@ def table(header: list[str], rows: list[list[str]], *, left: int = 1) -> str:
     cells = [header, *rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = [
-        "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip()
+        "  ".join(
+            c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
         for row in cells
     ]
     return "\n".join([lines[0], "  ".join("─" * w for w in widths), *lines[1:]])

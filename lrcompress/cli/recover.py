@@ -19,7 +19,9 @@ from .output import Result, Shell, common, human_bytes
 @click.option("--rank", type=int, default=8, show_default=True)
 @click.option("--alpha", type=float, help="Scaling is alpha/rank; default alpha = rank.")
 @click.option("--name", help="Name of the adapter; default: the output's name, or 'recover'.")
-@click.option("--loss", default="auto", show_default=True, help="logits, embedding (both distil the original), labels, or auto.")
+@click.option(
+    "--loss", default="auto", show_default=True, help="logits, embedding (both distil the original), labels, or auto."
+)
 @click.option("--metric", help="Metric on --select that picks the best state; default: the loss.")
 @click.option("--steps", type=int, default=400, show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)

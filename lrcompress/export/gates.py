@@ -39,7 +39,12 @@ def names_and_bytes(model: onnx.ModelProto, module: nn.Module, slots: Iterable[s
             raise ModelError(f"export: {name}", "the bytes of the module", "other values")
     for name in slots:
         if name not in used:
-            raise ModelError(f"export: slot {name}", "an input that the graph reads", "nothing reads it", "leave the layer out with --slot-include")
+            raise ModelError(
+                f"export: slot {name}",
+                "an input that the graph reads",
+                "nothing reads it",
+                "leave the layer out with --slot-include",
+            )
 
 
 def _factorized(module: nn.Module) -> set[str]:
@@ -67,7 +72,9 @@ def factors_stay_apart(model_path: Path, factors: Sequence[str], slots: Sequence
     before = onnx.load(str(model_path), load_external_data=False)
     products, numbers = _weighty(before, factors)
     products_after, numbers_after = _weighty(optimized, ())
-    if numbers_after > numbers or (products_after < products and not _FUSES_PRODUCTS & {n.op_type for n in optimized.graph.node}):
+    if numbers_after > numbers or (
+        products_after < products and not _FUSES_PRODUCTS & {n.op_type for n in optimized.graph.node}
+    ):
         raise ModelError(
             "export: factors", f"{products} products of {numbers:,} numbers in ONNX Runtime too",
             f"{products_after} of {numbers_after:,}: factors were multiplied out",
@@ -99,10 +106,16 @@ def outputs_agree(
     found = {}
     for name, value in expected.items():
         if name not in got or got[name].shape != value.shape:
-            raise ParityError(where, f"output {name} of shape {value.shape}", got[name].shape if name in got else "none")
+            raise ParityError(
+                where, f"output {name} of shape {value.shape}", got[name].shape if name in got else "none"
+            )
         difference = float(np.max(np.abs(value.astype(np.float64) - got[name].astype(np.float64)), initial=0.0))
         limit = tolerance * max(1.0, float(np.max(np.abs(value), initial=0.0)))
         if not difference <= limit:
-            raise ParityError(f"{where}: output {name}", f"a difference of at most {limit:.3g} from the live module", f"{difference:.3g}")
+            raise ParityError(
+                f"{where}: output {name}",
+                f"a difference of at most {limit:.3g} from the live module",
+                f"{difference:.3g}",
+            )
         found[name] = difference
     return found

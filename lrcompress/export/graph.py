@@ -38,7 +38,9 @@ class _Answers(nn.Module):
         return tuple(outputs.values())
 
 
-def example_inputs(specs: Sequence[InputSpec], module: nn.Module, *, batch: int = 2, seed: int = 0) -> dict[str, np.ndarray]:
+def example_inputs(
+    specs: Sequence[InputSpec], module: nn.Module, *, batch: int = 2, seed: int = 0
+) -> dict[str, np.ndarray]:
     """Return seeded inputs of the declared shapes; a word is a dynamic axis, the first of them the batch."""
     rng = np.random.default_rng(seed)
     rows = [n for m in module.modules() if isinstance(n := getattr(m, "num_embeddings", None), int)]
@@ -58,7 +60,9 @@ def example_inputs(specs: Sequence[InputSpec], module: nn.Module, *, batch: int 
         elif "position" in spec.name:
             out[spec.name] = np.broadcast_to(np.arange(shape[-1], dtype=spec.dtype), shape).copy()
         else:
-            out[spec.name] = rng.integers(0, max(2, min(top, 1000)) if "type" not in spec.name else 1, shape).astype(spec.dtype)
+            out[spec.name] = rng.integers(0, max(2, min(top, 1000)) if "type" not in spec.name else 1, shape).astype(
+                spec.dtype
+            )
     return out
 
 
@@ -86,7 +90,9 @@ def trace(opened: OpenedModel, module: nn.Module, *, where: str) -> onnx.ModelPr
                 input_names=[s.name for s in specs], output_names=list(names), dynamic_shapes=(shapes,),
             )  # fmt: skip
     except Exception as e:  # the exporter's own family is private and changes; the cause goes along
-        raise ModelError(where, "a network that torch.onnx can export", _reason(e), "check the dynamic axes of --input") from e
+        raise ModelError(
+            where, "a network that torch.onnx can export", _reason(e), "check the dynamic axes of --input"
+        ) from e
     assert program is not None
     model: onnx.ModelProto = program.model_proto
     _rename(model.graph)

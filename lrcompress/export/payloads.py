@@ -30,12 +30,16 @@ def payload_tensors(adapter_dir: Path, manifest: Manifest) -> tuple[str, dict[st
         )  # fmt: skip
     homeless = sorted(set(folder.adapters) - set(slots))
     if homeless:
-        raise PayloadError(f"{adapter_dir}: layer {homeless[0]}", "a layer that has a slot", "none", "export with slots for it")
+        raise PayloadError(
+            f"{adapter_dir}: layer {homeless[0]}", "a layer that has a slot", "none", "export with slots for it"
+        )
     tensors: dict[str, np.ndarray] = {}
     for layer, slot in slots.items():
         adapter = folder.adapters.get(layer)
         if adapter is not None and adapter.weight_shape != shapes[layer]:
-            raise PayloadError(f"{adapter_dir}: layer {layer}", f"a weight of shape {shapes[layer]}", adapter.weight_shape)
+            raise PayloadError(
+                f"{adapter_dir}: layer {layer}", f"a weight of shape {shapes[layer]}", adapter.weight_shape
+            )
         tensors |= _lora(slot, adapter) if folder.kind == "lora" else _loha(slot, adapter, shapes[layer])
     return folder.kind, tensors
 
@@ -51,7 +55,10 @@ def _weight_shape(slot: Mapping[str, Any]) -> tuple[int, ...]:
 def _lora(slot: Mapping[str, Any], adapter: BaseAdapter | None) -> dict[str, np.ndarray]:
     a_spec, b_spec = slot["tensors"]
     if adapter is None:
-        return {t["name"]: np.zeros([0 if isinstance(d, str) else d for d in t["shape"]], t["dtype"]) for t in slot["tensors"]}
+        return {
+            t["name"]: np.zeros([0 if isinstance(d, str) else d for d in t["shape"]], t["dtype"])
+            for t in slot["tensors"]
+        }
     a, b = (t.detach().double().numpy() for t in adapter.expand())
     if slot["op"] == "linear":
         a, b = a.T, b.T

@@ -70,10 +70,24 @@ class SlotLayer:
         shapes = ([r, inner, *kernel], [out, r, *(1,) * len(kernel)]) if kernel else ([inner, r], [r, out])
         axes = (0, 1) if kernel else (1, 0)
         tensors = [
-            {"name": f"{self.layer}.lora_{ab}", "dtype": self.dtype, "shape": list(shape), "rank_symbol": r, "rank_axis": axis}
+            {
+                "name": f"{self.layer}.lora_{ab}",
+                "dtype": self.dtype,
+                "shape": list(shape),
+                "rank_symbol": r,
+                "rank_axis": axis,
+            }
             for ab, shape, axis in zip("AB", shapes, axes, strict=True)
         ]
-        return {"layer": self.layer, "kind": "lora", "op": self.op, "tensors": tensors, "r_min": R_MIN, "r_max": R_MAX, "default_rank": 0}
+        return {
+            "layer": self.layer,
+            "kind": "lora",
+            "op": self.op,
+            "tensors": tensors,
+            "r_min": R_MIN,
+            "r_max": R_MAX,
+            "default_rank": 0,
+        }
 
 
 def attach_slots(module: nn.Module, include: Sequence[str] = ()) -> list[SlotLayer]:
@@ -81,7 +95,12 @@ def attach_slots(module: nn.Module, include: Sequence[str] = ()) -> list[SlotLay
     names = adaptable_layers(module)
     for pattern in include:
         if not any(fnmatchcase(n, pattern) for n in names):
-            raise CommandError("lrcompress export --slot-include", "a pattern that matches a layer", pattern, f"layers are {', '.join(names[:4])}, …")
+            raise CommandError(
+                "lrcompress export --slot-include",
+                "a pattern that matches a layer",
+                pattern,
+                f"layers are {', '.join(names[:4])}, …",
+            )
     found = []
     for name in names:
         if include and not any(fnmatchcase(name, p) for p in include):
@@ -90,7 +109,11 @@ def attach_slots(module: nn.Module, include: Sequence[str] = ()) -> list[SlotLay
         dtype = next(iter(layer.factors.values())).dtype
         layer.adapters[SLOT] = SlotAdapter(layer.shape, dtype)
         layer.active[SLOT] = 1.0
-        found.append(SlotLayer(name, "conv" if len(layer.shape) > 2 else "linear", layer.shape, str(dtype).removeprefix("torch.")))
+        found.append(
+            SlotLayer(
+                name, "conv" if len(layer.shape) > 2 else "linear", layer.shape, str(dtype).removeprefix("torch.")
+            )
+        )
     return found
 
 

@@ -69,7 +69,9 @@ class Statistics:
             if value is None:
                 continue
             if tuple(value.shape) != shape:
-                raise ValueError(f"{name}: expected shape {shape} for a weight {tuple(weight.shape)}, got {tuple(value.shape)}")
+                raise ValueError(
+                    f"{name}: expected shape {shape} for a weight {tuple(weight.shape)}, got {tuple(value.shape)}"
+                )
             if not torch.isfinite(value).all():
                 raise ValueError(f"{name} is not finite")
 

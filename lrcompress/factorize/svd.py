@@ -61,7 +61,9 @@ def decompose(weight: Tensor, rank: Rank, statistics: Statistics | None = None) 
     u, flipped = fix_signs(u, v)
     assert flipped is not None
     # Equal norms on both sides keep half precision and training well conditioned.
-    balance = (torch.linalg.matrix_norm(flipped) / torch.linalg.matrix_norm(u).clamp_min(1e-300)).clamp_min(1e-300).sqrt()
+    balance = (
+        (torch.linalg.matrix_norm(flipped) / torch.linalg.matrix_norm(u).clamp_min(1e-300)).clamp_min(1e-300).sqrt()
+    )
     if float(balance) > 1e-100:
         u, flipped = u * balance, flipped / balance
     factors = {"U": u, "V": flipped.reshape(rank, *weight.shape[1:])}

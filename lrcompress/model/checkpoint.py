@@ -59,7 +59,9 @@ class Compressed:
         source = self.spec["source"]
         if override is None:
             if self.path is None or not source.get("path"):
-                raise ModelError("the original", "the model this was made from", "no recorded path", "name it with --original")
+                raise ModelError(
+                    "the original", "the model this was made from", "no recorded path", "name it with --original"
+                )
             override = (self.path / source["path"]).resolve()
         if not override.exists():
             raise ModelError(override, "the model this was made from", "nothing there", "name it with --original")
@@ -68,12 +70,17 @@ class Compressed:
         opened = open_model(override, arch=spec, arch_args=arch.get("args"), inputs=self.opened.inputs, **trust)
         if opened.digest != source["digest"]:
             raise ModelError(
-                override, f"the original with digest {source['digest'][:12]}", opened.digest[:12], "it changed since: factorize it again"
+                override,
+                f"the original with digest {source['digest'][:12]}",
+                opened.digest[:12],
+                "it changed since: factorize it again",
             )
         return opened
 
 
-def layer_spec(kind: str, form: str, shape: Sequence[int], rank: Rank, factors: Mapping[str, Sequence[int]], *, bias: bool) -> dict[str, Any]:
+def layer_spec(
+    kind: str, form: str, shape: Sequence[int], rank: Rank, factors: Mapping[str, Sequence[int]], *, bias: bool
+) -> dict[str, Any]:
     """Return what a checkpoint keeps of one factorized layer."""
     return {
         "kind": kind,
@@ -89,7 +96,12 @@ def module_layers(module: nn.Module) -> dict[str, dict[str, Any]]:
     """Return the specs of all factorized layers of a module (dense ones with a place for adapters are not among them)."""
     return {
         name: layer_spec(
-            m.layer_kind, m.form, m.shape, m.rank, {k: tuple(v.shape) for k, v in m.factors.items()}, bias=m.bias is not None
+            m.layer_kind,
+            m.form,
+            m.shape,
+            m.rank,
+            {k: tuple(v.shape) for k, v in m.factors.items()},
+            bias=m.bias is not None,
         )
         for name, m in factorized_layers(module)
         if m.form != "dense"
@@ -159,7 +171,9 @@ def load_compressed(folder: Path) -> Compressed:
     """Open a compressed checkpoint; `ModelError` for anything that is none, or is damaged."""
     if not is_compressed(folder):
         got = "a folder that is none" if folder.is_dir() else ("a file" if folder.exists() else "nothing there")
-        raise ModelError(folder, "a folder made by 'lrcompress factorize'", got, "factorize a model first, or name the folder")
+        raise ModelError(
+            folder, "a folder made by 'lrcompress factorize'", got, "factorize a model first, or name the folder"
+        )
     try:
         spec = json.loads((folder / MARKER).read_text())
         tensors = load_file(folder / TENSORS)
@@ -168,7 +182,9 @@ def load_compressed(folder: Path) -> Compressed:
         raise ModelError(folder, "an intact compressed checkpoint", str(e), "factorize again") from e
     digest = tensors_digest(tensors, layers)
     if digest != recorded:
-        raise ModelError(folder / TENSORS, f"tensors with digest {recorded[:12]}", digest[:12], "the file changed: factorize again")
+        raise ModelError(
+            folder / TENSORS, f"tensors with digest {recorded[:12]}", digest[:12], "the file changed: factorize again"
+        )
     opened = skeleton(spec["model"], folder)
     if opened.module is None:
         return Compressed(folder, digest, spec, opened, None, tensors)
@@ -177,9 +193,19 @@ def load_compressed(folder: Path) -> Compressed:
         rank = tuple(layer["rank"]) if isinstance(layer["rank"], list) else layer["rank"]
         shapes = {k: tuple(v) for k, v in layer["factors"].items()}
         try:
-            empty_layer(module, name, form_name=layer["form"], factors=shapes, shape=tuple(layer["shape"]), rank=rank, bias=layer["bias"])
+            empty_layer(
+                module,
+                name,
+                form_name=layer["form"],
+                factors=shapes,
+                shape=tuple(layer["shape"]),
+                rank=rank,
+                bias=layer["bias"],
+            )
         except (AttributeError, KeyError) as e:
-            raise ModelError(folder, f"an architecture with the layer {name}", str(e), "the architecture changed: factorize again") from e
+            raise ModelError(
+                folder, f"an architecture with the layer {name}", str(e), "the architecture changed: factorize again"
+            ) from e
     _fill(folder, module, tensors)
     return Compressed(folder, digest, spec, opened, module.eval())
 
@@ -190,7 +216,12 @@ def _fill(folder: Path, module: nn.Module, tensors: Mapping[str, Tensor]) -> Non
     missing = sorted(set(expected) - set(tensors))
     if unknown or missing:
         got = f"{unknown[0]} too many" if unknown else f"{missing[0]} missing"
-        raise ModelError(folder / TENSORS, "exactly the tensors of the architecture", got, "the architecture changed: factorize again")
+        raise ModelError(
+            folder / TENSORS,
+            "exactly the tensors of the architecture",
+            got,
+            "the architecture changed: factorize again",
+        )
     for name, value in tensors.items():
         if tuple(module.state_dict()[name].shape) != tuple(value.shape):
             shape = tuple(module.state_dict()[name].shape)

@@ -23,7 +23,9 @@ class FactorizedLayer(nn.Module):
     layer_kind: str
     bias: nn.Parameter | None
 
-    def __init__(self, form_name: str, factors: Mapping[str, Tensor], shape: tuple[int, ...], rank: Rank, bias: Tensor | None) -> None:
+    def __init__(
+        self, form_name: str, factors: Mapping[str, Tensor], shape: tuple[int, ...], rank: Rank, bias: Tensor | None
+    ) -> None:
         super().__init__()
         self.form, self.shape, self.rank = form_name, tuple(shape), rank
         self.factor_names = tuple(factors)

@@ -1,9 +1,9 @@
 """Find the layers of a network, put factors in their place, and take them out again.
 
-    for layer in find_layers(model):
-        if layer.reason is None:
-            replace_layer(model, layer.name, form("svd").decompose(layer.weight, 16))
-    plain = to_dense(model)
+for layer in find_layers(model):
+    if layer.reason is None:
+        replace_layer(model, layer.name, form("svd").decompose(layer.weight, 16))
+plain = to_dense(model)
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def _kind(module: nn.Module) -> str | None:
     return "embedding" if isinstance(module, nn.Embedding) else None
 
 
-def _why_dense(module: nn.Module, weight: Tensor, parent: nn.Module | None, owners: Mapping[int, list[str]]) -> str | None:
+def _why_dense(
+    module: nn.Module, weight: Tensor, parent: nn.Module | None, owners: Mapping[int, list[str]]
+) -> str | None:
     """Return the reason that rules a layer out whatever its size, or None."""
     modules = sorted(owners.get(id(weight), []))
     if is_parametrized(module):
@@ -141,17 +143,34 @@ def wrap_dense(model: nn.Module, name: str) -> FactorizedLayer:
 
 
 def empty_layer(
-    model: nn.Module, name: str, *, form_name: str, factors: Mapping[str, tuple[int, ...]], shape: tuple[int, ...], rank: Rank, bias: bool
+    model: nn.Module,
+    name: str,
+    *,
+    form_name: str,
+    factors: Mapping[str, tuple[int, ...]],
+    shape: tuple[int, ...],
+    rank: Rank,
+    bias: bool,
 ) -> FactorizedLayer:
     """Put a layer with zero factors of the given shapes in the place of `name`, to be filled from a checkpoint."""
     dtype = next((p.dtype for p in model.get_submodule(name).parameters()), torch.float32)
     zeros = {k: torch.zeros(s, dtype=dtype) for k, s in factors.items()}
-    has_bias = torch.zeros(shape[1] if _kind(model.get_submodule(name)) == "embedding" else shape[0], dtype=dtype) if bias else None
+    has_bias = (
+        torch.zeros(shape[1] if _kind(model.get_submodule(name)) == "embedding" else shape[0], dtype=dtype)
+        if bias
+        else None
+    )
     return _install(model, name, form_name, zeros, shape, rank, has_bias)
 
 
 def _install(
-    model: nn.Module, name: str, form_name: str, factors: Mapping[str, Tensor], shape: tuple[int, ...], rank: Rank, bias: Tensor | None
+    model: nn.Module,
+    name: str,
+    form_name: str,
+    factors: Mapping[str, Tensor],
+    shape: tuple[int, ...],
+    rank: Rank,
+    bias: Tensor | None,
 ) -> FactorizedLayer:
     old = model.get_submodule(name)
     common = (form_name, factors, shape, rank, bias)
@@ -159,9 +178,13 @@ def _install(
     if isinstance(old, _CONVS):
         padding = old.padding if isinstance(old.padding, str) else tuple(old.padding)
         geometry = ConvGeometry(
-            tuple(old.stride), tuple(0 for _ in old.kernel_size) if isinstance(padding, str) else padding, tuple(old.dilation)
+            tuple(old.stride),
+            tuple(0 for _ in old.kernel_size) if isinstance(padding, str) else padding,
+            tuple(old.dilation),
         )
-        new = FactorizedConv(*common, geometry=geometry, groups=old.groups, padding=padding, padding_mode=old.padding_mode)
+        new = FactorizedConv(
+            *common, geometry=geometry, groups=old.groups, padding=padding, padding_mode=old.padding_mode
+        )
     elif isinstance(old, nn.Embedding):
         new = FactorizedEmbedding(*common, padding_idx=old.padding_idx)
     else:
@@ -200,7 +223,9 @@ def adaptable_layers(model: nn.Module) -> list[str]:
     return names
 
 
-def attach(model: nn.Module, name: str, make: Callable[[str, tuple[int, ...]], BaseAdapter | None], layers: list[str]) -> dict[str, BaseAdapter]:
+def attach(
+    model: nn.Module, name: str, make: Callable[[str, tuple[int, ...]], BaseAdapter | None], layers: list[str]
+) -> dict[str, BaseAdapter]:
     """Attach what `make(layer, weight_shape)` returns under the adapter name `name`; return it by layer."""
     attached: dict[str, BaseAdapter] = {}
     for layer in layers:

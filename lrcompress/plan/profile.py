@@ -1,6 +1,6 @@
 """Device profiles: what a kind of device has and allows, one YAML file each.
 
-    profile = load_profile("raspberry-pi-4")            # one that ships, or a file
+profile = load_profile("raspberry-pi-4")            # one that ships, or a file
 """
 
 from __future__ import annotations

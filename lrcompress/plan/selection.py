@@ -85,7 +85,9 @@ def _alone(layer: Layer, method: str, statistics: Statistics | None, rank: int |
             wanted: Rank = form(name).clip(layer.shape, rank)
         else:
             assert energy is not None
-            found = _smallest(form(name).curve(layer.weight, statistics), energy, (statistics or Statistics()).loss(layer.weight))
+            found = _smallest(
+                form(name).curve(layer.weight, statistics), energy, (statistics or Statistics()).loss(layer.weight)
+            )
             if found is None:
                 continue
             wanted = found
@@ -93,7 +95,11 @@ def _alone(layer: Layer, method: str, statistics: Statistics | None, rank: int |
         if best is None or cost < best[0]:
             best = cost, name, wanted
     if best is None or best[0] >= layer.weight.numel():
-        got = "" if best is None else f": {best[1]} at rank {_rank_text(best[2])} would take {best[0]:,} numbers, dense takes {layer.weight.numel():,}"
+        got = (
+            ""
+            if best is None
+            else f": {best[1]} at rank {_rank_text(best[2])} would take {best[0]:,} numbers, dense takes {layer.weight.numel():,}"
+        )
         return dense(layer, f"would not shrink{got}")
     return Choice(layer.name, best[1], best[2], best[0])
 
@@ -130,8 +136,14 @@ def _options(layer: Layer, method: str, statistics: Statistics | None, *, compar
         scale = metric.scale if comparable else (1 / total if total > 0 else 1.0)
         extra = bias_cost(layer, statistics)
         for name in candidates(method, layer):
-            points = [p for p in form(name).curve(layer.weight, statistics) if method != "auto" or _runs_no_slower(name, layer, p.rank)]
-            options += [_Option(p.n_params + extra, p.loss * scale, name, p.rank) for p in points if p.n_params + extra < size]
+            points = [
+                p
+                for p in form(name).curve(layer.weight, statistics)
+                if method != "auto" or _runs_no_slower(name, layer, p.rank)
+            ]
+            options += [
+                _Option(p.n_params + extra, p.loss * scale, name, p.rank) for p in points if p.n_params + extra < size
+            ]
     options.sort(key=lambda o: (o.n_params, o.loss))
     kept: list[_Option] = []
     for o in options:
@@ -155,7 +167,9 @@ def _slope(a: _Option, b: _Option) -> float:
     return (a.loss - b.loss) / max(b.n_params - a.n_params, 1)
 
 
-def _by_ratio(layers: Sequence[Layer], method: str, statistics: Mapping[str, Statistics], ratio: float, fixed: int) -> list[Choice]:
+def _by_ratio(
+    layers: Sequence[Layer], method: str, statistics: Mapping[str, Statistics], ratio: float, fixed: int
+) -> list[Choice]:
     comparable = all(statistics.get(n.name, Statistics()).output_gram is not None for n in layers if n.reason is None)
     options = [_options(layer, method, statistics.get(layer.name), comparable=comparable) for layer in layers]
     before = fixed + sum(layer.weight.numel() for layer in layers)
@@ -163,7 +177,10 @@ def _by_ratio(layers: Sequence[Layer], method: str, statistics: Mapping[str, Sta
     least = sum(o[0].n_params for o in options)
     if least > budget:
         raise BudgetError(
-            "--ratio", f"at least {(least + fixed) / before:.4f} for this model and method", f"{ratio}", "ask for more, or for another --method"
+            "--ratio",
+            f"at least {(least + fixed) / before:.4f} for this model and method",
+            f"{ratio}",
+            "ask for more, or for another --method",
         )
     chosen = _allocate(options, budget)
     return [
@@ -248,14 +265,21 @@ def _planned(where: str, entry: Any, known: Mapping[str, Layer]) -> Choice:
         raise PlanError(where, "an object with name, form and rank", entry)
     layer = known.get(str(entry["name"]))
     if layer is None:
-        raise PlanError(where, f"a layer of this model ({', '.join(list(known)[:4])}, …)", entry["name"], "a plan belongs to one model")
+        raise PlanError(
+            where,
+            f"a layer of this model ({', '.join(list(known)[:4])}, …)",
+            entry["name"],
+            "a plan belongs to one model",
+        )
     if entry["form"] == "dense":
         return dense(layer, layer.reason or "the plan keeps it dense")
     if layer.reason is not None:
         raise PlanError(f"{where} ({layer.name})", "form dense", entry["form"], layer.reason)
     if entry["form"] not in forms() or not serves(entry["form"], layer):
         fitting = [n for n in forms() if serves(n, layer)]
-        raise PlanError(f"{where} ({layer.name})", f"a form for a {layer.kind} layer: {', '.join(fitting)}", entry["form"])
+        raise PlanError(
+            f"{where} ({layer.name})", f"a form for a {layer.kind} layer: {', '.join(fitting)}", entry["form"]
+        )
     module = form(entry["form"])
     top = module.full_rank(layer.shape)
     rank: Any = tuple(entry["rank"]) if isinstance(entry.get("rank"), list) else entry.get("rank")

@@ -71,7 +71,9 @@ def train(
     stays frozen and in evaluation mode. Raises `DataError` for labels that are missing or outside the classes.
     """
     if len(train_data) == 0 or len(select_data) == 0:
-        raise DataError("recovery data", "samples to train on and to select on", f"{len(train_data)} and {len(select_data)}")
+        raise DataError(
+            "recovery data", "samples to train on and to select on", f"{len(train_data)} and {len(select_data)}"
+        )
     frozen = _freeze_all_but(module, adapters)
     try:
         return _train(adapters, student, teacher, train_data, select_data, settings, score, progress, device)
@@ -104,10 +106,14 @@ def _train(
     step, epoch, cut = 0, 0, False
     with progress.task("recover", total=settings.steps) as advance:
         while step < settings.steps and not cut:
-            for batch in train_data.batches(min(settings.batch_size, len(train_data)), seed=settings.seed * 100_003 + epoch):
+            for batch in train_data.batches(
+                min(settings.batch_size, len(train_data)), seed=settings.seed * 100_003 + epoch
+            ):
                 loss = loss_of(batch.inputs, batch.labels)
                 if not torch.isfinite(loss):
-                    raise ModelError("recovery", "a finite loss", f"{float(loss.detach())} at step {step}", "lower the learning rate")
+                    raise ModelError(
+                        "recovery", "a finite loss", f"{float(loss.detach())} at step {step}", "lower the learning rate"
+                    )
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -190,8 +196,12 @@ class _Objective:
 
 def _checked_labels(targets: object, answer: Tensor) -> Tensor:
     if targets is None:
-        raise DataError("recovery data", "labels for the loss 'labels'", "none", "add an array y, or distil with --loss logits")
+        raise DataError(
+            "recovery data", "labels for the loss 'labels'", "none", "add an array y, or distil with --loss logits"
+        )
     labels = torch.as_tensor(targets, device=answer.device)
     if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= answer.shape[-1]):
-        raise DataError("recovery data: labels", f"classes 0…{answer.shape[-1] - 1}", f"{int(labels.min())}…{int(labels.max())}")
+        raise DataError(
+            "recovery data: labels", f"classes 0…{answer.shape[-1] - 1}", f"{int(labels.min())}…{int(labels.max())}"
+        )
     return labels

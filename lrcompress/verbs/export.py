@@ -1,8 +1,8 @@
 """The verb `export`: a compressed (or plain) model becomes a folder that a device can be given.
 
-    exported/ model.onnx  the graph; base.data its constants; manifest.json names, hashes, slots, tolerances
-              golden.npz  inputs and the answers of the compressed and of the original model
-              device.json limits; payloads/NAME.safetensors the adapters that belong to this base
+exported/ model.onnx  the graph; base.data its constants; manifest.json names, hashes, slots, tolerances
+          golden.npz  inputs and the answers of the compressed and of the original model
+          device.json limits; payloads/NAME.safetensors the adapters that belong to this base
 """
 
 from __future__ import annotations
@@ -101,7 +101,11 @@ def export(
         request = Request(source.opened, module, slots, slot_include, quantize, feeds, golden, advance)
         with staged_folder(dest, maker=MAKER, marker=MARKER) as stage:
             report = _write(stage, dest, source, module, digest, exporter, request, name, profile)
-            shipped = [] if merge is not None or not report["slots"] else _payloads(stage, _adapters(adapters, source.folder), digest)
+            shipped = (
+                []
+                if merge is not None or not report["slots"]
+                else _payloads(stage, _adapters(adapters, source.folder), digest)
+            )
             report["payloads"] = [{"path": str(dest / "payloads" / p.name), "bytes": p.stat().st_size} for p in shipped]
             advance(1, "payloads")
     report["output"] = str(dest)
@@ -136,14 +140,20 @@ def _source(compressed: str | Path | Compressed | OpenedModel) -> _Source:
         return _Source(compressed, compressed.module, digest, None, None, _model_name(compressed.path))
     found = compressed if isinstance(compressed, Compressed) else load_compressed(Path(compressed))
     source = (found.spec["source"].get("path") or "model") if found.spec else "model"
-    return _Source(found.opened, found.need_module("export"), found.digest, found.path, found, _model_name(Path(source)))
+    return _Source(
+        found.opened, found.need_module("export"), found.digest, found.path, found, _model_name(Path(source))
+    )
 
 
 def _model_name(path: Path | None) -> str:
     """Return a name that is safe in a path and a URL: the file's, or its folder's where the file is called model.*."""
     if path is None:
         return "model"
-    stem = path.stem if path.stem not in ("model", "pytorch_model") or len(path.parts) < 2 else path.parent.name or path.stem
+    stem = (
+        path.stem
+        if path.stem not in ("model", "pytorch_model") or len(path.parts) < 2
+        else path.parent.name or path.stem
+    )
     return re.sub(r"[^a-z0-9._-]+", "-", stem.lower()).strip("-.") or "model"
 
 
@@ -160,7 +170,12 @@ def _golden(
     else:
         inputs = example_inputs(source.opened.inputs, module, batch=GOLDEN_SAMPLES)
     if not inputs:
-        raise ModelError(source.folder or "export", "the model's inputs", "none are known", "a state dict has no graph; give --arch and --input")
+        raise ModelError(
+            source.folder or "export",
+            "the model's inputs",
+            "none are known",
+            "a state dict has no graph; give --arch and --input",
+        )
     arrays = {f"input/{k}": v for k, v in inputs.items()}
     arrays |= {f"compressed/{k}": v for k, v in predictor(source.opened, module)(inputs).items()}
     reference: OpenedModel | None = None
@@ -196,7 +211,9 @@ def _write(
     np.savez(stage / "golden.npz", **request.golden)  # type: ignore[arg-type]
     write_json(stage / "device.json", _limits(module, profile))
     precision = "fp32" if request.quantize == "none" else request.quantize
-    files: dict[str, dict[str, Any]] = {n: {"sha256": sha256_file(stage / n), "bytes": (stage / n).stat().st_size} for n in REQUIRED}
+    files: dict[str, dict[str, Any]] = {
+        n: {"sha256": sha256_file(stage / n), "bytes": (stage / n).stat().st_size} for n in REQUIRED
+    }
     value: dict[str, Any] = {
         "schema": 1, "made_by": MAKER, "model": name or source.name,
         "base_id": base_id(graph=files[GRAPH]["sha256"], data=files[DATA]["sha256"], slots=written.slots),
@@ -209,7 +226,11 @@ def _write(
     }  # fmt: skip
     _fit_tolerance(stage, value, request.golden, precision)
     write_json(stage / MARKER, value)
-    sizes = {"graph": files[GRAPH]["bytes"], "base": files[DATA]["bytes"], "total": sum(f["bytes"] for f in files.values())}
+    sizes = {
+        "graph": files[GRAPH]["bytes"],
+        "base": files[DATA]["bytes"],
+        "total": sum(f["bytes"] for f in files.values()),
+    }
     return {
         "base_id": value["base_id"], "slots_id": value["slots_id"], "bytes": sizes, "slots": written.slots, "payloads": [],
         "opset": written.about.get("opset"), "precision": precision, "model": value["model"],
@@ -221,7 +242,11 @@ def _limits(module: nn.Module, profile: DeviceProfile | None) -> dict[str, Any]:
     most = max(4 * sum(p.numel() for p in module.parameters()), 1 << 20)
     limits: dict[str, Any] = {"schema": 1, "max_payload_bytes": most, "latency_factor": 20.0, "threads": 1}
     if profile is not None:
-        limits |= {"device": profile.name, "threads": profile.threads, "max_payload_bytes": min(most, profile.max_update_bytes)}
+        limits |= {
+            "device": profile.name,
+            "threads": profile.threads,
+            "max_payload_bytes": min(most, profile.max_update_bytes),
+        }
     return limits
 
 
@@ -239,7 +264,8 @@ def _fit_tolerance(stage: Path, value: dict[str, Any], golden: Mapping[str, np.n
         outputs_agree(expected, got, value["tolerances"]["cpu"], where="export")
         return
     distance = max(
-        float(np.max(np.abs(v - got[k]), initial=0.0)) / max(1.0, float(np.max(np.abs(v), initial=0.0))) for k, v in expected.items()
+        float(np.max(np.abs(v - got[k]), initial=0.0)) / max(1.0, float(np.max(np.abs(v), initial=0.0)))
+        for k, v in expected.items()
     )
     outputs_agree(expected, got, 0.5, where="export --quantize int8")
     value["tolerances"] = tolerances(precision, distance)
@@ -252,11 +278,20 @@ def _feeds(data: Data) -> list[dict[str, np.ndarray]]:
 
 def _adapter_folder(name: str | Path, folder: Path | None) -> Path:
     """Return the folder that an adapter's name or path means: beside the checkpoint, here, or as given."""
-    places = [Path(name)] if os.sep in str(name) else [*([folder.parent / "adapters" / name] if folder else []), Path("adapters") / name, Path(name)]
+    places = (
+        [Path(name)]
+        if os.sep in str(name)
+        else [*([folder.parent / "adapters" / name] if folder else []), Path("adapters") / name, Path(name)]
+    )
     for place in places:
         if place.is_dir():
             return place
-    raise CommandError("lrcompress export", "an adapter folder", f"{name}: not in {', '.join(str(p.parent) for p in places)}", "train one with 'lrcompress recover'")
+    raise CommandError(
+        "lrcompress export",
+        "an adapter folder",
+        f"{name}: not in {', '.join(str(p.parent) for p in places)}",
+        "train one with 'lrcompress recover'",
+    )
 
 
 def _adapters(given: Sequence[str | Path] | None, folder: Path | None) -> list[Path]:
@@ -287,4 +322,3 @@ def _payloads(stage: Path, adapters: Sequence[Path], digest: str) -> list[Path]:
         path.write_bytes(data)
         out.append(path)
     return out
-

@@ -1,7 +1,7 @@
 """The verb `factorize`: open, calibrate, choose, decompose, put in place, write.
 
-    result = factorize("model.pt", rank=16)                     # ./compressed is not written unless output is given
-    result = factorize(model, ratio=0.5, calib=data, output="compressed")
+result = factorize("model.pt", rank=16)                     # ./compressed is not written unless output is given
+result = factorize(model, ratio=0.5, calib=data, output="compressed")
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def factorize(
     if calib is not None:
         network = opened.module
         if network is None:
-            raise ModelError(opened.path, "a network to run the calibration data through", "a state dict", "give --arch")
+            raise ModelError(
+                opened.path, "a network to run the calibration data through", "a state dict", "give --arch"
+            )
         data = for_model(calib, opened)
         if not opened.inputs and len(data):
             # What the data told is kept: export needs it. Read again, so that arrays take the names of the inputs.
@@ -98,7 +100,9 @@ def factorize(
         choices = read_plan(Path(plan), layers)
     else:
         fixed = _total(opened) - sum(layer.weight.numel() for layer in layers)
-        choices = select(layers, method=method, statistics=statistics, rank=rank, ratio=ratio, energy=energy, fixed_params=fixed)
+        choices = select(
+            layers, method=method, statistics=statistics, rank=rank, ratio=ratio, energy=energy, fixed_params=fixed
+        )
     module, tensors, specs, rows = _apply(opened, layers, choices, statistics, progress)
     before = _total(opened)
     after = count_parameters(module) if module is not None else sum(t.numel() for t in tensors.values())
@@ -114,7 +118,9 @@ def factorize(
         "output": None,
     }
     if all(row["form"] == "dense" for row in rows):
-        warnings.warn("no layer was factorized: every one would not shrink or was left out", LrcompressWarning, stacklevel=2)
+        warnings.warn(
+            "no layer was factorized: every one would not shrink or was left out", LrcompressWarning, stacklevel=2
+        )
     if output is None:
         return FactorizeResult(data_out, module)
     dest = Path(output)
@@ -122,7 +128,10 @@ def factorize(
         report = {
             "report": {k: data_out[k] for k in ("method", "seed", "layers", "params_before", "params_after")},
             "threads": torch.get_num_threads(),
-            "versions": {"lrcompress": __version__, **{p: importlib.metadata.version(p) for p in ("torch", "tensorly", "numpy")}},
+            "versions": {
+                "lrcompress": __version__,
+                **{p: importlib.metadata.version(p) for p in ("torch", "tensorly", "numpy")},
+            },
         }
         stored = tensors if module is None else state_of(module)
         write_compressed(stage, dest, opened, tensors=stored, layers=specs, report=report)
@@ -131,11 +140,20 @@ def factorize(
     return FactorizeResult(data_out, module, dest)
 
 
-def _check_options(rank: int | None, ratio: float | None, energy: float | None, plan: object, method: str | None) -> None:
+def _check_options(
+    rank: int | None, ratio: float | None, energy: float | None, plan: object, method: str | None
+) -> None:
     where = "lrcompress factorize"
-    given = [n for n, v in (("--rank", rank), ("--ratio", ratio), ("--energy", energy), ("--plan", plan)) if v is not None]
+    given = [
+        n for n, v in (("--rank", rank), ("--ratio", ratio), ("--energy", energy), ("--plan", plan)) if v is not None
+    ]
     if len(given) != 1:
-        raise CommandError(where, "exactly one of --rank, --ratio, --energy, --plan", " and ".join(given) or "none", "for example --rank 16")
+        raise CommandError(
+            where,
+            "exactly one of --rank, --ratio, --energy, --plan",
+            " and ".join(given) or "none",
+            "for example --rank 16",
+        )
     if rank is not None and rank < 1:
         raise CommandError(f"{where} --rank", "a whole number of at least 1", rank, "for example --rank 16")
     for name, share in (("--ratio", ratio), ("--energy", energy)):
@@ -145,7 +163,9 @@ def _check_options(rank: int | None, ratio: float | None, energy: float | None, 
         try:
             form(method)
         except KeyError as e:
-            raise CommandError(f"{where} --method", f"auto or one of {', '.join(forms())}", method, e.args[0].partition("; ")[2]) from e
+            raise CommandError(
+                f"{where} --method", f"auto or one of {', '.join(forms())}", method, e.args[0].partition("; ")[2]
+            ) from e
 
 
 def _selected(opened: OpenedModel, include: Sequence[str], exclude: Sequence[str]) -> list[Layer]:
@@ -157,7 +177,9 @@ def _selected(opened: OpenedModel, include: Sequence[str], exclude: Sequence[str
         for pattern in patterns:
             if not any(fnmatchcase(layer.name, pattern) for layer in layers):
                 near = ", ".join(layer.name for layer in layers[:4])
-                raise CommandError(f"lrcompress factorize {option}", "a pattern that matches a layer", pattern, f"layers are {near}, …")
+                raise CommandError(
+                    f"lrcompress factorize {option}", "a pattern that matches a layer", pattern, f"layers are {near}, …"
+                )
     out = []
     for layer in layers:
         reason = layer.reason
@@ -170,7 +192,11 @@ def _selected(opened: OpenedModel, include: Sequence[str], exclude: Sequence[str
 
 
 def _apply(
-    opened: OpenedModel, layers: Sequence[Layer], choices: Sequence[Choice], statistics: Mapping[str, Statistics], progress: Progress
+    opened: OpenedModel,
+    layers: Sequence[Layer],
+    choices: Sequence[Choice],
+    statistics: Mapping[str, Statistics],
+    progress: Progress,
 ) -> tuple[nn.Module | None, dict[str, Tensor], dict[str, Any], list[dict[str, Any]]]:
     """Decompose every chosen layer; return the module, the tensors (state dict only), the specs and the report rows."""
     module = copy.deepcopy(opened.module)
@@ -220,7 +246,11 @@ def _row(layer: Layer, choice: Choice, found: Factorization | None) -> dict[str,
 
 
 def _warn_few_samples(layers: Sequence[Layer], statistics: Mapping[str, Statistics]) -> None:
-    few = [n.name for n in layers if n.name in statistics and 0 < statistics[n.name].count < n.weight[0].numel() and n.kind != "embedding"]
+    few = [
+        n.name
+        for n in layers
+        if n.name in statistics and 0 < statistics[n.name].count < n.weight[0].numel() and n.kind != "embedding"
+    ]
     if few:
         warnings.warn(
             f"calibration has fewer positions than {few[0]} has inputs ({len(few)} layers): directions it never saw cost nothing; give more data",
@@ -235,7 +265,9 @@ def _device(compute: str) -> str:
     if asked is None:
         raise CommandError("--compute", "auto, cpu, cuda or cuda:N", compute)
     if compute != "cpu" and int(asked[1] or 0) >= torch.cuda.device_count():
-        raise CommandError("--compute", "a device that is here", compute, "no such CUDA device was found; use --compute cpu")
+        raise CommandError(
+            "--compute", "a device that is here", compute, "no such CUDA device was found; use --compute cpu"
+        )
     return compute
 
 

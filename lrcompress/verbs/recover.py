@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import metrics
-from ..adapt import adapter, adapter_class, kinds
+from ..adapt import BaseAdapter, adapter, adapter_class, kinds
 from ..adapt._files import MARKER, write_adapter
 from ..data import Data
 from ..errors import CommandError, DataError
@@ -79,16 +79,29 @@ def recover(
     base = compressed if isinstance(compressed, Compressed) else load_compressed(Path(compressed))
     module = copy.deepcopy(base.need_module("recover"))
     trust = {"trust_pickle": trust_pickle, "trust_remote_code": trust_remote_code}
-    train_data, select_data = _split(for_model(data, base.opened), None if select is None else for_model(select, base.opened))
+    train_data, select_data = _split(
+        for_model(data, base.opened), None if select is None else for_model(select, base.opened)
+    )
     teacher_model: OpenedModel | None = None
     if loss != "labels" or original is not None:
-        teacher_model = original if isinstance(original, OpenedModel) else base.open_original(None if original is None else Path(original), **trust)
+        teacher_model = (
+            original
+            if isinstance(original, OpenedModel)
+            else base.open_original(None if original is None else Path(original), **trust)
+        )
     device = _device(compute)
     generator = torch.Generator().manual_seed(seed)
     layers = adaptable_layers(module)
-    make = lambda _, shape: adapter(  # noqa: E731
-        adapter_kind, weight_shape=shape, rank=min(rank, shape[0], int(np.prod(shape[1:]))), alpha=_alpha(alpha, rank, shape), generator=generator
-    )
+
+    def make(_: str, shape: tuple[int, ...]) -> BaseAdapter:
+        return adapter(
+            adapter_kind,
+            weight_shape=shape,
+            rank=min(rank, shape[0], int(np.prod(shape[1:]))),
+            alpha=_alpha(alpha, rank, shape),
+            generator=generator,
+        )
+
     adapters = attach(module, name, make, layers)
     module.to(device)
     student = _answering(base.opened, module)
@@ -185,7 +198,9 @@ def _auto_loss(opened: OpenedModel, module: nn.Module, data: Data, device: str) 
 class _Scorer:
     """A metric on `select`: its value for a module, and as a number to minimise."""
 
-    def __init__(self, metric: metrics.Metric | None, opened: OpenedModel, module: nn.Module, data: Data, device: str) -> None:
+    def __init__(
+        self, metric: metrics.Metric | None, opened: OpenedModel, module: nn.Module, data: Data, device: str
+    ) -> None:
         self._metric, self._opened, self._module, self._data, self._device = metric, opened, module, data, device
         self.name = metric.name if metric else None
         self.original: float | None = None

@@ -91,7 +91,9 @@ class TestEveryKind:
         assert one.scaling == 1.0
 
     def test_counts(self, kind, shape):
-        assert adapter_class(kind).n_params(shape, 3) == sum(p.numel() for p in random_adapter(kind, shape).parameters())
+        assert adapter_class(kind).n_params(shape, 3) == sum(
+            p.numel() for p in random_adapter(kind, shape).parameters()
+        )
 
     def test_same_seed_same_bytes(self, kind, shape):
         one, two = (adapter(kind, weight_shape=shape, rank=2, generator=generator(4)) for _ in range(2))
@@ -113,7 +115,12 @@ def test_forward_equals_merged_on_every_layer(kind, factorized):
     attach(model, "wrap", lambda *_: None, adaptable_layers(model))
     before = model(IDS)
     torch.testing.assert_close(before, plain_answer, rtol=1e-12, atol=1e-14)
-    attached = attach(model, "a", lambda _, shape: adapter(kind, weight_shape=shape, rank=2, generator=generator()).double(), adaptable_layers(model))
+    attached = attach(
+        model,
+        "a",
+        lambda _, shape: adapter(kind, weight_shape=shape, rank=2, generator=generator()).double(),
+        adaptable_layers(model),
+    )
     assert set(attached) == {"c1", "c2", "d1", "fc"}
     torch.testing.assert_close(model(IDS), before, rtol=0, atol=0)
     with torch.no_grad():
@@ -167,7 +174,14 @@ def test_grouped_depthwise_tied_and_computed_weights_stay_dense_with_their_reaso
 
     reasons = {layer.name: layer.reason for layer in find_layers(Odd())}
     assert reasons.pop("free") is None and "again" not in reasons
-    expected = {"embed": "tied", "head": "tied", "depthwise": "depthwise", "grouped": "2 groups", "normed": "parametrization", "attention.out_proj": "parent"}
+    expected = {
+        "embed": "tied",
+        "head": "tied",
+        "depthwise": "depthwise",
+        "grouped": "2 groups",
+        "normed": "parametrization",
+        "attention.out_proj": "parent",
+    }
     assert reasons.keys() == expected.keys()
     for name, word in expected.items():
         assert word in reasons[name], (name, reasons[name])
@@ -194,7 +208,10 @@ def test_a_shared_module_is_replaced_everywhere():
 
 @pytest.mark.parametrize("kind", kinds())
 def test_an_adapter_folder_comes_back_bit_for_bit(kind, tmp_path):
-    made = {"fc": random_adapter(kind, (10, 14)).float(), "c.1": random_adapter(kind, (8, 6, 3, 3), rank=2, alpha=4.0).float()}
+    made = {
+        "fc": random_adapter(kind, (10, 14)).float(),
+        "c.1": random_adapter(kind, (8, 6, 3, 3), rank=2, alpha=4.0).float(),
+    }
     write_adapter(tmp_path, made, maker="test", base="b" * 64, info={"seed": 3})
     folder = read_adapter(tmp_path)
     assert (folder.kind, folder.base, folder.info["seed"]) == (kind, "b" * 64, 3)

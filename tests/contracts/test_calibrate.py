@@ -32,7 +32,9 @@ def text(n=40):
     rng = np.random.default_rng(0)
     mask = (np.arange(5) < rng.integers(2, 6, (n, 1))).astype(np.int64)
     ids = rng.integers(1, 8, (n, 5)) * mask
-    opened = open_model(Text(), inputs=(InputSpec("ids", "int64", ("b", "s")), InputSpec("attention_mask", "int64", ("b", "s"))))
+    opened = open_model(
+        Text(), inputs=(InputSpec("ids", "int64", ("b", "s")), InputSpec("attention_mask", "int64", ("b", "s")))
+    )
     return opened, Data.of_arrays({"ids": ids, "attention_mask": mask}), ids, mask
 
 
@@ -125,7 +127,7 @@ def test_layers_with_one_input_share_one_accumulator_and_others_do_not():
 
 
 def test_no_data_and_activations_that_explode_are_refused():
-    opened, data, ids, mask = text()
+    opened, data, _ids, _mask = text()
     with pytest.raises(DataError, match="at least one sample"):
         gather(opened, data.take(slice(0, 0)))
     with torch.no_grad():

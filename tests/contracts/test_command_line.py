@@ -84,7 +84,9 @@ def test_a_bug_is_ours_and_shows_no_traceback(capsys, monkeypatch):
     assert json.loads(out)["error"]["kind"] == "bug" and "Traceback" not in err
 
 
-@pytest.mark.parametrize(("raised", "code"), [(KeyboardInterrupt(), 130), (MemoryError(), 10), (OSError(28, "No space left on device"), 10)])
+@pytest.mark.parametrize(
+    ("raised", "code"), [(KeyboardInterrupt(), 130), (MemoryError(), 10), (OSError(28, "No space left on device"), 10)]
+)
 def test_interrupts_and_full_machines(capsys, monkeypatch, raised, code):
     def stop(*args: object, **kwargs: object) -> None:
         raise raised
@@ -105,7 +107,9 @@ def test_a_missing_extra_is_named():
 def test_exit_codes_are_those_of_the_contract():
     import lrcompress.errors as errors
 
-    codes = {c.__name__: c.exit_code for c in vars(errors).values() if isinstance(c, type) and issubclass(c, LrcompressError)}
+    codes = {
+        c.__name__: c.exit_code for c in vars(errors).values() if isinstance(c, type) and issubclass(c, LrcompressError)
+    }
     assert codes == {
         "LrcompressError": 1, "CommandError": 2, "RecipeError": 3, "PlanError": 3, "ProfileError": 3, "ModelError": 4, "ParityError": 5,
         "TrustError": 6, "ManifestError": 6, "PayloadError": 6, "UpdateError": 6, "DeviceStateError": 7, "DownloadError": 8,
@@ -116,7 +120,14 @@ def test_exit_codes_are_those_of_the_contract():
 def test_a_message_is_one_line_with_its_four_parts():
     e = LrcompressError("a.pt", "a checkpoint", "line one\nline two", "download it again")
     assert str(e) == "a.pt: expected a checkpoint, got line one line two; download it again"
-    assert e.as_dict() == {"code": 1, "kind": "bug", "where": "a.pt", "expected": "a checkpoint", "got": "line one line two", "remedy": "download it again"}
+    assert e.as_dict() == {
+        "code": 1,
+        "kind": "bug",
+        "where": "a.pt",
+        "expected": "a checkpoint",
+        "got": "line one line two",
+        "remedy": "download it again",
+    }
 
 
 def test_the_list_of_commands_is_the_list_of_files():

@@ -174,7 +174,16 @@ def test_hostile_and_broken_files(tmp_path: Path) -> None:
     (tmp_path / "latin.tsv").write_bytes(b"text\tlabel\n\xe9\xff\t1\n")
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "a.bin").write_bytes(b"")
-    for name in ("pickle.npz", "cut.npz", "cut.safetensors", "ragged.csv", "latin.tsv", "empty.jsonl", "a.bin", "gone.npz"):
+    for name in (
+        "pickle.npz",
+        "cut.npz",
+        "cut.safetensors",
+        "ragged.csv",
+        "latin.tsv",
+        "empty.jsonl",
+        "a.bin",
+        "gone.npz",
+    ):
         with pytest.raises(DataError) as caught:
             open_data(tmp_path / name, inputs=(ROW,))
         assert name in caught.value.where and "\n" not in str(caught.value)
@@ -199,7 +208,9 @@ def tokenizer(tmp_path: Path) -> Path:
     words = ["[PAD]", "[UNK]", "a", "b", "c"]
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(tmp_path / "tok")
+    PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
+        tmp_path / "tok"
+    )
     return tmp_path / "tok"
 
 

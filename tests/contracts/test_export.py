@@ -34,10 +34,23 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     torch.save(small().state_dict(), folder / "model.pt")
     calib = Data.of_arrays({"x": X})
-    lrcompress.factorize(folder / "model.pt", ratio=0.4, calib=calib, arch="tests.support.nets:small", inputs=SPEC, output=folder / "compressed")
+    lrcompress.factorize(
+        folder / "model.pt",
+        ratio=0.4,
+        calib=calib,
+        arch="tests.support.nets:small",
+        inputs=SPEC,
+        output=folder / "compressed",
+    )
     for kind in ("lora", "loha"):
         lrcompress.recover(
-            folder / "compressed", data=Data.of_arrays({"x": X}, Y), adapter_kind=kind, rank=2, steps=40, name=kind, output=folder / "adapters" / kind
+            folder / "compressed",
+            data=Data.of_arrays({"x": X}, Y),
+            adapter_kind=kind,
+            rank=2,
+            steps=40,
+            name=kind,
+            output=folder / "adapters" / kind,
         )
     lrcompress.export(folder / "compressed", calib=calib, output=folder / "exported")
     return folder
@@ -133,11 +146,16 @@ def test_int8_keeps_its_slots_and_its_answers(base):
 
 def test_a_plain_network_is_a_baseline(tmp_path):
     lrcompress.export(open_model(small(), inputs=SPEC), slots=("none",), output=tmp_path / "dense")
-    np.testing.assert_allclose(Session(tmp_path / "dense").run({"x": X[:4]})["output"], answers(small(), X[:4]), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        Session(tmp_path / "dense").run({"x": X[:4]})["output"], answers(small(), X[:4]), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_ids_and_masks_with_two_dynamic_axes(tmp_path):
-    spec = (InputSpec("ids", "int64", ("batch", "sequence")), InputSpec("attention_mask", "int64", ("batch", "sequence")))
+    spec = (
+        InputSpec("ids", "int64", ("batch", "sequence")),
+        InputSpec("attention_mask", "int64", ("batch", "sequence")),
+    )
     lrcompress.factorize(words(), rank=5, inputs=spec, output=tmp_path / "c")
     with pytest.raises(ModelError):  # an object has no source to come back from
         load_compressed(tmp_path / "c").need_module("export")
@@ -180,7 +198,9 @@ def test_an_adapter_of_another_base_is_not_shipped(base, tmp_path):
     marker = tmp_path / "adapters" / "stranger" / "lrcompress.json"
     marker.write_text(json.dumps({**json.loads(marker.read_text()), "base": "0" * 64}))
     with pytest.warns(LrcompressWarning, match="another base"):
-        found = lrcompress.export(base / "compressed", adapters=[tmp_path / "adapters" / "stranger"], output=tmp_path / "e").data
+        found = lrcompress.export(
+            base / "compressed", adapters=[tmp_path / "adapters" / "stranger"], output=tmp_path / "e"
+        ).data
     assert found["payloads"] == []
 
 
@@ -190,7 +210,11 @@ def test_an_adapter_of_another_base_is_not_shipped(base, tmp_path):
 def graph(nodes, tensors, inputs=(("x", ["n", 96]),), outputs=(("y", ["n", 96]),)):
     value = lambda name, shape: helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)  # noqa: E731
     g = helper.make_graph(
-        nodes, "g", [value(*i) for i in inputs], [value(*o) for o in outputs], [numpy_helper.from_array(v, k) for k, v in tensors.items()]
+        nodes,
+        "g",
+        [value(*i) for i in inputs],
+        [value(*o) for o in outputs],
+        [numpy_helper.from_array(v, k) for k, v in tensors.items()],
     )
     return helper.make_model(g, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
@@ -199,8 +223,12 @@ U, V = (np.random.default_rng(0).standard_normal(s).astype(np.float32) for s in 
 
 
 def test_gate_factors_multiplied_out(tmp_path):
-    folded = graph([helper.make_node("MatMul", ["U", "V"], ["W"]), helper.make_node("MatMul", ["x", "W"], ["y"])], {"U": U, "V": V})
-    apart = graph([helper.make_node("MatMul", ["x", "U"], ["t"]), helper.make_node("MatMul", ["t", "V"], ["y"])], {"U": U, "V": V})
+    folded = graph(
+        [helper.make_node("MatMul", ["U", "V"], ["W"]), helper.make_node("MatMul", ["x", "W"], ["y"])], {"U": U, "V": V}
+    )
+    apart = graph(
+        [helper.make_node("MatMul", ["x", "U"], ["t"]), helper.make_node("MatMul", ["t", "V"], ["y"])], {"U": U, "V": V}
+    )
     for model, name in ((folded, "folded.onnx"), (apart, "apart.onnx")):
         onnx.save(model, tmp_path / name)
     gates.factors_stay_apart(tmp_path / "apart.onnx", ["U", "V"], [])
@@ -218,7 +246,11 @@ def test_gate_slots_that_are_no_inputs(tmp_path):
 
 @pytest.mark.parametrize("fault", ["name", "bytes", "dead slot"])
 def test_gate_names_and_bytes(fault):
-    module = lrcompress.factorize(torch.nn.Sequential(torch.nn.Linear(96, 96, bias=False)), rank=8, inputs=(InputSpec("input", "float32", ("n", 96)),)).model
+    module = lrcompress.factorize(
+        torch.nn.Sequential(torch.nn.Linear(96, 96, bias=False)),
+        rank=8,
+        inputs=(InputSpec("input", "float32", ("n", 96)),),
+    ).model
     state = {k: v.numpy() for k, v in module.state_dict().items()}
     tensors = {"0.U": state["0.U"], "0.V": state["0.V"]}
     if fault == "name":
@@ -226,7 +258,9 @@ def test_gate_names_and_bytes(fault):
     if fault == "bytes":
         tensors["0.U"] = tensors["0.U"] + 1e-7
     model = graph([helper.make_node("MatMul", ["x", "0.V"], ["y"])], tensors)
-    with pytest.raises(ModelError, match={"name": "it is gone", "bytes": "other values", "dead slot": "nothing reads it"}[fault]):
+    with pytest.raises(
+        ModelError, match={"name": "it is gone", "bytes": "other values", "dead slot": "nothing reads it"}[fault]
+    ):
         gates.names_and_bytes(model, module, ["0.lora_A"] if fault == "dead slot" else [])
 
 

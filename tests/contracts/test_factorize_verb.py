@@ -48,8 +48,15 @@ def test_the_checkpoint_comes_back_bit_for_bit(state, tmp_path, with_data, how):
     found = lrcompress.factorize(state, output=tmp_path / "c", calib=calib, **ARCH, **how)
     back = load_compressed(tmp_path / "c")
     assert torch.equal(back.module(X), found.model(X))
-    assert {n: m.form for n, m in factorized_layers(back.module)} == {n: m.form for n, m in factorized_layers(found.model)}
-    assert found.data["params_after"] == count_parameters(back.module) < found.data["params_before"] == count_parameters(small())
+    assert {n: m.form for n, m in factorized_layers(back.module)} == {
+        n: m.form for n, m in factorized_layers(found.model)
+    }
+    assert (
+        found.data["params_after"]
+        == count_parameters(back.module)
+        < found.data["params_before"]
+        == count_parameters(small())
+    )
     norms = {layer["norm"] for layer in found.data["layers"] if layer["form"] != "dense"}
     assert norms == ({"two_sided"} if with_data else {"frobenius"})
     assert all(layer["params_after"] <= layer["params_before"] for layer in found.data["layers"])
@@ -103,7 +110,11 @@ def test_a_program_comes_back_without_its_source(tmp_path):
 def test_include_and_exclude(state):
     found = lrcompress.factorize(state, rank=4, include=["fc*"], exclude=["fc2"], **ARCH).data
     reasons = {n["name"]: (n["form"], n["reason"]) for n in found["layers"]}
-    assert reasons["fc1"] == ("svd", None) and reasons["fc2"] == ("dense", "in --exclude") and reasons["conv1"] == ("dense", "not in --include")
+    assert (
+        reasons["fc1"] == ("svd", None)
+        and reasons["fc2"] == ("dense", "in --exclude")
+        and reasons["conv1"] == ("dense", "not in --include")
+    )
     for options in ({"include": ["nope*"]}, {"exclude": ["nope*"]}):
         with pytest.raises(CommandError, match="matches"):
             lrcompress.factorize(state, rank=4, **ARCH, **options)
@@ -180,7 +191,11 @@ def test_calibration_data_tell_the_inputs_that_export_needs(tmp_path):
     torch.save(small().state_dict(), tmp_path / "m.pt")
     np.savez(tmp_path / "c.npz", anything=images(40)[0])
     lrcompress.factorize(
-        tmp_path / "m.pt", ratio=0.5, calib=str(tmp_path / "c.npz"), arch="tests.support.nets:small", output=tmp_path / "c"
+        tmp_path / "m.pt",
+        ratio=0.5,
+        calib=str(tmp_path / "c.npz"),
+        arch="tests.support.nets:small",
+        output=tmp_path / "c",
     )
     lrcompress.export(tmp_path / "c", output=tmp_path / "e")
     inputs = json.loads((tmp_path / "e" / "manifest.json").read_text())["inputs"]

@@ -144,7 +144,9 @@ def test_labels_that_do_not_fit() -> None:
 def test_names_and_callables(tmp_path) -> None:
     with pytest.raises(CommandError, match="did you mean 'accuracy'"):
         metrics.get("acuracy")
-    (tmp_path / "own.py").write_text("def wrong(outputs, labels):\n    return outputs['logits'].argmax(-1) != labels\nwrong.direction = 'min'\n")
+    (tmp_path / "own.py").write_text(
+        "def wrong(outputs, labels):\n    return outputs['logits'].argmax(-1) != labels\nwrong.direction = 'min'\n"
+    )
     own = metrics.get(f"{tmp_path}/own.py:wrong")
     x, y = scores(6, 8)
     found = own.evaluate(replay(), Data.of_arrays({"x": x}, y), 8)

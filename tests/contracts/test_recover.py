@@ -26,9 +26,16 @@ SPEC = (InputSpec("x", "float32", ("batch", 3, 8, 8)),)
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     torch.save(small().state_dict(), folder / "model.pt")
-    x, y = images()
+    x, _y = images()
     calib = Data.of_arrays({"x": x})
-    factorize(folder / "model.pt", ratio=0.35, calib=calib, arch="tests.support.nets:small", inputs=SPEC, output=folder / "compressed")
+    factorize(
+        folder / "model.pt",
+        ratio=0.35,
+        calib=calib,
+        arch="tests.support.nets:small",
+        inputs=SPEC,
+        output=folder / "compressed",
+    )
     return folder
 
 
@@ -81,7 +88,9 @@ def test_the_loss_that_is_reported_is_the_loss_of_what_is_kept(base, tmp_path):
 def test_only_the_adapter_changes(base):
     before = load_compressed(base / "compressed").module.state_dict()
     after = run(base, steps=10).model.state_dict()
-    assert all(torch.equal(v, after[k] if k in after else after[k.replace(".weight", ".weight")]) for k, v in before.items())
+    assert all(
+        torch.equal(v, after[k] if k in after else after[k.replace(".weight", ".weight")]) for k, v in before.items()
+    )
     assert any("lora_A" in k for k in after)
 
 

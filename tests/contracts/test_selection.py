@@ -15,14 +15,21 @@ from lrcompress.plan import read_plan, select
 from lrcompress.plan.selection import _allocate, _Option, hull
 
 
-def layer(name: str, *shape: int, seed: int = 0, decay: float = 0.8, bias: bool = True, reason: str | None = None) -> Layer:
+def layer(
+    name: str, *shape: int, seed: int = 0, decay: float = 0.8, bias: bool = True, reason: str | None = None
+) -> Layer:
     w = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     u, s, v = torch.linalg.svd(w.reshape(shape[0], -1), full_matrices=False)
     w = ((u * decay ** torch.arange(len(s), dtype=torch.float64)) @ v).reshape(shape)
     return Layer(name, "conv" if len(shape) > 2 else "linear", w, reason, bias)
 
 
-LAYERS = [layer("a", 32, 48), layer("b", 24, 16, 3, 3, seed=1, decay=0.9), layer("c", 40, 20, seed=2, decay=0.6), layer("d", 4, 4, seed=3)]
+LAYERS = [
+    layer("a", 32, 48),
+    layer("b", 24, 16, 3, 3, seed=1, decay=0.9),
+    layer("c", 40, 20, seed=2, decay=0.6),
+    layer("d", 4, 4, seed=3),
+]
 
 
 @pytest.mark.parametrize("method", ["svd", "auto", "kronecker", "tucker", "spatial_svd"])
@@ -101,10 +108,14 @@ def test_the_allocation_is_near_the_best_by_brute_force():
             costs = torch.randint(1, 60, (5,), generator=g).sort().values.unique()
             losses = torch.rand(len(costs), generator=g).sort(descending=True).values
             losses[-1] = 0.0
-            options.append([_Option(int(c), float(v), "dense" if v == 0 else "svd", 1) for c, v in zip(costs, losses, strict=True)])
+            options.append(
+                [_Option(int(c), float(v), "dense" if v == 0 else "svd", 1) for c, v in zip(costs, losses, strict=True)]
+            )
         least, most = sum(o[0].n_params for o in options), sum(o[-1].n_params for o in options)
         budget = (least + most) // 2
-        best = min(sum(o.loss for o in pick) for pick in itertools.product(*options) if sum(o.n_params for o in pick) <= budget)
+        best = min(
+            sum(o.loss for o in pick) for pick in itertools.product(*options) if sum(o.n_params for o in pick) <= budget
+        )
         chosen = _allocate(options, budget)
         assert sum(o.n_params for o in chosen) <= budget
         loss = sum(o.loss for o in chosen)
@@ -114,7 +125,12 @@ def test_the_allocation_is_near_the_best_by_brute_force():
 
 
 def test_the_hull_is_convex_and_keeps_both_ends():
-    options = [_Option(1, 10.0, "svd", 1), _Option(2, 9.5, "svd", 2), _Option(3, 4.0, "svd", 3), _Option(6, 0.0, "dense", 0)]
+    options = [
+        _Option(1, 10.0, "svd", 1),
+        _Option(2, 9.5, "svd", 2),
+        _Option(3, 4.0, "svd", 3),
+        _Option(6, 0.0, "dense", 0),
+    ]
     kept = hull(options)
     assert kept[0] is options[0] and kept[-1] is options[-1] and options[1] not in kept
 
@@ -126,7 +142,9 @@ def plan_file(tmp_path, layers, schema=1):
 
 
 def test_a_plan_is_followed_and_the_rest_stays_dense(tmp_path):
-    path = plan_file(tmp_path, [{"name": "a", "form": "svd", "rank": 3}, {"name": "b", "form": "tucker", "rank": [4, 5]}])
+    path = plan_file(
+        tmp_path, [{"name": "a", "form": "svd", "rank": 3}, {"name": "b", "form": "tucker", "rank": [4, 5]}]
+    )
     a, b, c, d = read_plan(path, LAYERS)
     assert (a.form, a.rank, b.form, b.rank) == ("svd", 3, "tucker", (4, 5))
     assert c.form == d.form == "dense" and c.reason == "not in the plan"
