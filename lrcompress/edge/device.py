@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tuf.api.exceptions import RepositoryError
-from tuf.api.metadata import Metadata, Root
 
 from ..errors import CommandError, DeviceStateError, PayloadError, UpdateError
 from ..files import disk_errors, staged_folder, write_atomic, write_json
@@ -266,6 +264,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _read_root(path: Path) -> bytes:
     """Return the bytes of a root that is one. Raises `UpdateError`."""
+    from tuf.api.exceptions import RepositoryError  # for an update only: serving does without
+    from tuf.api.metadata import Metadata, Root
+
     try:
         data = path.read_bytes()
         if not isinstance(Metadata[Root].from_bytes(data).signed, Root):

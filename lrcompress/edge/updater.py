@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._version import RELEASED, __version__
 from ..errors import DownloadError, HostError, LrcompressError, PayloadError, UpdateError
@@ -28,7 +28,9 @@ from .state import Entry, Pending, State, StateFiles
 from .store import Store
 from .transport import Transport
 from .trial import Limits, check
-from .trust import Offer, newest
+
+if TYPE_CHECKING:
+    from .trust import Offer
 
 #: Trials in a row without a verdict before the payload has to wait.
 TRIALS = 2
@@ -74,6 +76,8 @@ class Updater:
         state = self._mend(self.files.read())
         try:
             self._check_clock(state)
+            from .trust import newest  # python-tuf is loaded for an update, not for serving
+
             try:
                 offer, issued = newest(
                     self.folder / "metadata", self.root, self.transport, model=self.manifest.model, group=self.group

@@ -16,7 +16,8 @@ from lrcompress.edge import Device
 from lrcompress.edge.disk import Disk
 from lrcompress.edge.fetch import fetch
 from lrcompress.edge.state import COPIES, Entry, Pending, State, StateFiles, decode, encode
-from lrcompress.edge.transport import Broken, FolderTransport, HttpTransport, Unavailable, open_transport
+from lrcompress.edge.transport import Broken, FolderTransport, Unavailable, open_transport
+from lrcompress.edge.web import HttpTransport
 from lrcompress.errors import CommandError, DataError, DeviceStateError, DownloadError, ManifestError, UpdateError
 from lrcompress.files import sha256_bytes
 from tests.support.fleet import PASSPHRASE, Fleet, X, answers, made, payload_bytes, release, served

@@ -143,7 +143,8 @@ def test_the_edge_imports_nothing_heavy(bin: Path) -> None:
 
 
 def test_the_edge_is_light(bin: Path) -> None:
-    """At most 80 MiB for `import lrcompress.edge` and all below it; at most twice the time of numpy and onnxruntime, measured in turns."""
+    """At most 80 MiB with everything that an update loads; `import lrcompress.edge`, which is what serving waits for, in
+    at most twice the time of numpy and onnxruntime, measured in turns."""
     timed = "import time; t = time.perf_counter(); import {}; print(time.perf_counter() - t)"
     # VmHWM: ru_maxrss would carry the memory of the process that started this one.
     rss = said(
@@ -154,6 +155,6 @@ def test_the_edge_is_light(bin: Path) -> None:
     edge, runtime = [], []
     for _ in range(RUNS):
         runtime.append(float(said(bin, timed.format("numpy, onnxruntime"))))
-        edge.append(float(said(bin, timed.format(", ".join(EDGE)))))
+        edge.append(float(said(bin, timed.format("lrcompress.edge"))))
     ratio = statistics.median(edge) / statistics.median(runtime)
     assert ratio <= TIME_LIMIT, f"{ratio:.2f}: {edge} against {runtime}"
