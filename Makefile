@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-build
 
-.PHONY: demo test test-long lint clean help
+.PHONY: demo test test-long bench-forms mutants lint clean help
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -25,6 +25,12 @@ test: $(STAMP) ## all tests but the long ones
 
 test-long: $(STAMP) ## the long tests
 	$(BIN)/python -m pytest -q -m slow
+
+bench-forms: $(STAMP) ## what statistics are worth, form by form, on layers of real networks
+	$(BIN)/python -m tests.benchmarks.bench_forms
+
+mutants: $(STAMP) ## plant faults in the decompositions and see the tests catch each
+	$(BIN)/python tests/mutants.py
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check lrcompress tests recipes

@@ -1,6 +1,7 @@
 """The verbs, as functions: what the command line and recipes call.
 
     import lrcompress
+    print(lrcompress.inspect("model.pt").data["summary"])
     result = lrcompress.factorize("model.pt", rank=16)
     lrcompress.recover("compressed", data="train.npz", name="first")
     lrcompress.export("compressed")
@@ -23,12 +24,13 @@ if TYPE_CHECKING:
     from .model.surgery import to_dense
     from .verbs.export import ExportResult, export
     from .verbs.factorize import FactorizeResult, factorize
+    from .verbs.inspect import InspectResult, inspect
     from .verbs.recover import RecoverResult, recover
     from .verbs.validate import ValidateResult, validate
 
 __all__ = [
-    "Compressed", "ExportResult", "FactorizeResult", "RecoverResult", "ValidateResult",
-    "export", "factorize", "load", "recover", "to_dense", "validate",
+    "Compressed", "ExportResult", "FactorizeResult", "InspectResult", "RecoverResult", "ValidateResult",
+    "export", "factorize", "inspect", "load", "recover", "to_dense", "validate",
 ]  # fmt: skip
 
 #: Name -> module that defines it: a verb loads what it needs when it is first named.
@@ -36,6 +38,7 @@ _HOME = {
     "Compressed": "model.checkpoint", "to_dense": "model.surgery",
     "ExportResult": "verbs.export", "export": "verbs.export",
     "FactorizeResult": "verbs.factorize", "factorize": "verbs.factorize",
+    "InspectResult": "verbs.inspect", "inspect": "verbs.inspect",
     "RecoverResult": "verbs.recover", "recover": "verbs.recover",
     "ValidateResult": "verbs.validate", "validate": "verbs.validate",
 }  # fmt: skip

@@ -16,6 +16,11 @@ from .output import print_failure
 
 #: Command -> module that defines it, the attribute there, and the line shown in the list.
 COMMANDS: dict[str, tuple[str, str, str]] = {
+    "inspect": (
+        "lrcompress.cli.inspect",
+        "inspect",
+        "Look at the layers of a network, and at what the forms can represent.",
+    ),
     "factorize": ("lrcompress.cli.factorize", "factorize", "Make a pretrained network small."),
     "recover": ("lrcompress.cli.recover", "recover", "Train a correction that wins the accuracy back."),
     "export": ("lrcompress.cli.export", "export", "Write ONNX with separate factors and adapter slots."),

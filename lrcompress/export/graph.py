@@ -95,7 +95,7 @@ def trace(opened: OpenedModel, module: nn.Module, *, where: str) -> onnx.ModelPr
         ) from e
     assert program is not None
     model: onnx.ModelProto = program.model_proto
-    _rename(model.graph)
+    _rename(model.graph, _first_names(wrapper))
     drop_zero_biases(model.graph)
     _strip(model)
     return model
@@ -120,8 +120,18 @@ def _reason(e: BaseException) -> str:
     return f"{type(e).__name__}: {lines[0] if lines else ''}"
 
 
-def _rename(graph: onnx.GraphProto) -> None:
-    names = {t.name: t.name.removeprefix(_ROOT).replace(f".adapters.{SLOT}.", ".") for t in graph.initializer}
+def _first_names(module: nn.Module) -> dict[str, str]:
+    """Return {name: first name} of tensors that the module holds under several; a checkpoint keeps the first."""
+    first: dict[int, str] = {}
+    named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    return {n: f for n, t in named if (f := first.setdefault(id(t), n)) != n}
+
+
+def _rename(graph: onnx.GraphProto, first: Mapping[str, str]) -> None:
+    used = {t.name for t in graph.initializer}
+    # The exporter calls a tied tensor by any of its names.
+    own = {n: first[n] if n in first and first[n] not in used else n for n in used}
+    names = {n: own[n].removeprefix(_ROOT).replace(f".adapters.{SLOT}.", ".") for n in used}
     taken = {o for n in graph.node for o in n.output} | {i.name for i in graph.input}
     clash = sorted(set(names.values()) & taken)
     if len(set(names.values())) != len(names) or clash:

@@ -2,7 +2,7 @@
 
 A form is a module of this package (or of the entry-point group `lrcompress.factorize`) with
 
-    LAYERS: frozenset[str]                                  kinds it serves: "linear", "conv", "embedding"
+    LAYERS: frozenset[str]                                  kinds it serves: "linear", "conv", "grouped", "embedding"
     serves(shape) -> bool                                   optional: whether it makes sense for a weight of this shape
     full_rank(shape) -> Rank                                the rank at which it is exact
     clip(shape, n) -> Rank                                  the rank that `--rank n` means for this shape
@@ -12,6 +12,9 @@ A form is a module of this package (or of the entry-point group `lrcompress.fact
     to_tensor(factors, shape) -> Tensor
     linear(factors, x) | conv(factors, x, geometry) | embedding(factors, ids)     the forward pass, factor by factor
     n_macs(shape, rank, positions) -> int
+    AUTO = False                                            optional: "auto" does not choose it, a user may
+    INTEGER: frozenset[str]                                 optional: factors that are positions, stored as int32
+    DENSE_AT_RUN_TIME = True                                optional: small on disk, rebuilt when it is loaded
 
 Its key is its file name. The contract tests take every form from the directory listing.
 
@@ -25,9 +28,10 @@ from __future__ import annotations
 from types import ModuleType
 
 from .. import plugins
+from ._anchor import Drift, anchored
 from ._types import ConvGeometry, Factorization, Point, Rank, Statistics
 
-__all__ = ["ConvGeometry", "Factorization", "Point", "Rank", "Statistics", "form", "forms"]
+__all__ = ["ConvGeometry", "Drift", "Factorization", "Point", "Rank", "Statistics", "anchored", "form", "forms"]
 
 
 def forms() -> tuple[str, ...]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ class Statistics:
     `mean`: (n,). `output_gram`: E[g gᵀ] at one position, (m, m). `row_weights`: share of each row of an embedding,
     whose outputs are its columns.
     `positions`: positions per sample, which scales the loss when layers are compared.
+    `groups`: of a grouped convolution, whose moments all carry a first axis of that length, as its weight does.
     """
 
     gram: Tensor | None = None
@@ -51,6 +52,7 @@ class Statistics:
     row_weights: Tensor | None = None
     count: int = 0
     positions: float = 1.0
+    groups: int = 1
 
     #: Share of mean(diag G) added to G: directions the probes did not see must not be free.
     OUTPUT_DAMPING = 0.1
@@ -59,10 +61,12 @@ class Statistics:
 
     def check(self, weight: Tensor) -> None:
         """Raise `ValueError` where the moments are not of this weight, or not finite."""
-        rows, columns = weight.shape[0], weight[0].numel()
+        groups: tuple[int, ...] = () if self.groups == 1 else (self.groups,)
+        rows, columns = weight.shape[len(groups)], math.prod(weight.shape[len(groups) + 1 :])
         outputs = rows if self.row_weights is None else columns
-        expected = {
-            "gram": (columns, columns), "mean": (columns,), "output_gram": (outputs, outputs), "row_weights": (rows,),
+        expected: dict[str, tuple[int, ...]] = {
+            "gram": (*groups, columns, columns), "mean": (*groups, columns), "output_gram": (*groups, outputs, outputs),
+            "row_weights": (rows,),
         }  # fmt: skip
         for name, shape in expected.items():
             value: Tensor | None = getattr(self, name)
@@ -85,34 +89,41 @@ class Statistics:
     @cached_property
     def s(self) -> Tensor | None:
         """The input metric S, with ties broken; None if it is the identity or carries nothing."""
-        if self.gram is None:
-            return None
-        gram = self.gram.double()
-        scale = gram.diagonal().mean()
-        if not float(scale) > 0:
-            return None
-        return gram + self.INPUT_DAMPING * scale * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+        return _raised(self.gram, self.INPUT_DAMPING)
 
     @cached_property
     def g(self) -> Tensor | None:
         """The damped output metric G; None if it is the identity or carries nothing."""
-        if self.output_gram is None:
-            return None
-        g = self.output_gram.double()
-        scale = g.diagonal().mean()
-        if not float(scale) > 0:
-            return None
-        return g + self.OUTPUT_DAMPING * scale * torch.eye(len(g), dtype=torch.float64, device=g.device)
+        return _raised(self.output_gram, self.OUTPUT_DAMPING)
+
+    def group(self, i: int) -> Statistics:
+        """Return the moments of one group."""
+        own: dict[str, Any] = {
+            k: None if t is None else t[i] for k in ("gram", "mean", "output_gram") for t in (getattr(self, k),)
+        }
+        return replace(self, **own, groups=1)
 
     def loss(self, error: Tensor) -> float:
         """Return the squared size of `error` (shaped like the weight) in the metric of these moments."""
-        e = error.double().reshape(error.shape[0], -1)
-        if self.row_weights is not None:
-            weighted = e if self.g is None else e @ self.g
-            return max(float((self.row_weights.double()[:, None] * weighted * e).sum()), 0.0)
-        right = e if self.s is None else e @ self.s
-        left = e if self.g is None else self.g @ e
-        return max(float((left * right).sum()), 0.0)
+        return max(float((self.weighted(error) * error.double()).sum()), 0.0)
+
+    def weighted(self, error: Tensor) -> Tensor:
+        """Return L E R, shaped like `error`: half the gradient of `loss`."""
+        left, right = self.sides
+        e = error.double().reshape(*error.shape[: 1 if self.groups == 1 else 2], -1)
+        if right is not None:
+            e = e @ right
+        if left is not None:
+            e = left[:, None] * e if left.dim() == 1 else left @ e
+        return e.reshape(error.shape)
+
+    @property
+    def sides(self) -> tuple[Tensor | None, Tensor | None]:
+        """The metric ⟨E, L E R⟩ as (L, R): G and S; for an embedding the row weights (a vector) and G."""
+        if self.row_weights is None:
+            return self.g, self.s
+        weights = self.row_weights.double()
+        return weights if float(weights.sum()) > 0 else None, self.g
 
     @property
     def scale(self) -> float:
@@ -150,13 +161,15 @@ class Factorization:
         """Measure `factors` against `weight` and carry the mean in the bias. Factors take the dtype of `weight`."""
         from . import form as load
 
-        stored = {k: v.to(weight.dtype).contiguous() for k, v in factors.items()}
-        rebuilt = load(form).to_tensor({k: v.double() for k, v in stored.items()}, tuple(weight.shape))
+        stored = {k: (v.to(weight.dtype) if v.is_floating_point() else v).contiguous() for k, v in factors.items()}
+        exact = {k: v.double() if v.is_floating_point() else v for k, v in stored.items()}
+        rebuilt = load(form).to_tensor(exact, tuple(weight.shape))
         error = weight.double() - rebuilt
         metric = statistics or Statistics()
         shift = None
         if metric.mean is not None:
-            shift = (error.reshape(len(error), -1) @ metric.mean.double()).to(weight.dtype)
+            mean = metric.mean.double()[..., None]
+            shift = (error.reshape(*mean.shape[:-2], -1, mean.shape[-2]) @ mean).flatten().to(weight.dtype)
         loss = metric.loss(error)
         return cls(
             form=form,
@@ -185,7 +198,8 @@ class Factorization:
 
     @property
     def n_params(self) -> int:
-        return sum(f.numel() for f in self.factors.values())
+        """Stored numbers; a permutation is no number of the model."""
+        return sum(f.numel() for f in self.factors.values() if f.is_floating_point())
 
     def n_macs(self, positions: int) -> int:
         """Return multiply-adds for `positions` input rows (output positions of a convolution at stride 1)."""
@@ -196,6 +210,20 @@ class Factorization:
         from . import form as load
 
         return load(self.form)
+
+
+def _raised(moment: Tensor | None, damping: float) -> Tensor | None:
+    """Return a moment in float64 with `damping`·mean(diag) added, group by group; None if it carries nothing."""
+    if moment is None:
+        return None
+    value = moment.double()
+    scale = value.diagonal(dim1=-2, dim2=-1).mean(-1)
+    if not bool((scale > 0).any()):
+        return None
+    eye = torch.eye(value.shape[-1], dtype=torch.float64, device=value.device)
+    # A group without input gets the identity: its weights cost what they are.
+    damped = torch.where(scale > 0, damping * scale, 1.0)
+    return value + damped[..., None, None] * eye
 
 
 def relative(loss: float, total: float) -> float:

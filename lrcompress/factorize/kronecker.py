@@ -32,13 +32,16 @@ def split(n: int) -> tuple[int, int]:
 
 
 def blocks(shape: tuple[int, ...]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Return (m₁, n₁) and (m₂, n₂) of the split with the fewest numbers per term; n counts in·kernel."""
+    """Return (m₁, n₁) and (m₂, n₂) of the split with the fewest numbers per term; n counts in·kernel.
+
+    Of equal ones the squarest blocks are taken: the extreme, a column times a row, would be the SVD again.
+    """
     kernel = math.prod(shape[2:])
-    best: tuple[int, tuple[int, int], tuple[int, int]] | None = None
+    best: tuple[tuple[int, float], tuple[int, int], tuple[int, int]] | None = None
     for m1 in _divisors(shape[0]):
         for n1 in _divisors(shape[1]):
             m2, n2 = shape[0] // m1, shape[1] // n1 * kernel
-            cost = m1 * n1 + m2 * n2
+            cost = m1 * n1 + m2 * n2, max(m1 / n1, n1 / m1) * max(m2 / n2, n2 / m2)
             if (m1, n1) != (1, 1) and (m2, n2) != (1, 1) and (best is None or cost < best[0]):
                 best = cost, (m1, n1), (m2, n2)
     if best is None:

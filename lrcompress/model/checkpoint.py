@@ -27,6 +27,7 @@ from ..files import made_by, sha256_json, write_json
 from . import OpenedModel, describe, open_model, skeleton
 from .layers import FactorizedLayer
 from .surgery import empty_layer, factorized_layers
+from .ties import bases_with, share_factors, shared_with
 
 MAKER = "lrcompress factorize"
 MARKER = "lrcompress.json"
@@ -93,19 +94,21 @@ def layer_spec(
 
 
 def module_layers(module: nn.Module) -> dict[str, dict[str, Any]]:
-    """Return the specs of all factorized layers of a module (dense ones with a place for adapters are not among them)."""
-    return {
-        name: layer_spec(
-            m.layer_kind,
-            m.form,
-            m.shape,
-            m.rank,
-            {k: tuple(v.shape) for k, v in m.factors.items()},
-            bias=m.bias is not None,
-        )
-        for name, m in factorized_layers(module)
-        if m.form != "dense"
-    }
+    """Return the specs of all factorized layers of a module (dense ones with a place for adapters are not among them).
+
+    A layer that holds the factors of an earlier one says so under `tied`; single ones are named under `shares`.
+    """
+    found = [(name, m) for name, m in factorized_layers(module) if m.form != "dense"]
+    tied, bases = shared_with(found), bases_with(found)
+    specs = {}
+    for name, m in found:
+        shapes = {k: tuple(v.shape) for k, v in m.factors.items()}
+        specs[name] = layer_spec(m.layer_kind, m.form, m.shape, m.rank, shapes, bias=m.bias is not None)
+        if name in tied:
+            specs[name]["tied"] = tied[name]
+        elif name in bases:
+            specs[name]["shares"] = bases[name]
+    return specs
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:
@@ -206,6 +209,11 @@ def load_compressed(folder: Path) -> Compressed:
             raise ModelError(
                 folder, f"an architecture with the layer {name}", str(e), "the architecture changed: factorize again"
             ) from e
+    for name, layer in layers.items():
+        if "tied" in layer:
+            share_factors(module, layer["tied"], [name])
+        for factor, leader in layer.get("shares", {}).items():
+            share_factors(module, leader, [name], [factor])
     _fill(folder, module, tensors)
     return Compressed(folder, digest, spec, opened, module.eval())
 

@@ -15,6 +15,7 @@ from .opened import KINDS, OpenedModel
 
 #: What a checkpoint calls a module that was given in memory, without the code that makes it.
 OBJECT = "object"
+_PROGRAMS = ("pt2", "torchscript")
 
 
 def describe(opened: OpenedModel, folder: Path) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def describe(opened: OpenedModel, folder: Path) -> dict[str, Any]:
         source = Path(opened.extra["folder"])
         found["files"] = huggingface.copy_config(source, folder)
         found["extra"] = {k: v for k, v in opened.extra.items() if k != "folder"}
-    if opened.kind == "pt2" and "graph" in opened.extra:
+    if opened.kind in _PROGRAMS and "graph" in opened.extra:
         write_atomic(folder / programs.GRAPH, opened.extra["graph"])
         found["files"] = [programs.GRAPH]
     return found
@@ -58,8 +59,9 @@ def skeleton(spec: Mapping[str, Any], folder: Path) -> OpenedModel:
                 "use a class of transformers, or --arch",
             )
         opened = huggingface.rebuild_folder(folder)
-    elif kind == "pt2" and (folder / programs.GRAPH).is_file():
+    elif kind in _PROGRAMS and (folder / programs.GRAPH).is_file():
         opened = programs.open_graph(folder / programs.GRAPH)
+        opened.kind = kind
     elif spec.get("arch"):
         module, arch = architectures.rebuild(spec["arch"], folder)
         opened = OpenedModel(None, kind, "", module.eval(), arch=arch)

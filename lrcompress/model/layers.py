@@ -30,6 +30,9 @@ class FactorizedLayer(nn.Module):
         self.form, self.shape, self.rank = form_name, tuple(shape), rank
         self.factor_names = tuple(factors)
         for name, value in factors.items():
+            if not value.is_floating_point():
+                self.register_buffer(name, value)  # positions: stored, never trained
+                continue
             # Not register_parameter: `weight` is a property here, so that code which reads it sees the dense weight.
             self._parameters[name] = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
         bias_parameter = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
@@ -40,7 +43,8 @@ class FactorizedLayer(nn.Module):
 
     @property
     def factors(self) -> dict[str, Tensor]:
-        return {n: p for n in self.factor_names if (p := self._parameters[n]) is not None}
+        stored = {**self._buffers, **self._parameters}
+        return {n: p for n in self.factor_names if (p := stored[n]) is not None}
 
     @property
     def weight(self) -> Tensor:
@@ -67,7 +71,7 @@ class FactorizedLayer(nn.Module):
     def become_dense(self, weight: Tensor) -> None:
         """Hold `weight` itself, in the place of the factors."""
         for name in self.factor_names:
-            del self._parameters[name]
+            (self._parameters if name in self._parameters else self._buffers).pop(name)
         self.form, self.rank, self.factor_names = "dense", 0, ("weight",)
         self._parameters["weight"] = nn.Parameter(weight.detach().clone())
 

@@ -15,7 +15,7 @@ from ..errors import ModelError
 from .inputs import InputSpec
 
 #: What `OpenedModel.kind` may be.
-KINDS = ("state_dict", "module", "pickled_module", "pt2", "huggingface")
+KINDS = ("state_dict", "module", "pickled_module", "pt2", "torchscript", "huggingface")
 
 
 @dataclass

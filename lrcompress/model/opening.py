@@ -21,11 +21,12 @@ from .opened import OpenedModel
 from .pickles import load_pickle
 from .programs import open_program
 from .state_dicts import clean_state_dict, is_safetensors, read_index, read_safetensors
-from .tensors import check_finite, check_floating, digest_tensors, load_strictly
+from .tensors import check_finite, check_floating, check_present, digest_tensors, load_strictly
+from .torchscript import convert, open_torchscript
 
 TAKEN = (
     "a Hugging Face folder, a torch.export program (.pt2), a state dict (.pt, .pth, .bin, .safetensors, "
-    "or the index of its shards), or with --trust-pickle a pickled module"
+    "or the index of its shards), or with --trust-pickle a pickled module or TorchScript"
 )
 _KNOWN_HEADS = (
     (b"\x89HDF", "an HDF5 file (Keras)"),
@@ -56,17 +57,21 @@ def open_model(
     Raises `ModelError` in one line for anything that is no model, is damaged, not finite, or would run code.
     """
     if isinstance(source, nn.Module):
-        opened = _from_object(source)
+        opened = (
+            _from_object(source)
+            if not isinstance(source, torch.jit.ScriptModule)
+            else convert(source, inputs, "the model")
+        )
     else:
         path = Path(source)
         if not path.exists():
             raise ModelError(path, "a model", "no such file or folder", f"give {TAKEN}")
-        opened = _from_folder(path, trust_remote_code) if path.is_dir() else _from_file(path, trust_pickle)
+        opened = _from_folder(path, trust_remote_code) if path.is_dir() else _from_file(path, trust_pickle, inputs)
     if arch is not None:
         opened = _with_arch(opened, arch, arch_args)
     elif arch_args:
         raise CommandError("--arch-arg", "an --arch that takes it", ", ".join(arch_args))
-    if inputs:
+    if inputs and opened.kind != "torchscript":  # those are in the order of forward already
         opened.inputs = tuple(inputs)
     return opened
 
@@ -74,6 +79,7 @@ def open_model(
 def _from_object(module: nn.Module) -> OpenedModel:
     """Take a live module as it is; it is put in eval mode, nothing else about it changes."""
     tensors = {k: v for k, v in module.state_dict().items() if isinstance(v, Tensor)}
+    check_present(tensors, type(module).__name__)
     check_finite(tensors, type(module).__name__)
     check_floating(tensors, type(module).__name__)
     return OpenedModel(None, "module", digest_tensors(tensors), module.eval())
@@ -115,7 +121,7 @@ def _from_folder(folder: Path, trust_remote_code: bool) -> OpenedModel:
     raise ModelError(folder, "a folder with config.json and weights", got, f"give {TAKEN}")
 
 
-def _from_file(path: Path, trust_pickle: bool) -> OpenedModel:
+def _from_file(path: Path, trust_pickle: bool, inputs: Sequence[InputSpec]) -> OpenedModel:
     try:
         with path.open("rb") as f:
             head = f.read(1024)
@@ -124,7 +130,7 @@ def _from_file(path: Path, trust_pickle: bool) -> OpenedModel:
     if not head:
         raise ModelError(path, "a model", "an empty file", "fetch it again")
     if zipfile.is_zipfile(path):
-        return _from_zip(path, trust_pickle)
+        return _from_zip(path, trust_pickle, inputs)
     if head[:2] == b"PK":
         raise ModelError(path, "a whole torch file", "a zip whose end is missing", "the file is cut: fetch it again")
     if is_safetensors(path):
@@ -136,7 +142,7 @@ def _from_file(path: Path, trust_pickle: bool) -> OpenedModel:
     raise ModelError(path, "a model", _foreign(head), f"give {TAKEN}")
 
 
-def _from_zip(path: Path, trust_pickle: bool) -> OpenedModel:
+def _from_zip(path: Path, trust_pickle: bool, inputs: Sequence[InputSpec]) -> OpenedModel:
     try:
         with zipfile.ZipFile(path) as z:
             names = z.namelist()
@@ -146,11 +152,13 @@ def _from_zip(path: Path, trust_pickle: bool) -> OpenedModel:
         return open_program(path, trust_pickle=trust_pickle)
     tops = {n.partition("/")[2] for n in names}
     if "constants.pkl" in tops or any(n.startswith("code/") for n in tops):
+        if trust_pickle:
+            return open_torchscript(path, inputs)
         raise ModelError(
             path,
             TAKEN,
             "a TorchScript archive, which runs code when it is opened",
-            "export it with torch.export, or give its state dict",
+            "export it with torch.export, give its state dict, or --trust-pickle if you trust where it comes from",
         )
     if "data.pkl" not in tops:
         got = f"a zip with {', '.join(names[:3])}{', …' if len(names) > 3 else ''}" if names else "an empty zip"

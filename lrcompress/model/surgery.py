@@ -9,6 +9,7 @@ plain = to_dense(model)
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,15 +19,21 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..adapt import BaseAdapter
-from ..factorize import ConvGeometry, Factorization, Rank
+from ..factorize import ConvGeometry, Factorization, Rank, form
 from .layers import FactorizedConv, FactorizedEmbedding, FactorizedLayer, FactorizedLinear
+from .overlaps import overlapping
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+#: How the reason of a tied weight begins; `ties.lift_ties` lifts it where one set of factors serves all.
+TIED = "tied: "
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One factorizable weight, shaped (out, in, *k); `reason` says why it must stay dense, None if it need not."""
+    """One factorizable weight, shaped (out, in, *k); `reason` says why it must stay dense, None if it need not.
+
+    A grouped convolution has its groups apart: kind "grouped", shaped (groups, out/groups, in/groups, *k).
+    """
 
     name: str
     kind: str
@@ -37,6 +44,26 @@ class Layer:
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.weight.shape)
+
+    @property
+    def plain_shape(self) -> tuple[int, ...]:
+        """The shape as the network stores it."""
+        return plain_shape(self.shape, grouped=self.kind == "grouped")
+
+    @property
+    def outputs(self) -> int:
+        """How many outputs the layer has; columns for an embedding."""
+        return self.shape[1] if self.kind == "embedding" else self.plain_shape[0]
+
+    @property
+    def columns(self) -> int:
+        """How many inputs one output reads: in·kernel, of its own group."""
+        return math.prod(self.shape[2:] if self.kind == "grouped" else self.shape[1:])
+
+
+def plain_shape(shape: tuple[int, ...], *, grouped: bool) -> tuple[int, ...]:
+    """Return (out, in/groups, *k) of a shape that has its groups apart."""
+    return (shape[0] * shape[1], *shape[2:]) if grouped else shape
 
 
 def _is_conv1d_of_transformers(module: nn.Module) -> bool:
@@ -50,6 +77,7 @@ def find_layers(model: nn.Module) -> list[Layer]:
         for key, value in module._parameters.items():
             if value is not None:
                 owners.setdefault(id(value), []).append(f"{name}.{key}" if name else key)
+    shared = overlapping(model)
     parents = {f"{p}.{c}" if p else c: m for p, m in model.named_modules() for c, _ in m.named_children()}
     found = []
     for name, module in model.named_modules():
@@ -60,6 +88,10 @@ def find_layers(model: nn.Module) -> list[Layer]:
         assert isinstance(weight, Tensor)
         matrix = weight.detach().T if _is_conv1d_of_transformers(module) else weight.detach()
         reason = _why_dense(module, weight, parents.get(name), owners)
+        if reason is None and id(weight) in shared:
+            reason = f"its weight lies in the memory of {shared[id(weight)]}"
+        if isinstance(module, _CONVS) and module.groups > 1 and reason is None:
+            kind, matrix = "grouped", matrix.reshape(module.groups, len(matrix) // module.groups, *matrix.shape[1:])
         found.append(Layer(name, kind, matrix, reason, getattr(module, "bias", None) is not None))
     return found
 
@@ -79,8 +111,9 @@ def _why_dense(
 ) -> str | None:
     """Return the reason that rules a layer out whatever its size, or None."""
     modules = sorted(owners.get(id(weight), []))
-    if is_parametrized(module):
-        return "its weight is computed by a parametrization"
+    computed = _how_computed(module)
+    if computed is not None:
+        return computed
     if weight.is_meta:
         return "its weight is on the meta device: there are no numbers"
     if not weight.is_floating_point():
@@ -89,13 +122,29 @@ def _why_dense(
         return "its weight has no elements"
     if not torch.isfinite(weight).all():
         return "its weight is not finite"
-    if isinstance(module, _CONVS) and module.groups > 1:
-        depthwise = module.groups == module.in_channels
-        return "depthwise: nothing to save" if depthwise else f"grouped convolution ({module.groups} groups)"
+    if isinstance(module, _CONVS) and module.groups > 1 and module.groups == module.in_channels:
+        return "depthwise: nothing to save"
     if isinstance(parent, nn.MultiheadAttention):
         return "its parent reads the weight directly"
     if len(modules) > 1:
-        return f"tied: one tensor serves {', '.join(modules)}"
+        return f"{TIED}one tensor serves {', '.join(modules)}"
+    return None
+
+
+def _how_computed(module: nn.Module) -> str | None:
+    """Return what computes a weight that is not stored as such, and how to make it one."""
+    if is_parametrized(module):
+        remove = "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
+        return f"its weight is computed by a parametrization; call {remove} first"
+    if module._parameters.get("weight") is None:
+        remove = (
+            "torch.nn.utils.prune.remove(layer, 'weight')"
+            if "weight_mask" in module._buffers
+            else "torch.nn.utils.remove_weight_norm(layer)"
+        )
+        return f"its weight is computed before every call; call {remove} first"
+    if getattr(module, "max_norm", None) is not None:
+        return "its max_norm changes the weight while it runs"
     return None
 
 
@@ -126,7 +175,8 @@ def replace_layer(model: nn.Module, name: str, factors: Factorization) -> Factor
         bias = shift if bias is None else bias.detach() + shift
     elif bias is not None:
         bias = bias.detach().clone()
-    return _install(model, name, factors.form, factors.factors, factors.shape, factors.rank, bias)
+    shape = plain_shape(factors.shape, grouped="grouped" in form(factors.form).LAYERS)
+    return _install(model, name, factors.form, factors.factors, shape, factors.rank, bias)
 
 
 def wrap_dense(model: nn.Module, name: str) -> FactorizedLayer:
@@ -154,7 +204,8 @@ def empty_layer(
 ) -> FactorizedLayer:
     """Put a layer with zero factors of the given shapes in the place of `name`, to be filled from a checkpoint."""
     dtype = next((p.dtype for p in model.get_submodule(name).parameters()), torch.float32)
-    zeros = {k: torch.zeros(s, dtype=dtype) for k, s in factors.items()}
+    integer: frozenset[str] = getattr(form(form_name), "INTEGER", frozenset())
+    zeros = {k: torch.zeros(s, dtype=torch.int32 if k in integer else dtype) for k, s in factors.items()}
     has_bias = (
         torch.zeros(shape[1] if _kind(model.get_submodule(name)) == "embedding" else shape[0], dtype=dtype)
         if bias
@@ -218,7 +269,7 @@ def adaptable_layers(model: nn.Module) -> list[str]:
         if isinstance(module, FactorizedLayer):
             if module.layer_kind != "embedding" and getattr(module, "groups", 1) == 1:
                 names.append(name)
-        elif name in dense and dense[name].kind != "embedding" and dense[name].reason is None:
+        elif name in dense and dense[name].kind not in ("embedding", "grouped") and dense[name].reason is None:
             names.append(name)
     return names
 

@@ -50,6 +50,15 @@ def check_finite(tensors: Mapping[str, Tensor], where: object = None) -> None:
         raise ModelError(place, "finite weights", got, "take an earlier checkpoint: this one diverged or is damaged")
 
 
+def check_present(tensors: Mapping[str, Tensor], where: object) -> None:
+    """Raise `ModelError` naming the first tensor on the meta device, which has a shape and no numbers."""
+    for name, value in tensors.items():
+        if value.is_meta:
+            raise ModelError(
+                f"{where}: {name}", "weights with numbers", "one on the meta device", "load the weights first"
+            )
+
+
 def check_floating(tensors: Mapping[str, Tensor], where: object) -> None:
     """Raise `ModelError` unless at least one tensor is floating point: integers alone cannot be factorized."""
     if not any(v.is_floating_point() for v in tensors.values()):

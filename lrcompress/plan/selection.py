@@ -39,15 +39,17 @@ def dense(layer: Layer, reason: str) -> Choice:
 
 def bias_cost(layer: Layer, statistics: Statistics | None) -> int:
     """Return the numbers that a factorized layer adds beside its factors: a bias for the mean, where there was none."""
-    return 0 if layer.has_bias or statistics is None or statistics.mean is None else layer.weight.shape[0]
+    return 0 if layer.has_bias or statistics is None or statistics.mean is None else layer.plain_shape[0]
 
 
 def candidates(method: str, layer: Layer) -> list[str]:
-    """Return the forms that `method` allows for a layer: itself, or with "auto" all that serve its kind."""
-    names = forms() if method == "auto" else (method,)
+    """Return the forms that `method` allows for a layer: itself, or with "auto" all that serve its kind and are meant for it."""
+    names = tuple(n for n in forms() if getattr(form(n), "AUTO", True)) if method == "auto" else (method,)
     fitting = [n for n in names if serves(n, layer)]
     if not fitting and method in ("tucker", "spatial_svd") and serves("svd", layer):
         return ["svd"]  # without a kernel to spread over, both are the SVD
+    if not fitting and layer.kind == "grouped" and method in ("svd", "pivoted", "tucker", "spatial_svd"):
+        return ["grouped_svd"]
     return fitting
 
 

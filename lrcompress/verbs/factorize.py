@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
-import re
 import resource
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +19,19 @@ import torch
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..calibrate import collect
 from ..data import Data
-from ..errors import CommandError, LrcompressWarning, ModelError
+from ..errors import CommandError, LrcompressWarning
 from ..factorize import Factorization, Statistics, form, forms
 from ..files import staged_folder
 from ..model import InputSpec, OpenedModel, check_finite, open_model
 from ..model.checkpoint import MAKER, MARKER, layer_spec, module_layers, state_of, write_compressed
-from ..model.surgery import Layer, count_parameters, find_layers, replace_layer, tensors_as_layers
-from ..plan import Choice, read_plan, select
+from ..model.surgery import Layer, count_parameters, replace_layer
+from ..model.ties import for_member, lift_ties, place, share_factors, tied_tensors
+from ..plan import Choice
 from ..progress import Progress, Silent
-from .sources import for_model, inputs_told_by
+from .sources import device_of, layers_of, statistics_of, with_inputs
+from .stacked import Stacks, choose_shared, decompose_stack, same_input
+from .tied import Ties, choose, planned, weighed
 
 
 @dataclass(frozen=True)
@@ -72,72 +72,82 @@ def factorize(
     """
     progress = progress or Silent()
     _check_options(rank, ratio, energy, plan, method)
-    device = _device(compute)
+    device = device_of(compute)
     if threads:
         torch.set_num_threads(threads)
     opened = model if isinstance(model, OpenedModel) else open_model(
         model, arch=arch, arch_args=arch_args, inputs=inputs, trust_pickle=trust_pickle, trust_remote_code=trust_remote_code
     )  # fmt: skip
     check_finite(opened.module.state_dict() if opened.module is not None else opened.tensors or {}, opened.path)
-    layers = _selected(opened, include, exclude)
+    layers = layers_of(opened, include, exclude, verb="factorize")
+    ties = tied_tensors(layers)
+    if opened.module is not None:
+        layers, ties = lift_ties(opened.module, layers)
     statistics: dict[str, Statistics] = {}
     if calib is not None:
-        network = opened.module
-        if network is None:
-            raise ModelError(
-                opened.path, "a network to run the calibration data through", "a state dict", "give --arch"
-            )
-        data = for_model(calib, opened)
-        if not opened.inputs and len(data):
-            # What the data told is kept: export needs it. Read again, so that arrays take the names of the inputs.
-            opened = replace(opened, inputs=inputs_told_by(data, opened))
-            data = for_model(calib, opened)
-        wanted = [layer for layer in layers if layer.reason is None]
-        statistics = collect(opened, network, data, wanted, seed=seed, compute=device, progress=progress)
-        _warn_few_samples(layers, statistics)
+        opened = with_inputs(opened, calib)
+        statistics = statistics_of(opened, layers, calib, seed=seed, compute=device, progress=progress)
     method = method or ("auto" if statistics else "svd")
+    priced = weighed(layers, ties, statistics)
+    stacks: Stacks = {}
     if plan is not None:
-        choices = read_plan(Path(plan), layers)
+        choices = planned(Path(plan), layers, ties)
+    elif method == "shared":
+        stacks = same_input(layers, statistics)
+        how = {"rank": rank, "ratio": ratio, "energy": energy}
+        choices = choose_shared(layers, stacks, total=_total(opened), statistics=statistics, **how)
     else:
-        fixed = _total(opened) - sum(layer.weight.numel() for layer in layers)
-        choices = select(
-            layers, method=method, statistics=statistics, rank=rank, ratio=ratio, energy=energy, fixed_params=fixed
+        choices = choose(
+            layers, ties, total=_total(opened), statistics=priced, method=method, rank=rank, ratio=ratio, energy=energy
         )
-    module, tensors, specs, rows = _apply(opened, layers, choices, statistics, progress)
-    before = _total(opened)
-    after = count_parameters(module) if module is not None else sum(t.numel() for t in tensors.values())
-    data_out: dict[str, Any] = {
+    made = _apply(opened, layers, choices, ties, stacks, statistics, priced, progress)
+    report = _report(opened, made, method, seed)
+    if all(row["form"] == "dense" for row in made.rows):
+        note = "no layer was factorized: every one would not shrink or was left out"
+        warnings.warn(note, LrcompressWarning, stacklevel=2)
+    if output is None:
+        return FactorizeResult(report, made.module)
+    dest = Path(output)
+    _write(dest, opened, made, report)
+    return FactorizeResult({**report, "bytes_after": _bytes(dest), "output": str(dest)}, made.module, dest)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What decomposing gave: the module, or the tensors of a bare state dict; layer specs and report rows."""
+
+    module: nn.Module | None
+    tensors: dict[str, Tensor]
+    specs: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+
+def _report(opened: OpenedModel, made: _Made, method: str, seed: int) -> dict[str, Any]:
+    return {
         "method": method,
         "seed": seed,
-        "layers": rows,
-        "params_before": before,
-        "params_after": after,
+        "layers": made.rows,
+        "params_before": _total(opened),
+        "params_after": count_parameters(made.module) if made.module is not None else _count(made.tensors),
         "bytes_before": _bytes(opened.path),
         "bytes_after": None,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "output": None,
     }
-    if all(row["form"] == "dense" for row in rows):
-        warnings.warn(
-            "no layer was factorized: every one would not shrink or was left out", LrcompressWarning, stacklevel=2
-        )
-    if output is None:
-        return FactorizeResult(data_out, module)
-    dest = Path(output)
+
+
+def _write(dest: Path, opened: OpenedModel, made: _Made, report: dict[str, Any]) -> None:
+    """Write the compressed checkpoint: complete, or not at all."""
+    packages = {p: importlib.metadata.version(p) for p in ("torch", "tensorly", "numpy")}
+    about = {
+        "report": {k: report[k] for k in ("method", "seed", "layers", "params_before", "params_after")},
+        "threads": torch.get_num_threads(),
+        "versions": {"lrcompress": __version__, **packages},
+    }
     with staged_folder(dest, maker=MAKER, marker=MARKER) as stage:
-        report = {
-            "report": {k: data_out[k] for k in ("method", "seed", "layers", "params_before", "params_after")},
-            "threads": torch.get_num_threads(),
-            "versions": {
-                "lrcompress": __version__,
-                **{p: importlib.metadata.version(p) for p in ("torch", "tensorly", "numpy")},
-            },
-        }
-        stored = tensors if module is None else state_of(module)
-        write_compressed(stage, dest, opened, tensors=stored, layers=specs, report=report)
-    data_out["bytes_after"] = _bytes(dest)
-    data_out["output"] = str(dest)
-    return FactorizeResult(data_out, module, dest)
+        whole = {k: t.contiguous().clone() for k, t in made.tensors.items()}
+        stored = whole if made.module is None else state_of(made.module)
+        write_compressed(stage, dest, opened, tensors=stored, layers=made.specs, report=about)
 
 
 def _check_options(
@@ -168,75 +178,79 @@ def _check_options(
             ) from e
 
 
-def _selected(opened: OpenedModel, include: Sequence[str], exclude: Sequence[str]) -> list[Layer]:
-    """Return the layers of the model; those that the patterns leave out carry that as their reason."""
-    layers = find_layers(opened.module) if opened.module is not None else tensors_as_layers(opened.tensors or {})
-    if not layers:
-        raise ModelError(opened.path or "the model", "at least one linear, convolution or embedding layer", "none")
-    for option, patterns in (("--include", include), ("--exclude", exclude)):
-        for pattern in patterns:
-            if not any(fnmatchcase(layer.name, pattern) for layer in layers):
-                near = ", ".join(layer.name for layer in layers[:4])
-                raise CommandError(
-                    f"lrcompress factorize {option}", "a pattern that matches a layer", pattern, f"layers are {near}, …"
-                )
-    out = []
-    for layer in layers:
-        reason = layer.reason
-        if include and not any(fnmatchcase(layer.name, p) for p in include):
-            reason = "not in --include"
-        elif any(fnmatchcase(layer.name, p) for p in exclude):
-            reason = "in --exclude"
-        out.append(replace(layer, reason=reason))
-    return out
-
-
 def _apply(
-    opened: OpenedModel,
-    layers: Sequence[Layer],
-    choices: Sequence[Choice],
-    statistics: Mapping[str, Statistics],
-    progress: Progress,
-) -> tuple[nn.Module | None, dict[str, Tensor], dict[str, Any], list[dict[str, Any]]]:
-    """Decompose every chosen layer; return the module, the tensors (state dict only), the specs and the report rows."""
-    module = copy.deepcopy(opened.module)
+    opened: OpenedModel, layers: Sequence[Layer], choices: Sequence[Choice], ties: Ties, stacks: Stacks,
+    statistics: Mapping[str, Statistics], priced: Mapping[str, Statistics], progress: Progress,
+) -> _Made:  # fmt: skip
+    """Decompose every chosen layer and put it in its place."""
+    module = None if opened.module is None else _copied(opened.module)
     tensors = dict(opened.tensors or {})
+    leaders = {f: leader for leader, followers in ties.items() for f in followers}
+    by_name = {layer.name: layer for layer in layers}
+    made: dict[str, Factorization] = {}
+    parts: dict[str, Factorization] = {}
     specs: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     with progress.task("factorize", total=len(layers)) as advance:
         for layer, choice in zip(layers, choices, strict=True):
             found = None
             if choice.form != "dense":
-                found = form(choice.form).decompose(layer.weight, choice.rank, statistics.get(layer.name))
+                first = leaders.get(layer.name, layer.name)
+                found = made.get(first) or parts.get(layer.name)
+                if layer.name in stacks and isinstance(choice.rank, int):
+                    parts |= decompose_stack(layer.name, stacks, by_name, choice.rank, statistics)
+                    found = parts[layer.name]
+                if found is None:
+                    found = form(choice.form).decompose(by_name[first].weight, choice.rank, priced.get(first))
+                if first in ties:
+                    made[first] = found
+                    found = for_member(found, layer, statistics.get(layer.name))
                 if module is not None:
                     replace_layer(module, layer.name, found)
                 else:
-                    specs[layer.name] = _replace_tensor(tensors, layer, found)
-            rows.append(_row(layer, choice, found))
+                    specs[layer.name] = _replace_tensor(tensors, layer, found, leaders.get(layer.name))
+            rows.append(_row(layer, choice, found, tied=layer.name in leaders))
             advance(1, layer.name)
     if module is not None:
+        for leader in made:
+            share_factors(module, leader, ties[leader])
+        for first, others in stacks.items():
+            if first in parts:
+                share_factors(module, first, others, ["V"])
         specs = module_layers(module)
-    return module, tensors, specs, rows
+    return _Made(module, tensors, specs, rows)
 
 
-def _replace_tensor(tensors: dict[str, Tensor], layer: Layer, found: Factorization) -> dict[str, Any]:
+def _copied(module: nn.Module) -> nn.Module:
+    """Copy a module; a weight that a hook computes is copied as the number it is now."""
+    computed = [t for m in module.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
+    return copy.deepcopy(module, {id(t): t.detach().clone() for t in computed})
+
+
+def _replace_tensor(
+    tensors: dict[str, Tensor], layer: Layer, found: Factorization, leader: str | None
+) -> dict[str, Any]:
+    """Put factors in the place of a tensor; a tied one goes, and its spec says whose factors are its own."""
     key = f"{layer.name}.weight" if f"{layer.name}.weight" in tensors else layer.name
     prefix = key.removesuffix("weight")
     del tensors[key]
-    for name, factor in found.named_factors():
-        tensors[f"{prefix}{name}"] = factor
+    if leader is None:
+        for name, factor in found.named_factors():
+            tensors[f"{prefix}{name}"] = factor
     shapes = {k: tuple(v.shape) for k, v in found.factors.items()}
-    return layer_spec(layer.kind, found.form, found.shape, found.rank, shapes, bias=f"{prefix}bias" in tensors)
+    spec = layer_spec(layer.kind, found.form, found.shape, found.rank, shapes, bias=f"{prefix}bias" in tensors)
+    return spec if leader is None else {**spec, "tied": leader}
 
 
-def _row(layer: Layer, choice: Choice, found: Factorization | None) -> dict[str, Any]:
+def _row(layer: Layer, choice: Choice, found: Factorization | None, *, tied: bool) -> dict[str, Any]:
+    """Return the report of one layer; the numbers of a tied weight stand with its first layer."""
     rank: Any = 0 if found is None else found.rank
     return {
         "name": layer.name,
         "form": choice.form,
-        "shape": list(layer.shape),
+        "shape": list(layer.plain_shape),
         "rank": list(rank) if isinstance(rank, tuple) else rank,
-        "params_before": layer.weight.numel(),
+        "params_before": 0 if tied else layer.weight.numel(),
         "params_after": choice.n_params,
         "rel_error": 0.0 if found is None else found.rel_error,
         "norm": "frobenius" if found is None else found.norm,
@@ -245,36 +259,15 @@ def _row(layer: Layer, choice: Choice, found: Factorization | None) -> dict[str,
     }
 
 
-def _warn_few_samples(layers: Sequence[Layer], statistics: Mapping[str, Statistics]) -> None:
-    few = [
-        n.name
-        for n in layers
-        if n.name in statistics and 0 < statistics[n.name].count < n.weight[0].numel() and n.kind != "embedding"
-    ]
-    if few:
-        warnings.warn(
-            f"calibration has fewer positions than {few[0]} has inputs ({len(few)} layers): directions it never saw cost nothing; give more data",
-            LrcompressWarning, stacklevel=3,
-        )  # fmt: skip
-
-
-def _device(compute: str) -> str:
-    if compute == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    asked = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", compute)
-    if asked is None:
-        raise CommandError("--compute", "auto, cpu, cuda or cuda:N", compute)
-    if compute != "cpu" and int(asked[1] or 0) >= torch.cuda.device_count():
-        raise CommandError(
-            "--compute", "a device that is here", compute, "no such CUDA device was found; use --compute cpu"
-        )
-    return compute
-
-
 def _total(opened: OpenedModel) -> int:
     if opened.module is not None:
         return count_parameters(opened.module)
-    return sum(t.numel() for t in {id(t): t for t in (opened.tensors or {}).values()}.values())
+    return _count(opened.tensors or {})
+
+
+def _count(tensors: Mapping[str, Tensor]) -> int:
+    """Return how many numbers named tensors hold, tied ones once."""
+    return sum(t.numel() for t in {place(t): t for t in tensors.values()}.values())
 
 
 def _bytes(path: Path | None) -> int | None:

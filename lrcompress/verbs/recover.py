@@ -22,11 +22,10 @@ from ..model import OpenedModel
 from ..model.checkpoint import Compressed, load_compressed
 from ..model.surgery import adaptable_layers, attach
 from ..progress import Progress, Silent
-from ..recover import Settings, train
+from ..recover import Outcome, Settings, train
 from ..recover.losses import LOSSES, auto
-from .factorize import _device
 from .predict import predictor
-from .sources import for_model
+from .sources import device_of, for_model
 
 MAKER = "lrcompress recover"
 
@@ -82,27 +81,13 @@ def recover(
     train_data, select_data = _split(
         for_model(data, base.opened), None if select is None else for_model(select, base.opened)
     )
-    teacher_model: OpenedModel | None = None
-    if loss != "labels" or original is not None:
-        teacher_model = (
-            original
-            if isinstance(original, OpenedModel)
-            else base.open_original(None if original is None else Path(original), **trust)
-        )
-    device = _device(compute)
-    generator = torch.Generator().manual_seed(seed)
-    layers = adaptable_layers(module)
-
-    def make(_: str, shape: tuple[int, ...]) -> BaseAdapter:
-        return adapter(
-            adapter_kind,
-            weight_shape=shape,
-            rank=min(rank, shape[0], int(np.prod(shape[1:]))),
-            alpha=_alpha(alpha, rank, shape),
-            generator=generator,
-        )
-
-    adapters = attach(module, name, make, layers)
+    teacher_model = None
+    if isinstance(original, OpenedModel):
+        teacher_model = original
+    elif loss != "labels" or original is not None:
+        teacher_model = base.open_original(None if original is None else Path(original), **trust)
+    device = device_of(compute)
+    adapters = _attached(module, name, adapter_kind, rank, alpha, seed)
     module.to(device)
     student = _answering(base.opened, module)
     teacher = student if teacher_model is None else _answering(teacher_model, _on(teacher_model, device))
@@ -117,25 +102,49 @@ def recover(
         adapters, student, teacher, train_data=train_data, select_data=select_data, settings=settings, module=module,
         score=scorer.decide if scorer.name and metric else None, progress=progress, device=device,
     )  # fmt: skip
-    module.cpu()
-    after = scorer.of(module.to(device))
+    after = scorer.of(module)
     module.cpu()
     trainable = sum(p.numel() for a in adapters.values() for p in a.parameters())
-    report: dict[str, Any] = {
+    report = {
         "metric": scorer.name or f"loss_{loss}",
         "original": scorer.original,
         "before": before if scorer.name else outcome.start_loss,
         "after": after if scorer.name else outcome.best_loss,
-        "loss": {"kind": loss, "before": outcome.start_loss, "after": outcome.best_loss, "history": [list(h) for h in outcome.history]},
-        "adapter": adapter_kind, "rank": rank, "trainable_params": trainable, "payload_bytes": 4 * trainable,
-        "steps": outcome.steps, "best_step": outcome.best_step, "train_seconds": outcome.seconds, "output": None,
-    }  # fmt: skip
+        **_trained(outcome, loss),
+        "adapter": adapter_kind,
+        "rank": rank,
+        "trainable_params": trainable,
+        "payload_bytes": 4 * trainable,
+        "output": None if dest is None else str(dest),
+    }
     if dest is not None:
         info = {"name": name, "seed": seed, "steps": outcome.steps, "best_step": outcome.best_step, "loss": loss}
         with staged_folder(dest, maker=MAKER, marker=MARKER) as stage:
             write_adapter(stage, adapters, maker=MAKER, base=base.digest, info=info)
-        report["output"] = str(dest)
     return RecoverResult(report, module, dest)
+
+
+def _attached(
+    module: nn.Module, name: str, kind: str, rank: int, alpha: float | None, seed: int
+) -> dict[str, BaseAdapter]:
+    """Attach a fresh adapter to every layer that can carry one; no layer gets a rank above its own."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def make(_: str, shape: tuple[int, ...]) -> BaseAdapter:
+        own = min(rank, shape[0], int(np.prod(shape[1:])))
+        return adapter(kind, weight_shape=shape, rank=own, alpha=_alpha(alpha, rank, shape), generator=generator)
+
+    return attach(module, name, make, adaptable_layers(module))
+
+
+def _trained(outcome: Outcome, loss: str) -> dict[str, Any]:
+    history = [list(h) for h in outcome.history]
+    return {
+        "loss": {"kind": loss, "before": outcome.start_loss, "after": outcome.best_loss, "history": history},
+        "steps": outcome.steps,
+        "best_step": outcome.best_step,
+        "train_seconds": outcome.seconds,
+    }
 
 
 def _check(kind: str, rank: int, name: str, loss: str, steps: int) -> None:

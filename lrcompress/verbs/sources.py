@@ -1,15 +1,26 @@
-"""Turn what a user names as data into `Data` that fits a model."""
+"""Turn what a user names into what a verb works on: data that fit a model, layers, a device to compute on."""
 
 from __future__ import annotations
 
 import inspect
+import re
+import warnings
 from collections.abc import Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from ..calibrate import collect
 from ..data import Data, open_data
+from ..errors import CommandError, LrcompressWarning, ModelError
+from ..factorize import Statistics
 from ..model import InputSpec, OpenedModel
+from ..model.surgery import Layer, tensors_as_layers
+from ..model.views import view_of
+from ..progress import Progress
 from ..recipe import open_split
 
 
@@ -29,11 +40,79 @@ def for_model(source: str | Path | Data, opened: OpenedModel) -> Data:
     return as_data(source, inputs=opened.inputs, tokenizer=Path(str(folder)) if folder else None)
 
 
-def inputs_told_by(data: Data, opened: OpenedModel) -> tuple[InputSpec, ...]:
-    """Return the inputs that a sample shows, for a network that does not know its own: the first axis is the batch.
+def layers_of(opened: OpenedModel, include: Sequence[str], exclude: Sequence[str], *, verb: str) -> list[Layer]:
+    """Return the layers of the model; those that the patterns leave out carry that as their reason."""
+    layers = view_of(opened).layers if opened.module is not None else tensors_as_layers(opened.tensors or {})
+    if not layers:
+        raise ModelError(opened.path or "the model", "at least one linear, convolution or embedding layer", "none")
+    for option, patterns in (("--include", include), ("--exclude", exclude)):
+        for pattern in patterns:
+            if not any(fnmatchcase(layer.name, pattern) for layer in layers):
+                near = ", ".join(layer.name for layer in layers[:4])
+                raise CommandError(
+                    f"lrcompress {verb} {option}", "a pattern that matches a layer", pattern, f"layers are {near}, …"
+                )
+    return [replace(layer, reason=left_out(layer.name, include, exclude) or layer.reason) for layer in layers]
 
-    Ids (whole numbers along one axis) may be of any length. A single array takes the name of forward's one argument.
+
+def left_out(name: str, include: Sequence[str], exclude: Sequence[str]) -> str | None:
+    """Return which option leaves a layer of this name out, or None."""
+    if include and not any(fnmatchcase(name, p) for p in include):
+        return "not in --include"
+    return "in --exclude" if any(fnmatchcase(name, p) for p in exclude) else None
+
+
+def statistics_of(
+    opened: OpenedModel,
+    layers: Sequence[Layer],
+    calib: str | Path | Data,
+    *,
+    seed: int,
+    compute: str,
+    progress: Progress,
+) -> dict[str, Statistics]:
+    """Run calibration data through the network; return the statistics of the layers that have no reason to stay dense."""
+    if opened.module is None:
+        raise ModelError(opened.path, "a network to run the calibration data through", "a state dict", "give --arch")
+    data = for_model(calib, opened)
+    wanted = [layer for layer in layers if layer.reason is None]
+    statistics = collect(opened, opened.module, data, wanted, seed=seed, compute=compute, progress=progress)
+    few = [n.name for n in wanted if 0 < statistics[n.name].count < n.columns and n.kind != "embedding"]
+    if few:
+        warnings.warn(
+            f"calibration has fewer positions than {few[0]} has inputs ({len(few)} layers): directions it never saw cost nothing; give more data",
+            LrcompressWarning, stacklevel=3,
+        )  # fmt: skip
+    return statistics
+
+
+def device_of(compute: str) -> str:
+    """Return the torch device that `--compute` means; `CommandError` for one that is not here."""
+    if compute == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    asked = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", compute)
+    if asked is None:
+        raise CommandError("--compute", "auto, cpu, cuda or cuda:N", compute)
+    if compute != "cpu" and int(asked[1] or 0) >= torch.cuda.device_count():
+        raise CommandError(
+            "--compute", "a device that is here", compute, "no such CUDA device was found; use --compute cpu"
+        )
+    return compute
+
+
+def with_inputs(opened: OpenedModel, calib: str | Path | Data) -> OpenedModel:
+    """Return the model with the inputs that calibration data show, where it does not know its own: export needs them.
+
+    The first axis is the batch; ids (whole numbers along one axis) may be of any length. A single array takes the name
+    of forward's one argument.
     """
+    if opened.inputs or opened.module is None:
+        return opened
+    data = for_model(calib, opened)
+    return replace(opened, inputs=_shown(data, opened)) if len(data) else opened
+
+
+def _shown(data: Data, opened: OpenedModel) -> tuple[InputSpec, ...]:
     arrays = next(iter(data.take(slice(0, 1)).batches(1))).inputs
     names = {n: n for n in arrays}
     if len(arrays) == 1 and opened.module is not None:

@@ -13,6 +13,7 @@ from lrcompress.data import Data
 from lrcompress.errors import DataError
 from lrcompress.model import InputSpec, open_model
 from lrcompress.model.surgery import find_layers
+from lrcompress.model.views import walk_of
 
 
 class Text(nn.Module):
@@ -88,12 +89,12 @@ def test_calibration_changes_nothing_in_the_model():
 def test_patches_are_what_the_convolution_reads(layer):
     layer = layer.double()
     x = torch.randn(2, 3, *(9,) * len(layer.kernel_size), dtype=torch.float64)
-    y = patches(x, layer) @ layer.weight.flatten(1).T + layer.bias
+    y = patches(x, walk_of(layer)) @ layer.weight.flatten(1).T + layer.bias
     expected = layer(x).movedim(1, -1).reshape(-1, 4)
     torch.testing.assert_close(y, expected)
     if type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and layer.padding != "same":
         unfolded = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride).transpose(1, 2)
-        torch.testing.assert_close(patches(x, layer), unfolded.reshape(-1, unfolded.shape[-1]))
+        torch.testing.assert_close(patches(x, walk_of(layer)), unfolded.reshape(-1, unfolded.shape[-1]))
 
 
 def test_moments_lose_no_digits_far_from_zero():

@@ -29,7 +29,7 @@ LAYERS: list[set[str]] = [
     {"calibrate", "plan"},
     {"recover", "export"},
     {"validate", "publish"},
-    {"recipe", "report"},
+    {"recipe", "report", "inspect"},
     {"verbs"},
     {"api"},
     {"pipeline"},

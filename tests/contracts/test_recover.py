@@ -30,7 +30,7 @@ def base(tmp_path_factory):
     calib = Data.of_arrays({"x": x})
     factorize(
         folder / "model.pt",
-        ratio=0.35,
+        ratio=0.2,
         calib=calib,
         arch="tests.support.nets:small",
         inputs=SPEC,
@@ -52,7 +52,7 @@ def run(base, **options):
 def test_distillation_lowers_the_loss_and_ships_what_it_says(base, kind, tmp_path):
     found = run(base, adapter_kind=kind, output=tmp_path / "a").data
     assert found["loss"]["kind"] == "logits"
-    assert found["loss"]["after"] < 0.8 * found["loss"]["before"]
+    assert found["loss"]["after"] < 0.9 * found["loss"]["before"]
     folder = read_adapter(tmp_path / "a")
     assert folder.kind == kind and folder.n_params == found["trainable_params"]
     assert found["payload_bytes"] == 4 * found["trainable_params"]

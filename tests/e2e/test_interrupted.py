@@ -79,8 +79,8 @@ def test_ctrl_c_leaves_nothing_half_written(here: Path, command: str) -> None:
     """A signal in the middle of the work: exit 130, one line, one object, no file; what was there before stays."""
     shutil.copytree("ok", "state/ok")
     if command == "factorize":
-        torch.save({f"fc{i}.weight": torch.randn(1500, 1500) for i in range(12)}, "big.pt")
-        argv = ["factorize", "big.pt", "--rank", "16", "-o", "state/out"]
+        torch.save({f"fc{i}.weight": torch.randn(1500, 1500) for i in range(30)}, "big.pt")
+        argv = ["factorize", "big.pt", "--rank", "400", "-o", "state/out"]
     else:
         argv = ["recover", "ok/compressed", "--data", "train.npz", "--steps", "1000000", "-o", "state/out"]
     before = sha256_tree(Path("state"))

@@ -58,3 +58,40 @@ def images(n: int = 200, seed: int = 0, classes: int = 5) -> tuple[np.ndarray, n
     labels = rng.integers(0, classes, n)
     means = np.random.default_rng(99).standard_normal((classes, 3, 8, 8))
     return (means[labels] + rng.standard_normal((n, 3, 8, 8))).astype(np.float32), labels.astype(np.int64)
+
+
+class Grouped(nn.Module):
+    """A grouped, a depthwise and a dilated convolution on (batch, 8, 9, 9)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Conv2d(8, 24, 3, padding=1, groups=2)
+        self.deep = nn.Conv2d(24, 24, 3, padding=1, groups=24)
+        self.far, self.fc = nn.Conv2d(24, 16, 3, padding=2, dilation=2), nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = F.relu(self.deep(F.relu(self.wide(x))))
+        return self.fc(F.relu(self.far(x)).mean((2, 3)))
+
+
+def grouped() -> Grouped:
+    torch.manual_seed(0)
+    return Grouped().eval()
+
+
+class Attending(nn.Module):
+    """Three projections of one input, as attention has them, on (batch, 6, 24)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(24, n) for n in (24, 24, 16))
+        self.out = nn.Linear(16, 5)
+
+    def forward(self, x):
+        weights = (self.q(x) @ self.k(x).transpose(1, 2) / 24**0.5).softmax(-1)
+        return self.out((weights @ self.v(x)).mean(1))
+
+
+def attending() -> Attending:
+    torch.manual_seed(0)
+    return Attending().eval()

@@ -7,6 +7,7 @@ factors after the runtime's own optimizer.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from ...factorize import form
 from ...model.checkpoint import module_layers
 from ..gates import factors_stay_apart, names_and_bytes
 from ..graph import OPSET, store_external, trace
@@ -31,7 +33,25 @@ def write(stage: Path, request: Request) -> Written:
     layers = attach_slots(traced, request.slot_include) if "none" not in request.slots else []
     entries = [s.manifest() for s in layers]
     slot_names = [t["name"] for e in entries for t in e["tensors"]]
-    factors = [f"{layer}.{f}" for layer, spec in module_layers(request.module).items() for f in spec["factors"]]
+    factors = [
+        f"{layer}.{f}"
+        for layer, spec in module_layers(request.module).items()
+        if "tied" not in spec
+        for f in spec["factors"]
+        if f not in spec.get("shares", {})
+    ]
+    rebuilt = {
+        name: math.prod(spec["shape"])
+        for name, spec in module_layers(request.module).items()
+        if getattr(form(spec["form"]), "DENSE_AT_RUN_TIME", False)
+    }
+    turned = sum(
+        math.prod(f)
+        for spec in module_layers(request.module).values()
+        if "tied" in spec
+        for f in spec["factors"].values()
+    )
+    once = sum(len(spec.get("shares", {})) for spec in module_layers(request.module).values())
     model = trace(request.opened, traced, where="export")
     names_and_bytes(model, traced, slot_names)
     make_inputs(model.graph, entries)
@@ -43,9 +63,10 @@ def write(stage: Path, request: Request) -> Written:
     (stage / DATA).write_bytes(blob)
     onnx.checker.check_model(str(stage / GRAPH))
     if request.quantize == "none":
-        factors_stay_apart(stage / GRAPH, factors, slot_names)
+        factors_stay_apart(stage / GRAPH, factors, slot_names, sum(rebuilt.values()), turned, once)
     request.advance(1, "written")
-    return Written(entries, _outputs(model, request.golden), factors, {"opset": OPSET, "ir": model.ir_version})
+    about = {"opset": OPSET, "ir": model.ir_version, "dense_at_run_time": sorted(rebuilt)}
+    return Written(entries, _outputs(model, request.golden), factors, about)
 
 
 def _outputs(model: onnx.ModelProto, golden: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:

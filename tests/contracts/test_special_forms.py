@@ -1,0 +1,497 @@
+"""Theory of the forms beyond the plain ones: what each is exact for, what bounds it, what it may never do."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from lrcompress.factorize import ConvGeometry, Drift, Statistics, anchored, form
+from lrcompress.factorize import als as als_form
+from lrcompress.factorize import nmf as nmf_form
+from lrcompress.factorize import svd as svd_form
+from lrcompress.factorize._linalg import convolve
+from lrcompress.factorize._refit import refit
+from lrcompress.factorize.grouped_svd import apart
+from lrcompress.factorize.shared import decompose_group, group_params
+from lrcompress.factorize.tensor_train import _grid, _paired
+from tests.support.weights import statistics, weight
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# pivoted --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("shape", "rank"), [((12, 20), 5), ((24, 8), 8), ((10, 6, 3, 3), 4)])
+def test_the_pivoted_gauge_is_the_svd_for_r_squared_fewer_numbers(shape, rank):
+    w = weight(shape)
+    for stats in (None, statistics(w, two_sided=True)):
+        f, g = form("pivoted").decompose(w, rank, stats), form("svd").decompose(w, rank, stats)
+        torch.testing.assert_close(f.to_tensor(), g.to_tensor(), rtol=0, atol=1e-9)
+        assert f.n_params == g.n_params - rank**2
+        assert float(f.factors["T"].abs().max()) <= 2.0
+    assert sorted(f.factors["order"].tolist()) == list(range(shape[0]))
+
+
+def test_the_pivoted_gauge_is_below_dense_at_every_rank():
+    for m, n in ((7, 7), (5, 40), (40, 5)):
+        counts = [form("pivoted").n_params((m, n), r) for r in range(1, min(m, n) + 1)]
+        assert counts[-1] == m * n and all(c < m * n for c in counts[:-1])
+
+
+def test_pivots_survive_rows_that_are_nearly_alike():
+    rows = randn(4, 30)
+    w = torch.cat([rows + 1e-9 * randn(4, 30, seed=i) for i in range(5)])
+    f = form("pivoted").decompose(w, 4)
+    assert float(f.factors["T"].abs().max()) <= 2.0
+    torch.testing.assert_close(f.to_tensor(), w, rtol=0, atol=1e-7)
+
+
+# randomized -----------------------------------------------------------------------------------------------------------
+
+
+def test_randomized_is_exact_at_the_true_rank_and_never_beats_eckart_young():
+    low = randn(300, 12) @ randn(12, 260, seed=1)
+    _, p = svd_form.randomized_eigenvectors(lambda x: low @ (low.T @ x), 300, 12)
+    assert float((low - p @ (p.T @ low)).norm() / low.norm()) < 1e-10
+    u, _ = torch.linalg.qr(randn(300, 300))
+    v, _ = torch.linalg.qr(randn(260, 260, seed=2))
+    d = 0.9 ** torch.arange(260, dtype=torch.float64)
+    w, rank = (u[:, :260] * d) @ v.T, 10
+    _, p = svd_form.randomized_eigenvectors(lambda x: w @ (w.T @ x), 300, rank)
+    error, tail = float((w - p @ (p.T @ w)).square().sum()), float(d[rank:].square().sum())
+    assert tail * (1 - 1e-12) <= error <= 1.001 * tail
+
+
+def test_randomized_gives_the_same_bytes():
+    w = randn(200, 100)
+    one, two = (svd_form.randomized_eigenvectors(lambda x: w @ (w.T @ x), 200, 8)[1] for _ in range(2))
+    assert torch.equal(one, two)
+
+
+def test_randomized_is_chosen_by_cost_and_agrees(monkeypatch):
+    assert svd_form.prefers_randomized((4096, 4096), 64)
+    assert not svd_form.prefers_randomized((4096, 4096), 2000)
+    assert not svd_form.prefers_randomized((400, 400), 4)
+    w = weight((60, 90))
+    for stats in (None, statistics(w, two_sided=True)):
+        exact = form("svd").decompose(w, 6, stats)
+        monkeypatch.setattr(svd_form, "prefers_randomized", lambda shape, rank: True)
+        quick = form("svd").decompose(w, 6, stats)
+        monkeypatch.undo()
+        assert exact.loss * (1 - 1e-9) <= quick.loss <= exact.loss * 1.001
+
+
+@pytest.mark.parametrize("shape", [(600, 700), (700, 600)])
+def test_large_plain_matrices_take_the_gram_route_to_the_same_answer(shape):
+    w = randn(*shape) * 0.97 ** torch.arange(shape[1], dtype=torch.float64)
+    d = torch.linalg.svdvals(w)
+    f = form("svd").decompose(w, 40)
+    assert float((w - f.to_tensor()).square().sum()) == pytest.approx(float(d[40:].square().sum()), rel=1e-9)
+
+
+def test_principal_components_of_the_outputs():
+    w = weight((9, 14))
+    x = randn(500, 14) @ randn(14, 14, seed=1) + 2.0
+    centred = x - x.mean(0)
+    stats = Statistics(gram=centred.T @ centred / len(x), mean=x.mean(0), output_gram=torch.eye(9, dtype=torch.float64))
+    f = svd_form.pca(w, 3, stats)
+    outputs = (centred @ w.T).numpy()
+    _, vectors = np.linalg.eigh(np.cov(outputs.T, bias=True))
+    span = torch.from_numpy(vectors[:, ::-1][:, :3].copy())
+    torch.testing.assert_close(f.factors["U"] @ f.factors["U"].T, span @ span.T, rtol=0, atol=1e-8)
+    torch.testing.assert_close(f.factors["U"].T @ f.factors["U"], torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-9)
+    with pytest.raises(ValueError, match="moments"):
+        svd_form.pca(w, 3, Statistics())
+
+
+# refits ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_refit_reaches_the_least_squares_optimum_and_never_rises():
+    w, stats = weight((8, 12)), statistics(weight((8, 12)), two_sided=True)
+    u, v = randn(8, 3), randn(3, 12, seed=1)
+    build = lambda f: f["U"] @ f["V"]  # noqa: E731
+    losses = [
+        stats.loss(w - build({"U": u, "V": refit(build, {"U": u, "V": v}, "V", w, stats, steps)}))
+        for steps in (0, 1, 2, 5, 40, 2000)
+    ]
+    assert all(b <= a * (1 + 1e-12) for a, b in itertools.pairwise(losses))
+    lu = stats.g @ u
+    best = torch.linalg.solve(lu.T @ u, lu.T @ w)
+    assert losses[-1] == pytest.approx(stats.loss(w - u @ best), rel=1e-7)
+
+
+# CP -------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_planted_cp_is_found():
+    modes = [randn(n, 3, seed=i) for i, n in enumerate((9, 7, 3, 3))]
+    w = torch.einsum("or,ir,hr,wr->oihw", *modes)
+    assert form("cp").decompose(w, 3).rel_error < 1e-5
+
+
+def test_terms_that_would_grow_against_each_other_are_held():
+    """u⊗u⊗w + u⊗w⊗u + w⊗u⊗u has border rank 2: the best rank-2 approximation does not exist."""
+    u, v = torch.tensor([1.0, 0.0], dtype=torch.float64), torch.tensor([0.0, 1.0], dtype=torch.float64)
+    product = lambda *m: torch.einsum("i,j,k->ijk", *m)  # noqa: E731
+    w = product(u, u, v) + product(u, v, u) + product(v, u, u)
+    f = form("cp").decompose(w, 2)
+    norms = torch.stack([t.norm(dim=0) for _, t in f.named_factors()]).prod(0)
+    assert float(norms.norm()) <= 50 * float(w.norm())
+    assert f.rel_error < 0.5
+
+
+def test_a_solution_that_outgrows_its_weight_is_done_again_with_more_ridge(monkeypatch):
+    asked = []
+
+    def exploding(tensor, rank, *, l2_reg, **options):
+        asked.append(l2_reg)
+        big = 1e6 if l2_reg < 1e-2 else 1.0
+        modes = [torch.ones(n, rank, dtype=torch.float64) for n in tensor.shape]
+        modes[0] = modes[0] * torch.tensor([big, -big]) + randn(tensor.shape[0], rank)
+        return None, modes
+
+    monkeypatch.setattr("lrcompress.factorize.cp.parafac", exploding)
+    w = weight((8, 6, 3, 3))
+    f = form("cp").decompose(w, 2)
+    norms = torch.stack([t.norm(dim=0) for _, t in f.named_factors()]).prod(0)
+    assert float(norms.norm()) <= 50 * float(w.norm()) and max(asked) >= 1e-2
+
+
+def test_the_gram_matrix_of_cp_terms_is_the_product_of_the_gram_matrices():
+    f = form("cp").decompose(weight((8, 6, 3, 3)), 4)
+    o, i, h, w = (f.factors[n] for n in ("O", "I", "K0", "K1"))
+    terms = torch.einsum("or,ir,hr,wr->roihw", o, i, h, w).flatten(1)
+    torch.testing.assert_close(terms @ terms.T, (o.T @ o) * (i.T @ i) * (h.T @ h) * (w.T @ w))
+
+
+# tensor train ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(24, 60), (64, 27)])
+def test_the_train_lies_between_the_tails_of_its_unfoldings(shape):
+    w, rank = weight(shape), 6
+    f = form("tensor_train").decompose(w, rank)
+    t = _paired(w, _grid(shape))
+    bonds = f.factors["G0"].shape[-1], f.factors["G2"].shape[0]
+    tails = [
+        float(torch.linalg.svdvals(t.reshape(math.prod(t.shape[: i + 1]), -1))[r:].square().sum())
+        for i, r in enumerate(bonds)
+    ]
+    error = float((w - f.to_tensor()).square().sum())
+    assert max(tails) - 1e-9 <= error <= sum(tails) + 1e-9
+
+
+# Hadamard and Khatri-Rao ----------------------------------------------------------------------------------------------
+
+
+def test_hadamard_is_never_worse_than_the_svd_it_starts_from():
+    w = weight((14, 18))
+    for rank in (1, 2, 4):
+        assert form("hadamard").decompose(w, rank).loss <= form("svd").decompose(w, rank).loss * (1 + 1e-9)
+
+
+def test_hadamard_blocks_end_where_their_gradient_is_zero():
+    w, stats = weight((10, 12)), statistics(weight((10, 12)))
+    f = dict(form("hadamard").decompose(w, 2, stats).factors)
+    build = lambda f: form("hadamard").to_tensor(f, (10, 12))  # noqa: E731
+    before = stats.loss(w - build(f))
+    for name in ("B1", "A1", "B2", "A2"):
+        exact = refit(build, f, name, w, stats, 200)
+        after = stats.loss(w - build({**f, name: exact}))
+        assert after >= before * 0.9, name  # a block step from the end gains next to nothing
+    value = f["B1"].clone().requires_grad_(True)
+    f["B1"] = refit(build, f, "B1", w, stats, 400)
+    value = f["B1"].clone().requires_grad_(True)
+    error = w - build({**f, "B1": value})
+    (stats.weighted(error.detach()) * error).sum().backward()
+    assert float(value.grad.norm()) <= 1e-4 * float(w.norm()) * float(stats.gram.norm())
+
+
+def test_a_hadamard_product_reaches_rank_r_squared():
+    planted = (randn(16, 3) @ randn(3, 20, seed=1)) * (randn(16, 3, seed=2) @ randn(3, 20, seed=3))
+    assert int(torch.linalg.matrix_rank(planted)) == 9
+    f, low = form("hadamard").decompose(planted, 3), form("svd").decompose(planted, 6)
+    assert f.n_params == low.n_params
+    assert int(torch.linalg.matrix_rank(f.to_tensor(), rtol=1e-6)) > 3
+
+
+def test_khatri_rao_is_the_svd_of_every_column():
+    w = weight((24, 10))
+    d = torch.linalg.svdvals(w.T.reshape(10, 4, 6))
+    for k in (1, 2, 3):
+        f = form("khatri_rao").decompose(w, k)
+        assert float((w - f.to_tensor()).square().sum()) == pytest.approx(float(d[:, k:].square().sum()), rel=1e-9)
+    a, b = f.factors["A"][0], f.factors["B"][0]
+    one = form("khatri_rao").to_tensor({"A": a[None], "B": b[None]}, (24, 10))
+    torch.testing.assert_close(
+        one, torch.stack([torch.kron(a[:, j].contiguous(), b[:, j].contiguous()) for j in range(10)], 1)
+    )
+
+
+# ALS ------------------------------------------------------------------------------------------------------------------
+
+
+def test_rank_one_entry_weights_have_a_closed_form():
+    w = weight((9, 12))
+    a, b = torch.rand(9, dtype=torch.float64) + 0.2, torch.rand(12, dtype=torch.float64) + 0.2
+    omega = torch.outer(a, b)
+    f = als_form.decompose(w, 3, entry_weights=omega)
+    p, d, qt = torch.linalg.svd(a.sqrt()[:, None] * w * b.sqrt(), full_matrices=False)
+    best = (p[:, :3] * d[:3]) @ qt[:3] / a.sqrt()[:, None] / b.sqrt()
+    torch.testing.assert_close(f.to_tensor(), best, rtol=0, atol=1e-4)
+
+
+def test_missing_entries_of_a_low_rank_matrix_are_recovered():
+    w = randn(20, 3) @ randn(3, 15, seed=1)
+    seen = (torch.rand(20, 15, generator=torch.Generator().manual_seed(5)) < 0.7).double()
+    f = als_form.decompose(torch.where(seen > 0, w, 1e6), 3, entry_weights=seen, ridge=1e-6)
+    assert float((f.to_tensor() - w).norm() / w.norm()) < 1e-2
+
+
+def test_a_ridge_shrinks_the_singular_values_by_itself():
+    w = weight((10, 14))
+    d = torch.linalg.svdvals(w)
+    for f in (
+        als_form.decompose(w, 4, ridge=0.3),
+        als_form.decompose(w, 4, entry_weights=torch.ones_like(w), ridge=0.3),
+    ):
+        torch.testing.assert_close(
+            torch.linalg.svdvals(f.to_tensor())[:4], (d[:4] - 0.3).clamp_min(0), rtol=1e-3, atol=1e-3
+        )
+
+
+def test_als_half_steps_head_for_the_weighted_svd():
+    w, stats = weight((12, 20)), statistics(weight((12, 20)), two_sided=True)
+    plain = stats.loss(w - form("svd").decompose(w, 4).to_tensor())
+    best, found = form("svd").decompose(w, 4, stats).loss, als_form.decompose(w, 4, stats).loss
+    assert best * (1 - 1e-9) <= found < plain
+    assert found - best < 0.2 * (plain - best)
+
+
+@pytest.mark.parametrize(
+    ("omega", "ridge"),
+    [(torch.ones(3, 3), 0.0), (-torch.ones(4, 5), 1.0), (torch.zeros(4, 5), 0.0), (torch.full((4, 5), math.nan), 1.0)],
+)
+def test_entry_weights_that_make_no_problem_are_refused(omega, ridge):
+    with pytest.raises(ValueError, match="entry_weights"):
+        als_form.decompose(weight((4, 5)), 2, entry_weights=omega, ridge=ridge)
+
+
+# NMF ------------------------------------------------------------------------------------------------------------------
+
+
+def test_nmf_ends_at_a_kkt_point_above_eckart_young():
+    w = randn(14, 18).abs()
+    u, v = nmf_form.hals(w, *nmf_form._start(w, 5), sweeps=4000)
+    assert float(u.min()) >= 0 and float(v.min()) >= 0
+    for factor, gradient in ((u, (u @ v - w) @ v.T), (v, u.T @ (u @ v - w))):
+        assert float(torch.minimum(factor, gradient).abs().max()) < 1e-3 * float(w.norm())
+    assert float((w - u @ v).square().sum()) >= form("svd").decompose(w, 5).loss
+
+
+def test_nmf_splits_the_signs():
+    f = form("nmf").decompose(weight((10, 12)), 3)
+    assert float(f.factors["V"].min()) >= 0
+    assert float(f.factors["U"][:, :3].min()) >= 0 and float(f.factors["U"][:, 3:].max()) <= 0
+    positive = randn(6, 2).abs() @ randn(2, 9, seed=1).abs()
+    f = form("nmf").decompose(positive, 2)
+    assert not f.factors["U"][:, 2:].any() and f.rel_error < 0.02
+
+
+# groups and shared bases ----------------------------------------------------------------------------------------------
+
+
+def test_a_grouped_convolution_is_factorized_group_by_group():
+    groups, w = 3, weight((12, 4, 3, 3))
+    split = apart(w, groups)
+    f = form("grouped_svd").decompose(split, 2)
+    tails = sum(float(torch.linalg.svdvals(g.flatten(1))[2:].square().sum()) for g in split)
+    assert float((split - f.to_tensor()).square().sum()) == pytest.approx(tails, rel=1e-9)
+    x, geometry = randn(2, 12, 8, 8), ConvGeometry((2, 2), (1, 1), (1, 1))
+    torch.testing.assert_close(
+        form("grouped_svd").conv(f.factors, x, geometry), convolve(x, f.to_tensor().reshape(w.shape), geometry, groups)
+    )
+    assert (
+        f.n_params
+        == sum(t.numel() for _, t in f.named_factors())
+        == form("grouped_svd").n_params(tuple(split.shape), 2)
+    )
+
+
+def test_every_group_has_its_own_metric():
+    split = apart(weight((8, 3, 3, 3)), 2)
+    own = [statistics(g, seed=i, two_sided=True) for i, g in enumerate(split)]
+    stacked = {k: torch.stack([getattr(s, k) for s in own]) for k in ("gram", "mean", "output_gram")}
+    stats = Statistics(**stacked, groups=2)
+    f = form("grouped_svd").decompose(split, 2, stats)
+    alone = [form("svd").decompose(g, 2, s) for g, s in zip(split, own, strict=True)]
+    assert f.loss == pytest.approx(sum(a.loss for a in alone), rel=1e-8)
+    torch.testing.assert_close(f.bias_shift, torch.cat([a.bias_shift for a in alone]), rtol=1e-7, atol=1e-9)
+    assert form("grouped_svd").curve(split, stats)[1].loss == pytest.approx(f.loss, rel=1e-8)
+    with pytest.raises(ValueError, match="expected shape"):
+        form("grouped_svd").decompose(split, 2, Statistics(gram=stats.gram[:, :5, :5], groups=2))
+
+
+def test_a_shared_basis_is_the_best_one_for_the_stack():
+    weights = [weight((n, 16), seed=i) for i, n in enumerate((10, 10, 6))]
+    base = statistics(weights[0])
+    stats = [Statistics(gram=base.gram, mean=base.mean) for _ in weights]
+    found = decompose_group(weights, 5, stats)
+    assert all(f.factors["V"] is found[0].factors["V"] for f in found)
+    stacked = torch.cat(weights)
+    tail = torch.linalg.eigvalsh(stacked @ Statistics(gram=base.gram).s @ stacked.T).flip(0)[5:].sum()
+    assert sum(f.loss for f in found) == pytest.approx(float(tail), rel=1e-7)
+    assert group_params([w.shape for w in weights], 5) == 5 * (16 + 26) < sum(f.n_params for f in found)
+    with pytest.raises(ValueError, match="one width"):
+        decompose_group([weight((4, 5)), weight((4, 6))], 2)
+
+
+def test_importance_moves_a_shared_basis_towards_a_layer():
+    weights = [weight((8, 12), seed=i) for i in range(2)]
+    even, first = decompose_group(weights, 3), decompose_group(weights, 3, importance=(10.0, 1.0))
+    assert first[0].loss < even[0].loss and first[1].loss > even[1].loss
+
+
+# anchoring ------------------------------------------------------------------------------------------------------------
+
+
+def drifting(n=14, seed=0):
+    x = randn(400, n, seed=seed) @ randn(n, n, seed=seed + 1) + 0.5
+    turned = x + 0.3 * x @ randn(n, n, seed=seed + 4) / n**0.5  # C is not symmetric
+    y = turned + 0.3 * randn(400, n, seed=seed + 2) @ randn(n, n, seed=seed + 3) + 0.2
+    a, b = x - x.mean(0), y - y.mean(0)
+    return x, y, Drift(a.T @ a / 400, a.T @ b / 400, b.T @ b / 400, x.mean(0), y.mean(0))
+
+
+def test_the_anchored_loss_is_the_measured_one():
+    x, y, drift = drifting()
+    w = weight((9, 14))
+    for beta in (0.0, 0.5, 1.0):
+        f = anchored("svd", w, 4, drift, beta=beta)
+        wanted = ((1 - beta) * y + beta * x) @ w.T
+        residual = wanted - y @ f.to_tensor().T - f.bias_shift
+        assert f.loss == pytest.approx(float(residual.square().sum(1).mean()), rel=1e-6)
+        assert float(residual.mean(0).abs().max()) < 1e-9
+
+
+def test_at_full_rank_anchoring_is_the_regression_on_the_drifted_input(monkeypatch):
+    monkeypatch.setattr("lrcompress.factorize._anchor.DAMPING", 1e-13)
+    x, y, drift = drifting()
+    w = weight((9, 14))
+    regression = torch.linalg.lstsq(y - y.mean(0), (x - x.mean(0)) @ w.T).solution.T
+    torch.testing.assert_close(anchored("svd", w, 9, drift).to_tensor(), regression, rtol=0, atol=1e-6)
+
+
+def test_no_other_matrix_of_that_rank_answers_the_drifted_input_better():
+    x, y, drift = drifting()
+    w = weight((9, 14))
+    best = anchored("svd", w, 4, drift)
+    own = form("svd").decompose(w, 4, Statistics(gram=drift.drifted, mean=drift.drifted_mean))
+    a, b = x - x.mean(0), y - y.mean(0)
+    assert best.loss < float((a @ w.T - b @ own.to_tensor().T).square().sum(1).mean())
+    for seed in range(5):
+        moved = best.factors["U"] + 1e-2 * randn(9, 4, seed=seed)
+        other = moved @ best.factors["V"]
+        assert float((a @ w.T - b @ other.T).square().sum(1).mean()) > best.loss
+
+
+def test_anchoring_without_drift_or_without_an_anchor_is_the_plain_problem():
+    w, (_, _, drift) = weight((9, 14)), drifting()
+    stats = Statistics(gram=drift.drifted, mean=drift.drifted_mean)
+    expected = form("svd").decompose(w, 4, stats).to_tensor()
+    torch.testing.assert_close(anchored("svd", w, 4, drift, beta=0.0).to_tensor(), expected, rtol=0, atol=1e-8)
+    still = Drift(drift.drifted, drift.drifted, drift.drifted, drift.drifted_mean, drift.drifted_mean)
+    torch.testing.assert_close(anchored("svd", w, 4, still).to_tensor(), expected, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["tucker", "pivoted"])
+def test_every_form_can_be_anchored(name):
+    x, y, _ = drifting(45)
+    a, b = x - x.mean(0), y - y.mean(0)
+    drift = Drift(a.T @ a / 400, a.T @ b / 400, b.T @ b / 400, x.mean(0), y.mean(0))
+    w = weight((8, 5, 3, 3))
+    rank = form(name).clip(tuple(w.shape), 3)
+    f = anchored(name, w, rank, drift)
+    own = form(name).decompose(w, rank, Statistics(gram=drift.drifted, mean=drift.drifted_mean))
+    flat = w.reshape(8, -1)
+    before = float((a @ flat.T - b @ own.to_tensor().reshape(8, -1).T).square().sum(1).mean())
+    assert f.loss < before
+
+
+def test_a_network_with_groups_from_weights_to_the_runtime(tmp_path):
+    import lrcompress
+    from lrcompress.data import Data
+    from lrcompress.model import InputSpec
+    from lrcompress.model.checkpoint import load_compressed
+    from lrcompress.runtime import Session
+    from tests.support.nets import grouped
+
+    torch.save(grouped().state_dict(), tmp_path / "m.pt")
+    x = randn(64, 8, 9, 9).float().numpy()
+    spec = (InputSpec("x", "float32", ("batch", 8, 9, 9)),)
+    made = lrcompress.factorize(
+        tmp_path / "m.pt",
+        rank=4,
+        method="svd",
+        calib=Data.of_arrays({"x": x}),
+        inputs=spec,
+        arch="tests.support.nets:grouped",
+        output=tmp_path / "c",
+    )
+    rows = {r["name"]: r for r in made.data["layers"]}
+    assert (rows["wide"]["form"], rows["wide"]["shape"]) == ("grouped_svd", [24, 4, 3, 3])
+    assert rows["wide"]["norm"] == "two_sided" and rows["wide"]["params_after"] == 2 * 4 * (12 + 36)
+    assert (rows["deep"]["form"], rows["deep"]["reason"]) == ("dense", "depthwise: nothing to save")
+    back = load_compressed(tmp_path / "c").module
+    with torch.no_grad():
+        expected = made.model(torch.as_tensor(x))
+        assert torch.equal(back(torch.as_tensor(x)), expected)
+        torch.testing.assert_close(lrcompress.to_dense(back)(torch.as_tensor(x)), expected, rtol=1e-4, atol=1e-5)
+    lrcompress.export(tmp_path / "c", output=tmp_path / "e")
+    np.testing.assert_allclose(Session(tmp_path / "e").run({"x": x})["output"], expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", [{"rank": 6}, {"ratio": 0.6}])
+def test_projections_of_one_input_share_a_basis_from_weights_to_the_runtime(tmp_path, how):
+    import lrcompress
+    from lrcompress.data import Data
+    from lrcompress.errors import CommandError
+    from lrcompress.model import InputSpec
+    from lrcompress.model.checkpoint import load_compressed
+    from lrcompress.runtime import Session
+    from tests.support.nets import attending
+
+    torch.save(attending().state_dict(), tmp_path / "m.pt")
+    x = randn(80, 6, 24).float().numpy()
+    about = {
+        "inputs": (InputSpec("x", "float32", ("batch", 6, 24)),),
+        "arch": "tests.support.nets:attending",
+        "method": "shared",
+    }
+    with pytest.raises(CommandError, match="--calib"):
+        lrcompress.factorize(tmp_path / "m.pt", **how, **about)
+    made = lrcompress.factorize(
+        tmp_path / "m.pt", calib=Data.of_arrays({"x": x}), output=tmp_path / "c", **how, **about
+    )
+    rows = {r["name"]: r for r in made.data["layers"]}
+    rank = rows["q"]["rank"]
+    assert [rows[n]["params_after"] for n in "qkv"] == [rank * 48, rank * 24, rank * 16]
+    back = load_compressed(tmp_path / "c").module
+    for net in (made.model, back):
+        assert net.q.factors["V"] is net.k.factors["V"] is net.v.factors["V"]
+        assert sum(p.numel() for p in net.parameters()) == made.data["params_after"]
+    if "ratio" in how:
+        assert made.data["params_after"] <= 0.6 * made.data["params_before"]
+    with torch.no_grad():
+        expected = made.model(torch.as_tensor(x))
+        assert torch.equal(back(torch.as_tensor(x)), expected)
+    lrcompress.export(tmp_path / "c", output=tmp_path / "e")
+    np.testing.assert_allclose(Session(tmp_path / "e").run({"x": x})["output"], expected.numpy(), rtol=1e-4, atol=1e-5)

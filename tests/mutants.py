@@ -1,0 +1,114 @@
+"""Plant faults in the decompositions, one at a time, and see that the contracts notice each: `make mutants`.
+
+Every fault is a change of one place in one file: a transposed factor, a dropped scale, an off-by-one rank, a wrong
+unfolding, a metric on the wrong side. A fault that survives means a test is missing; a fault whose text is no longer
+there means this list is out of date. Either ends with exit code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = ["tests/contracts/test_factorize.py", "tests/contracts/test_special_forms.py"]
+
+#: (file in lrcompress/factorize, text, what it becomes, which tests to run)
+FAULTS: list[tuple[str, str, str, str]] = [
+    ("svd.py", "return p[:, :rank] * d[:rank], qt[:rank], d.square()", "return p[:, :rank], qt[:rank], d.square()", "svd or eckart"),
+    ("svd.py", "lw = w if left is None else left.T @ w", "lw = w if left is None else left @ w", "svd or weighted"),
+    ("svd.py", "return rank * sum(sides(shape))", "return rank * (sum(sides(shape)) - 1)", "svd"),
+    ("svd.py", "tails[r - 1]", "tails[max(r - 2, 0)]", "svd"),
+    ("svd.py", "return min(sides(shape))", "return max(sides(shape))", "svd"),
+    ("svd.py", "u = p if left is None else torch.linalg.solve_triangular(left.T, p, upper=True)", "u = p", "randomized"),
+    ("svd.py", "el.T @ (weights[:, None] * el)", "el.T @ el", "svd or frequent"),
+    ("svd.py", "q, _ = torch.linalg.qr(k(q))", "q, _ = torch.linalg.qr(q)", "randomized"),
+    ("svd.py", "statistics, output_gram=None", "statistics, gram=None", "principal"),
+    ("_types.py", "shift = (error.reshape", "shift = -(error.reshape", "bias or mean"),
+    ("_types.py", "return max(float((self.weighted(error) * error.double()).sum()), 0.0)", "return float(error.double().square().sum())", "norm or weighted"),
+    ("_types.py", "return self.g, self.s", "return self.s, self.g", "svd"),
+    ("_types.py", "rel_error_frobenius=relative(float(error.square().sum())", "rel_error_frobenius=relative(loss", "norm"),
+    ("_linalg.py", "return values.flip(0).clamp_min(0), leading", "return values.clamp_min(0), leading", "svd or eckart"),
+    ("_linalg.py", "vectors.flip(1)[:, :rank]", "vectors[:, :rank]", "svd or weighted"),
+    ("_refit.py", "value = value + length * direction", "value = value + 2 * length * direction", "refit or hadamard"),
+    ("_refit.py", "fresh / energy", "energy / fresh", "refit or hadamard"),
+    ("tucker.py", "sq = torch.einsum(\"ikjl,jr->ikrl\", s4, u_in)", "sq = torch.einsum(\"ikjl,jr->ilrk\", s4, u_in)", "tucker"),
+    ("tucker.py", "back, _ = torch.linalg.qr(inverse @ basis)", "back, _ = torch.linalg.qr(half @ basis)", "tucker"),
+    ("tucker.py", "return shape[1] * inner + inner * out * math.prod(shape[2:]) + out * shape[0]", "return shape[1] * inner + inner * out + out * shape[0]", "tucker"),
+    ("spatial_svd.py", "convolve(convolve(x, first, _only(geometry, axis)), second, _only(geometry, 1 - axis))", "convolve(convolve(x, first, _only(geometry, 1 - axis)), second, _only(geometry, axis))", "spatial"),
+    ("spatial_svd.py", "rows = w.permute(0, 3, 1, 2)", "rows = w.permute(0, 3, 2, 1)", "spatial"),
+    ("kronecker.py", "w.reshape(m1, m2, n1, n2).permute(0, 2, 1, 3)", "w.reshape(m1, m2, n1, n2).permute(0, 3, 1, 2)", "kronecker or van_loan"),
+    ("kronecker.py", "b, c = b @ undo[0], c @ undo[1]", "b, c = b @ undo[0], c", "kronecker"),
+    ("kronecker.py", "return rank * (m1 * n1 + m2 * n2)", "return rank * (m1 * n2 + m2 * n1)", "kronecker"),
+    ("kronecker.py", "rows_b = b.permute(1, 0, 2)[torch.div(ids, m2, rounding_mode=\"floor\")]", "rows_b = b.permute(1, 0, 2)[torch.remainder(ids, b.shape[1])]", "kronecker"),
+    ("pivoted.py", "return svd.n_params(shape, rank) - rank * rank", "return svd.n_params(shape, rank)", "pivoted"),
+    ("pivoted.py", "place[[*chosen, *rest]] = np.arange(len(pivot), dtype=np.int32)", "place[:] = [*chosen, *rest]", "pivoted"),
+    ("pivoted.py", "chosen, rest = list(pivot[:rank]), sorted(pivot[rank:])", "chosen, rest = list(pivot[-rank:]), sorted(pivot[:-rank])\n    return u[torch.tensor(chosen)], torch.from_numpy(np.linalg.solve(q[chosen].T, q[rest].T).T.copy()), torch.from_numpy(np.argsort([*chosen, *rest]).astype(np.int32))", "pivot"),
+    ("cp.py", "share = total.clamp_min(1e-300) ** (1 / len(modes))", "share = total.clamp_min(1e-300) ** 0.5", "cp"),
+    ("cp.py", "y = convolve(y, kernel, along, groups=rank)", "y = convolve(y, kernel.flip(2), along, groups=rank)", "cp"),
+    ("cp.py", "<= _GROWTH * float(w.norm())", "< math.inf", "outgrows"),
+    ("tensor_train.py", "permute(0, 3, 1, 4, 2, 5)", "permute(0, 3, 1, 5, 2, 4)", "tensor_train or train"),
+    ("tensor_train.py", "b = torch.remainder(torch.div(ids, m2, rounding_mode=\"floor\"), m1)", "b = torch.remainder(ids, m1)", "tensor_train"),
+    ("hadamard.py", "return (first * second).reshape(shape)", "return (first + second).reshape(shape)", "hadamard"),
+    ("hadamard.py", "out[\"B1\"], out[\"B2\"] = out[\"B1\"] * ratio, out[\"B2\"] / ratio", "out[\"B1\"], out[\"B2\"] = out[\"B1\"] * ratio, out[\"B2\"]", "hadamard"),
+    ("hadamard.py", "(residual @ a.T)", "((w - (b @ a) * other) @ a.T)", "hadamard"),
+    ("khatri_rao.py", "unfolded(w).T.reshape(-1, rows, columns)", "unfolded(w).T.reshape(-1, columns, rows).transpose(1, 2)", "khatri"),
+    ("khatri_rao.py", "roots = d[:, :rank].sqrt()", "roots = d[:, :rank]", "khatri"),
+    ("als.py", "u = u + _solve(vs @ v.T, (vs @ (w - u @ v).T)).T", "u = u + _solve(v @ v.T, (vs @ (w - u @ v).T)).T", "als or half_steps"),
+    ("als.py", "(d - ridge).clamp_min(0)", "(d - ridge / 2).clamp_min(0)", "ridge"),
+    ("als.py", "torch.einsum(\"rn,mn->mr\", v, omega * w)", "torch.einsum(\"rn,mn->mr\", v, w)", "missing or entry"),
+    ("nmf.py", "/ weight).clamp_min(0)", "/ weight)", "nmf"),
+    ("nmf.py", "u = torch.cat([pairs[0][0], -pairs[1][0]], 1)", "u = torch.cat([pairs[0][0], pairs[1][0]], 1)", "nmf"),
+    ("grouped_svd.py", "geometry, groups)\n    return", "geometry, 1)\n    return", "group"),
+    ("grouped_svd.py", "statistics.group(i)) for i, w in enumerate(weight)]\n    factors", "statistics.group(0)) for i, w in enumerate(weight)]\n    factors", "group"),
+    ("shared.py", "\"U\": u[at : at + len(w)] / s", "\"U\": u[at : at + len(w)]", "shared"),
+    ("_anchor.py", "raised = h + DAMPING", "raised = drift.clean.double() + DAMPING", "anchor or drifted"),
+    ("_anchor.py", "(drift.cross.double() - h)", "(drift.cross.double().T - h)", "anchor or drifted"),
+    ("_anchor.py", "shift = w @ blend.clean_mean.double()", "shift = w @ blend.drifted_mean.double()", "anchor"),
+]  # fmt: skip
+
+
+def main() -> int:
+    """Run every fault (or those whose file matches the arguments); print a table; 0 if all were caught."""
+    parser = argparse.ArgumentParser(description="Plant faults in the decompositions and see the contracts catch them.")
+    parser.add_argument("files", nargs="*", help="only faults in these files, e.g. svd.py")
+    wanted = parser.parse_args().files
+    chosen = [f for f in FAULTS if not wanted or f[0] in wanted]
+    missed = 0
+    for name, old, new, tests in chosen:
+        started = time.perf_counter()
+        verdict = plant(name, old, new, tests)
+        missed += verdict != "caught"
+        print(f"{verdict:9} {time.perf_counter() - started:5.1f} s  {name:16} {old.splitlines()[0][:60]}", flush=True)
+    print(f"{missed} of {len(chosen)} faults were not caught" if missed else f"all {len(chosen)} faults caught")
+    return bool(missed)
+
+
+def plant(name: str, old: str, new: str, tests: str) -> str:
+    """Return caught, SURVIVED, or STALE for one fault, tried in a copy of the tree."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        shutil.copytree(
+            ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache", ".hypothesis")
+        )
+        path = tree / "lrcompress" / "factorize" / name
+        text = path.read_text()
+        if text.count(old) < 1:
+            return "STALE"
+        path.write_text(text.replace(old, new, 1))
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", tests, *TESTS]
+        environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+        run = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+        if run.returncode == 1:  # 1: tests failed; 2 and more: pytest could not run them
+            return "caught"
+        return "SURVIVED" if run.returncode == 0 else "BROKEN"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
