@@ -66,7 +66,7 @@ FAULTS: list[tuple[str, str, str, str]] = [
     ("nmf.py", "/ weight).clamp_min(0)", "/ weight)", "nmf"),
     ("nmf.py", "u = torch.cat([pairs[0][0], -pairs[1][0]], 1)", "u = torch.cat([pairs[0][0], pairs[1][0]], 1)", "nmf"),
     ("grouped_svd.py", "geometry, groups)\n    return", "geometry, 1)\n    return", "group"),
-    ("grouped_svd.py", "statistics.group(i)) for i, w in enumerate(weight)]\n    factors", "statistics.group(0)) for i, w in enumerate(weight)]\n    factors", "group"),
+    ("grouped_svd.py", "rank, None if statistics is None else statistics.group(i))", "rank, None if statistics is None else statistics.group(0))", "group"),
     ("shared.py", "\"U\": u[at : at + len(w)] / s", "\"U\": u[at : at + len(w)]", "shared"),
     ("_anchor.py", "raised = h + DAMPING", "raised = drift.clean.double() + DAMPING", "anchor or drifted"),
     ("_anchor.py", "(drift.cross.double() - h)", "(drift.cross.double().T - h)", "anchor or drifted"),

@@ -44,14 +44,16 @@ def main() -> int:
     parser.add_argument("--all-forms", action="store_true", help="also the slow ones")
     parser.add_argument("--layers", type=int, default=0, help="only so many layers of each model")
     options = parser.parse_args()
-    rows = [row for name in options.models or MODELS for row in measure(name, options.all_forms, options.layers)]
+    rows = (row for name in options.models or MODELS for row in measure(name, options.all_forms, options.layers))
     if options.json:
-        print(json.dumps({"rows": rows}))
+        print(json.dumps({"rows": list(rows)}))
         return 0
     print(f"{'model':10}{'form':14}{'layers':>7}{'plain':>8}{'inputs':>8}{'both':>8}{'inputs win':>12}{'seconds':>9}")
     for r in rows:
         numbers = f"{r['plain']:8.3f}{r['activation']:8.3f}{r['two_sided']:8.3f}"
-        print(f"{r['model']:10}{r['form']:14}{r['layers']:7d}{numbers}{r['wins']:11.0%}{r['seconds']:10.1f}")
+        print(
+            f"{r['model']:10}{r['form']:14}{r['layers']:7d}{numbers}{r['wins']:11.0%}{r['seconds']:10.1f}", flush=True
+        )
     return 0
 
 
