@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 #: (recipe, calibration samples, held-out samples)
 MODELS = {"resnet20": ("resnet20-cifar10", 1024, 1000), "minilm": ("minilm-sts", 256, 140)}
 #: Too slow, or too far from useful at this size, to wait for here.
-SLOW = {"als", "cp", "hadamard", "khatri_rao", "nmf", "shared"}
+SLOW = {"als", "cp", "hadamard", "khatri_rao", "nmf", "shared", "tensor_train"}
 
 
 def main() -> int:
