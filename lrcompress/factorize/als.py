@@ -12,24 +12,23 @@ Source: f = ‖√Ω∘(W − U V)‖² + λ(‖U‖² + ‖V‖²), normal equa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import svd
-from ._linalg import convolve, fix_signs, pointwise, unfolded
-from ._types import ConvGeometry, Factorization, Point, Rank, Statistics
+from ._curves import measured
+from ._linalg import fix_signs, unfolded
+from ._types import Factorization, Point, Rank, Statistics
 
 LAYERS = frozenset({"linear", "conv", "embedding"})
 _NAME = __name__.rpartition(".")[2]
 #: Ends where the SVD form begins: never a default.
 AUTO = False
 _SWEEPS, _ENTRY_SWEEPS = 8, 200
-_GRID = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 
 full_rank, clip, n_params, n_macs = svd.full_rank, svd.clip, svd.n_params, svd.n_macs
+# U V is U V, however it was found.
+to_tensor, linear, conv, embedding = svd.to_tensor, svd.linear, svd.conv, svd.embedding
 
 
 def decompose(
@@ -146,22 +145,4 @@ def _objective(w: Tensor, u: Tensor, v: Tensor, omega: Tensor, ridge: float) -> 
 
 def curve(weight: Tensor, statistics: Statistics | None = None) -> list[Point]:
     """Return a few ranks with the losses that were reached."""
-    shape = tuple(weight.shape)
-    ranks = sorted({max(1, round(full_rank(shape) * share)) for share in _GRID})
-    return [Point(r, n_params(shape, r), decompose(weight.double(), r, statistics).loss) for r in ranks]
-
-
-def to_tensor(factors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
-    return (factors["U"] @ unfolded(factors["V"])).reshape(shape)
-
-
-def linear(factors: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    return F.linear(F.linear(x, factors["V"]), factors["U"])
-
-
-def conv(factors: Mapping[str, Tensor], x: Tensor, geometry: ConvGeometry) -> Tensor:
-    return pointwise(convolve(x, factors["V"], geometry), factors["U"])
-
-
-def embedding(factors: Mapping[str, Tensor], ids: Tensor) -> Tensor:
-    return F.embedding(ids, factors["U"]) @ factors["V"]
+    return measured(_NAME, weight, statistics)

@@ -20,6 +20,7 @@ import torch
 from tensorly.decomposition import parafac
 from torch import Tensor
 
+from ._curves import measured
 from ._linalg import convolve, pointwise
 from ._refit import sweep
 from ._types import ConvGeometry, Factorization, Point, Rank, Statistics
@@ -140,8 +141,7 @@ def curve(weight: Tensor, statistics: Statistics | None = None) -> list[Point]:
     """Return a few numbers of terms with the losses that were reached."""
     shape = tuple(weight.shape)
     most = max(1, min(full_rank(shape), math.prod(shape) // sum(shape)))
-    ranks = sorted({max(1, round(most * share)) for share in _GRID})
-    return [Point(r, n_params(shape, r), decompose(weight.double(), r, statistics).loss) for r in ranks]
+    return measured(_NAME, weight, statistics, shares=_GRID, most=most)
 
 
 def to_tensor(factors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:

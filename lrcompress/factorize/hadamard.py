@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import svd
+from ._curves import measured
 from ._linalg import convolve, unfolded
 from ._refit import sweep
 from ._types import ConvGeometry, Factorization, Point, Rank, Statistics
@@ -28,7 +29,6 @@ AUTO = False
 DENSE_AT_RUN_TIME = True
 _BLOCKS = ("B1", "A1", "B2", "A2")
 _SWEEPS = 25
-_GRID = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 
 full_rank, clip = svd.full_rank, svd.clip
 
@@ -122,9 +122,7 @@ def _rebalanced(f: Mapping[str, Tensor], rank: int, shape: tuple[int, ...]) -> d
 
 def curve(weight: Tensor, statistics: Statistics | None = None) -> list[Point]:
     """Return a few ranks with the losses that were reached."""
-    shape = tuple(weight.shape)
-    ranks = sorted({max(1, round(full_rank(shape) * share)) for share in _GRID})
-    return [Point(r, n_params(shape, r), decompose(weight.double(), r, statistics).loss) for r in ranks]
+    return measured(_NAME, weight, statistics)
 
 
 def to_tensor(factors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:

@@ -9,28 +9,27 @@ Source: Cichocki & Phan 2009 (HALS); Boutsidis & Gallopoulos 2008 (the start fro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import svd
-from ._linalg import convolve, pointwise, unfolded
-from ._types import ConvGeometry, Factorization, Point, Rank, Statistics
+from ._curves import measured
+from ._linalg import unfolded
+from ._types import Factorization, Point, Rank, Statistics
 
 LAYERS = frozenset({"linear", "conv", "embedding"})
 _NAME = __name__.rpartition(".")[2]
 #: Constrained, and so never nearer than the SVD: not a default.
 AUTO = False
 _SWEEPS = 300
-_GRID = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 
 full_rank, clip = svd.full_rank, svd.clip
+# U V is U V, however it was found.
+to_tensor, linear, conv, embedding = svd.to_tensor, svd.linear, svd.conv, svd.embedding
 
 
 def n_params(shape: tuple[int, ...], rank: Rank) -> int:
-    """Count both parts; a part that the weight does not have (all entries of one sign) is stored as rank 0."""
+    """Count both parts, also the one that a weight of one sign does not have."""
     return 2 * svd.n_params(shape, rank)
 
 
@@ -131,22 +130,4 @@ def _in_metric(w: Tensor, u: Tensor, v: Tensor, metric: Statistics) -> Tensor:
 
 def curve(weight: Tensor, statistics: Statistics | None = None) -> list[Point]:
     """Return a few ranks with the losses that were reached."""
-    shape = tuple(weight.shape)
-    ranks = sorted({max(1, round(full_rank(shape) * share)) for share in _GRID})
-    return [Point(r, n_params(shape, r), decompose(weight.double(), r, statistics).loss) for r in ranks]
-
-
-def to_tensor(factors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
-    return (factors["U"] @ unfolded(factors["V"])).reshape(shape)
-
-
-def linear(factors: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    return F.linear(F.linear(x, factors["V"]), factors["U"])
-
-
-def conv(factors: Mapping[str, Tensor], x: Tensor, geometry: ConvGeometry) -> Tensor:
-    return pointwise(convolve(x, factors["V"], geometry), factors["U"])
-
-
-def embedding(factors: Mapping[str, Tensor], ids: Tensor) -> Tensor:
-    return F.embedding(ids, factors["U"]) @ factors["V"]
+    return measured(_NAME, weight, statistics)

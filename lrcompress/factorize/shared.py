@@ -65,10 +65,7 @@ def decompose_group(
     for w, s, own in zip(weights, scales, given, strict=True):
         factors = {"U": u[at : at + len(w)] / s, "V": v}
         at += len(w)
-        one = Factorization.of("svd", factors, w, rank, own)
-        found.append(one)
-    for one in found:  # `of` copies nothing that fits already, but the promise is the same object
-        one.factors["V"] = v  # type: ignore[index]
+        found.append(Factorization.of("svd", factors, w, rank, own))
     return found
 
 

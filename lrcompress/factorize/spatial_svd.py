@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import svd
+from ._curves import measured
 from ._linalg import convolve, fix_signs
 from ._types import ConvGeometry, Factorization, Point, Rank, Statistics
 
@@ -135,10 +136,7 @@ def _refit(w: Tensor, a: Tensor, b: Tensor, s: Tensor, kw: int) -> Tensor:
 
 def curve(weight: Tensor, statistics: Statistics | None = None) -> list[Point]:
     """Return a grid of ranks with their measured losses."""
-    shape = tuple(weight.shape)
-    top = full_rank(shape)
-    ranks = sorted({max(1, round(top * share)) for share in _GRID})
-    return [Point(r, n_params(shape, r), decompose(weight.double(), r, statistics).loss) for r in ranks]
+    return measured(_NAME, weight, statistics, shares=_GRID)
 
 
 def to_tensor(factors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:

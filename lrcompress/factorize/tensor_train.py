@@ -17,6 +17,7 @@ import torch
 from tensorly.decomposition import tensor_train as tt_svd
 from torch import Tensor
 
+from ._curves import measured
 from ._refit import sweep
 from ._types import Factorization, Point, Rank, Statistics
 
@@ -110,9 +111,7 @@ def _paired(w: Tensor, grid: list[tuple[int, int]]) -> Tensor:
 
 def curve(weight: Tensor, statistics: Statistics | None = None) -> list[Point]:
     """Return a few ranks with the losses that were reached."""
-    shape = tuple(weight.shape)
-    ranks = sorted({max(1, round(full_rank(shape) * share)) for share in _GRID})
-    return [Point(r, n_params(shape, r), decompose(weight.double(), r, statistics).loss) for r in ranks]
+    return measured(_NAME, weight, statistics, shares=_GRID)
 
 
 def to_tensor(factors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
