@@ -152,10 +152,12 @@ def conv(factors: Mapping[str, Tensor], x: Tensor, geometry: ConvGeometry) -> Te
     if first.dim() == 3:
         return convolve(convolve(x, first, geometry), second, ConvGeometry.default(1))
     axis = 0 if first.shape[3] == 1 and (first.shape[2] > 1 or second.shape[2] == 1) else 1
-    return convolve(convolve(x, first, _only(geometry, axis)), second, _only(geometry, 1 - axis))
+    return convolve(convolve(x, first, only(geometry, axis)), second, only(geometry, 1 - axis))
 
 
-def _only(geometry: ConvGeometry, axis: int) -> ConvGeometry:
+def only(geometry: ConvGeometry, axis: int) -> ConvGeometry:
+    """Return the part of the walk that is along one axis."""
+
     def keep(values: tuple[int, ...], neutral: int) -> tuple[int, ...]:
         return tuple(v if i == axis else neutral for i, v in enumerate(values))
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..data import Data
-from ..errors import CommandError, LrcompressWarning
-from ..factorize import Factorization, Statistics, form, forms
+from ..errors import CommandError, LrcompressWarning, PlanError
+from ..factorize import Factorization, Refused, Statistics, form, forms
 from ..files import staged_folder
 from ..model import InputSpec, OpenedModel, check_finite, open_model
 from ..model.checkpoint import MAKER, MARKER, layer_spec, module_layers, state_of, write_compressed
@@ -201,7 +201,7 @@ def _apply(
                     parts |= decompose_stack(layer.name, stacks, by_name, choice.rank, statistics)
                     found = parts[layer.name]
                 if found is None:
-                    found = form(choice.form).decompose(by_name[first].weight, choice.rank, priced.get(first))
+                    found = _decomposed(choice, by_name[first], priced.get(first))
                 if first in ties:
                     made[first] = found
                     found = for_member(found, layer, statistics.get(layer.name))
@@ -219,6 +219,13 @@ def _apply(
                 share_factors(module, first, others, ["V"])
         specs = module_layers(module)
     return _Made(module, tensors, specs, rows)
+
+
+def _decomposed(choice: Choice, layer: Layer, statistics: Statistics | None) -> Factorization:
+    try:
+        return form(choice.form).decompose(layer.weight, choice.rank, statistics)  # type: ignore[no-any-return]
+    except Refused as e:
+        raise PlanError(f"{layer.name}: {choice.form}", e.expected, e.got, e.remedy) from e
 
 
 def _copied(module: nn.Module) -> nn.Module:
