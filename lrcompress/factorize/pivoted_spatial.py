@@ -59,7 +59,7 @@ def decompose(weight: Tensor, rank: Rank, statistics: Statistics | None = None) 
     """
     shape = tuple(weight.shape)
     plain = spatial_svd.decompose(weight.double(), rank, statistics)
-    factors, growth = _gauged(plain.factors["first"], plain.factors["second"])
+    factors, growth = _gauged(**plain.factors)
     if growth > _GROWTH:
         raise Refused(
             f"terms of at most {_GROWTH:.0e} times the kernel {shape} at rank {rank}",
@@ -86,6 +86,8 @@ def _gauged(first: Tensor, second: Tensor) -> tuple[dict[str, Tensor], float]:
             others = others[pivots["order"].argsort()]
         stored = {name: others.reshape(out, rank, *(taps - 1 if n == taps else 1 for n in kernel))} if taps > 1 else {}
         best = score, growth, {"first": mixed.reshape(first.shape), **stored, **pivots}
+        if growth < _PREFERENCE:
+            break
     assert best is not None
     return best[2], best[1]
 
@@ -134,13 +136,12 @@ def _growth(kernel: Tensor, mixed: Tensor, changed: Tensor) -> float:
 
 def curve(weight: Tensor, statistics: Statistics | None = None) -> list[Point]:
     """Return the ranks of the spatial SVD with their losses, for fewer numbers, where the change of gauge is harmless."""
-    shape, w = tuple(weight.shape), weight.double()
-    points = []
-    for point in spatial_svd.curve(w, statistics):
-        plain = spatial_svd.decompose(w, point.rank, statistics)
-        if _gauged(plain.factors["first"], plain.factors["second"])[1] <= _GROWTH:
-            points.append(Point(point.rank, n_params(shape, point.rank), point.loss))
-    return points
+    shape = tuple(weight.shape)
+    return [
+        Point(len(fit.a), n_params(shape, len(fit.a)), fit.loss)
+        for fit in spatial_svd.offered(weight, statistics)
+        if _gauged(**spatial_svd.filters(fit, shape))[1] <= _GROWTH
+    ]
 
 
 def to_tensor(factors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
