@@ -22,6 +22,14 @@ BATCH_BYTES, MOST_SAMPLES = 64_000_000, 128
 
 
 @dataclass(frozen=True)
+class Order:
+    """`samples` in the order of reading; `lengths`: the tokens of each, none longer than the first."""
+
+    samples: np.ndarray
+    lengths: np.ndarray
+
+
+@dataclass(frozen=True)
 class Batches:
     """`samples[k]`: the samples of batch k; `gradients`: the batches that also serve the output side."""
 
@@ -29,21 +37,32 @@ class Batches:
     gradients: frozenset[int]
 
     @classmethod
-    def of(cls, data: Data, order: np.ndarray, size: int, gradient_samples: int) -> Batches:
-        """Cut `order` into batches of `size`; so many of them carry gradients that `gradient_samples` are among them."""
-        samples = [order[i : i + size] for i in range(0, len(order), size)]
-        wanted = min(-(-gradient_samples * len(samples) // max(len(data), 1)), len(samples))
-        return cls(samples, frozenset(int((k + 0.5) * len(samples) / wanted) for k in range(wanted)))
+    def of(cls, order: Order, size: int | None, longest_bytes: int, gradient_samples: int) -> Batches:
+        """Cut `order` into batches of `size` samples, or of `BATCH_BYTES` where the longest sample takes `longest_bytes`.
+
+        So many batches carry gradients that `gradient_samples` are among them.
+        """
+        samples = []
+        start = 0
+        while start < len(order.samples):
+            taken = size or _fitting(longest_bytes * order.lengths[start] / order.lengths[0])
+            samples.append(order.samples[start : start + taken])
+            start += taken
+        # Of n batches, those with gradients are the middles of as many equal stretches.
+        wanted = min(-(-gradient_samples * len(samples) // len(order.samples)), len(samples))
+        chosen = (int((k + 0.5) * len(samples) / wanted) for k in range(wanted))
+        return cls(samples, frozenset(chosen))
 
 
-def reading_order(data: Data) -> np.ndarray:
+def reading_order(data: Data) -> Order:
     """Return the samples as they come or, of padded texts, the longest first."""
     first = read(data, np.arange(min(1, len(data))))
     if _mask(first) is None:
-        return np.arange(len(data))
+        return Order(np.arange(len(data)), np.ones(len(data), dtype=np.int64))
     masks = [_mask(batch) for batch in data.batches(_BLOCK)]
-    lengths = np.concatenate([m.sum(1) for m in masks if m is not None])
-    return np.argsort(-lengths, kind="stable")
+    lengths = np.concatenate([m.sum(1) for m in masks if m is not None]).clip(1)
+    order = np.argsort(-lengths, kind="stable")
+    return Order(order, lengths[order])
 
 
 def read(data: Data, samples: np.ndarray) -> Batch:
@@ -51,12 +70,9 @@ def read(data: Data, samples: np.ndarray) -> Batch:
     return next(iter(data.take(samples).batches(max(len(samples), 2))))
 
 
-def batch_size(bytes_per_sample: int) -> int:
-    """Return how many samples to read together: a power of two within `BATCH_BYTES`."""
-    size = MOST_SAMPLES
-    while size > 1 and size * bytes_per_sample > BATCH_BYTES:
-        size //= 2
-    return size
+def _fitting(sample_bytes: float) -> int:
+    """Return how many samples of this size to read together."""
+    return int(max(min(BATCH_BYTES // max(sample_bytes, 1), MOST_SAMPLES), 1))
 
 
 def check_finite(batch: Batch, samples: np.ndarray, origin: str) -> None:

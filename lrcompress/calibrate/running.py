@@ -22,7 +22,7 @@ from ..model import tensors_of
 from ..model.surgery import Layer
 from ..model.views import LayerView, Reading, Walk
 from ..progress import Progress
-from .batches import Batches, batch_size, check_finite, numbered, read, reading_order
+from .batches import Batches, Order, check_finite, numbered, read, reading_order
 from .collected import Collected
 from .gradients import LOSSES, cotangent, telling_output
 
@@ -65,9 +65,8 @@ class Pass:
     @cached_property
     def batches(self) -> Batches:
         """The batches of this pass, the same every time."""
-        size = self.settings.batch_size or batch_size(self._tried[0])
         gradients = self.settings.gradient_samples if self.view.differentiable else 0
-        return Batches.of(self.data, self._order, size, gradients)
+        return Batches.of(self._order, self.settings.batch_size, self._tried[0], gradients)
 
     @property
     def answers(self) -> str:
@@ -88,13 +87,13 @@ class Pass:
         return collected.finished(self.layers, len(self.data))
 
     @cached_property
-    def _order(self) -> Any:
+    def _order(self) -> Order:
         return reading_order(self.data)
 
     @cached_property
     def _tried(self) -> tuple[int, str]:
         """Run the first samples alone; return the bytes that layers read per sample, and the hash of the answers."""
-        samples = self._order[:_TRIED]
+        samples = self._order.samples[:_TRIED]
         seen: dict[Any, Tensor] = {}  # values are held: only then keys tell them apart
 
         def deliver(reading: Reading) -> None:
