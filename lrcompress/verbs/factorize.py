@@ -61,6 +61,7 @@ def factorize(
     seed: int = 0,
     threads: int | None = None,
     compute: str = "auto",
+    cache: bool = True,
     trust_pickle: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -86,7 +87,7 @@ def factorize(
     statistics: dict[str, Statistics] = {}
     if calib is not None:
         opened = with_inputs(opened, calib)
-        statistics = statistics_of(opened, layers, calib, seed=seed, compute=device, progress=progress)
+        statistics = statistics_of(opened, layers, calib, seed=seed, compute=device, progress=progress, cache=cache)
     method = method or ("auto" if statistics else "svd")
     priced = weighed(layers, ties, statistics)
     stacks: Stacks = {}
