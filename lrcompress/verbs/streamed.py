@@ -200,7 +200,8 @@ class _Work:
                 kept -= layer.weight.nbytes
                 factors += choice.n_params * layer.weight.element_size()
         needed = kept + 2 * factors - (0 if store is None else store.n_bytes)
-        parent = next(p for p in Path(os.path.abspath(output)).parents if p.is_dir())  # noqa: PTH100
+        output = Path(os.path.abspath(output))  # noqa: PTH100
+        parent = next(p for p in output.parents if p.is_dir())
         free = shutil.disk_usage(parent).free
         if free < needed:
             got = f"No space left on device: {free:,} bytes are free, {needed:,} are needed"

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import CommandError, HostError, LrcompressWarning
+from ..errors import CommandError, HostError, LrcompressError, LrcompressWarning
 from ..files import disk_errors, made_by, sha256_json, write_json
 from ..model.stored import StoredFile
 from ..model.tensors import digest_tensors
@@ -55,6 +55,11 @@ class Store:
             with disk_errors(dest):
                 lock = _locked(folder)
             yield cls(folder, lock)
+        except LrcompressError as e:
+            # The same command would fail in the same way, unless it was this machine's fault.
+            if lock >= 0 and not isinstance(e, HostError):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         finally:
             if lock >= 0:
                 _leave_if_empty(folder)
@@ -121,7 +126,7 @@ def room_for(size_bytes: int, folder: Path) -> Iterator[None]:
             raise
         free = shutil.disk_usage(folder).free if folder.is_dir() else 0
         got = f"{e.got}: {free:,} bytes are free, {size_bytes:,} are needed next"
-        raise HostError(e.where, e.expected, got, e.remedy) from e
+        raise HostError(e.where, e.expected, got, "free some space, and give the same command again: it continues") from e
 
 
 def _locked(folder: Path) -> int:
