@@ -25,6 +25,15 @@ from .output import Result, Shell, common, human_bytes, table
     metavar="DATA",
     help="Inputs to weight errors by: .npz, .safetensors, .tsv, a folder, RECIPE.yaml:SPLIT, pkg.mod:callable, kept statistics.",
 )
+@click.option(
+    "--svd",
+    type=click.Choice(["auto", "full", "randomized"]),
+    default="auto",
+    show_default=True,
+    help="How the SVD is computed: auto takes the cheaper.",
+)
+@click.option("--workers", type=int, metavar="N", help="Spread the layers over N processes of this machine.")
+@click.option("--cluster", metavar="ADDRESS", help="Spread the layers over the workers of a Dask scheduler.")
 @click.option("--include", multiple=True, metavar="GLOB", help="Only layers whose path matches.")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="No layer whose path matches.")
 @click.option("-o", "--output", default="compressed", show_default=True, type=click.Path(), help="Folder to write.")

@@ -90,9 +90,7 @@ def _alone(layer: Layer, method: str, statistics: Statistics | None, rank: int |
             wanted: Rank = form(name).clip(layer.shape, rank)
         else:
             assert energy is not None
-            found = _smallest(
-                form(name).curve(layer.weight, statistics), energy, (statistics or Statistics()).loss(layer.weight)
-            )
+            found = _smallest(layer.curve(name, statistics), energy, layer.energy(statistics))
             if found is None:
                 continue
             wanted = found
@@ -137,14 +135,12 @@ def _options(layer: Layer, method: str, statistics: Statistics | None, *, compar
     options = [_Option(size, 0.0, "dense", 0)]
     if layer.reason is None:
         metric = statistics or Statistics()
-        total = metric.loss(layer.weight)
+        total = layer.energy(statistics)
         scale = metric.scale if comparable else (1 / total if total > 0 else 1.0)
         extra = bias_cost(layer, statistics)
         for name in candidates(method, layer):
             points = [
-                p
-                for p in form(name).curve(layer.weight, statistics)
-                if method != "auto" or _runs_no_slower(name, layer, p.rank)
+                p for p in layer.curve(name, statistics) if method != "auto" or _runs_no_slower(name, layer, p.rank)
             ]
             options += [
                 _Option(p.n_params + extra, p.loss * scale, name, p.rank) for p in points if p.n_params + extra < size

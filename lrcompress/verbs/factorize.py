@@ -22,15 +22,18 @@ from .._version import __version__
 from ..data import Data
 from ..errors import CommandError, LrcompressWarning, PlanError
 from ..factorize import Factorization, Refused, Statistics, form, forms
-from ..files import staged_folder
+from ..files import check_output, staged_folder
 from ..model import InputSpec, OpenedModel, check_finite, open_model
-from ..model.checkpoint import MAKER, MARKER, layer_spec, module_layers, state_of, write_compressed
+from ..model.checkpoint import MAKER, MARKER, module_layers, state_of, write_compressed
+from ..model.stored import described
 from ..model.surgery import Layer, count_parameters, replace_layer
-from ..model.ties import for_member, lift_ties, place, share_factors, tied_tensors
+from ..model.ties import for_member, lift_ties, share_factors
 from ..plan import Choice
 from ..progress import Progress, Silent
-from .sources import device_of, layers_of, statistics_of, with_inputs
+from ..work import Pool, pool
+from .sources import device_of, layers_of, no_network, statistics_of, with_inputs
 from .stacked import Stacks, choose_shared, decompose_stack, same_input
+from .streamed import Asked, count, factorize_stored, row
 from .tied import Ties, choose, planned, weighed
 
 
@@ -51,6 +54,7 @@ def factorize(
     energy: float | None = None,
     plan: str | Path | None = None,
     method: str | None = None,
+    svd: str = "auto",
     calib: str | Data | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -62,28 +66,38 @@ def factorize(
     threads: int | None = None,
     compute: str = "auto",
     cache: bool = True,
+    workers: int | None = None,
+    cluster: str | None = None,
     trust_pickle: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> FactorizeResult:
     """Make a pretrained network small: exactly one of `rank`, `ratio`, `energy`, `plan` says how small.
 
-    `method`: a form, or "auto" (the default with data; "svd" without). `include`/`exclude`: patterns on layer names.
-    Raises `CommandError`, `ModelError`, `DataError`, `PlanError`, `BudgetError`.
+    `method`: a form, or "auto" (the default with data; "svd" without). `svd`: "full", "randomized", or "auto" for the
+    cheaper. `include`/`exclude`: patterns on layer names. `workers`, `cluster`: so many processes, or the address of a
+    Dask scheduler, that the layers are spread over. A killed run continues where the same is asked again. Raises `CommandError`, `ModelError`, `DataError`, `PlanError`, `BudgetError`.
     """
     progress = progress or Silent()
-    _check_options(rank, ratio, energy, plan, method)
+    _check_options(rank, ratio, energy, plan, method, svd)
     device = device_of(compute)
     if threads:
         torch.set_num_threads(threads)
     opened = model if isinstance(model, OpenedModel) else open_model(
         model, arch=arch, arch_args=arch_args, inputs=inputs, trust_pickle=trust_pickle, trust_remote_code=trust_remote_code
     )  # fmt: skip
-    check_finite(opened.module.state_dict() if opened.module is not None else opened.tensors or {}, opened.path)
-    layers = layers_of(opened, include, exclude, verb="factorize")
-    ties = tied_tensors(layers)
-    if opened.module is not None:
-        layers, ties = lift_ties(opened.module, layers)
+    if output is not None:  # hours of work must not end in a refusal
+        check_output(Path(output), maker=MAKER, marker=MARKER)
+    if opened.module is None:
+        if calib is not None:
+            raise no_network(opened)
+        asked = Asked(
+            rank, ratio, energy, Path(plan) if plan is not None else None, method or "svd", tuple(include), tuple(exclude), svd
+        )  # fmt: skip
+        with pool(workers, cluster) as where:
+            return _of_tensors(opened, asked, where, seed, None if output is None else Path(output), progress)
+    check_finite(opened.module.state_dict(), opened.path)
+    layers, ties = lift_ties(opened.module, layers_of(opened, include, exclude, verb="factorize"))
     statistics: dict[str, Statistics] = {}
     if calib is not None:
         opened = with_inputs(opened, calib)
@@ -102,34 +116,47 @@ def factorize(
             layers, ties, total=_total(opened), statistics=priced, method=method, rank=rank, ratio=ratio, energy=energy
         )
     made = _apply(opened, layers, choices, ties, stacks, statistics, priced, progress)
-    report = _report(opened, made, method, seed)
-    if all(row["form"] == "dense" for row in made.rows):
-        note = "no layer was factorized: every one would not shrink or was left out"
-        warnings.warn(note, LrcompressWarning, stacklevel=2)
+    report = _report(opened, made.rows, method, seed, _total(opened), count_parameters(made.module))
     if output is None:
         return FactorizeResult(report, made.module)
     dest = Path(output)
-    _write(dest, opened, made, report)
+    _write(dest, opened, state_of(made.module), made.specs, report)
     return FactorizeResult({**report, "bytes_after": _bytes(dest), "output": str(dest)}, made.module, dest)
+
+
+def _of_tensors(
+    opened: OpenedModel, asked: Asked, where: Pool, seed: int, dest: Path | None, progress: Progress
+) -> FactorizeResult:
+    """Factorize a bare state dict, tensor by tensor."""
+    with factorize_stored(opened, asked, pool=where, output=dest, progress=progress) as made:
+        report = _report(opened, made.rows, asked.method, seed, _total(opened), made.n_params)
+        if dest is None or made.tensors is None:
+            return FactorizeResult(report)
+        _write(dest, opened, made.tensors, made.specs, report)
+    return FactorizeResult({**report, "bytes_after": _bytes(dest), "output": str(dest)}, None, dest)
 
 
 @dataclass(frozen=True)
 class _Made:
-    """What decomposing gave: the module, or the tensors of a bare state dict; layer specs and report rows."""
+    """What decomposing gave: the module, layer specs and report rows."""
 
-    module: nn.Module | None
-    tensors: dict[str, Tensor]
+    module: nn.Module
     specs: dict[str, Any]
     rows: list[dict[str, Any]]
 
 
-def _report(opened: OpenedModel, made: _Made, method: str, seed: int) -> dict[str, Any]:
+def _report(
+    opened: OpenedModel, rows: list[dict[str, Any]], method: str, seed: int, before: int, after: int
+) -> dict[str, Any]:
+    if all(row["form"] == "dense" for row in rows):
+        note = "no layer was factorized: every one would not shrink or was left out"
+        warnings.warn(note, LrcompressWarning, stacklevel=3)
     return {
         "method": method,
         "seed": seed,
-        "layers": made.rows,
-        "params_before": _total(opened),
-        "params_after": count_parameters(made.module) if made.module is not None else _count(made.tensors),
+        "layers": rows,
+        "params_before": before,
+        "params_after": after,
         "bytes_before": _bytes(opened.path),
         "bytes_after": None,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -137,7 +164,9 @@ def _report(opened: OpenedModel, made: _Made, method: str, seed: int) -> dict[st
     }
 
 
-def _write(dest: Path, opened: OpenedModel, made: _Made, report: dict[str, Any]) -> None:
+def _write(
+    dest: Path, opened: OpenedModel, tensors: Mapping[str, Tensor], specs: Mapping[str, Any], report: dict[str, Any]
+) -> None:
     """Write the compressed checkpoint: complete, or not at all."""
     packages = {p: importlib.metadata.version(p) for p in ("torch", "tensorly", "numpy")}
     about = {
@@ -146,13 +175,11 @@ def _write(dest: Path, opened: OpenedModel, made: _Made, report: dict[str, Any])
         "versions": {"lrcompress": __version__, **packages},
     }
     with staged_folder(dest, maker=MAKER, marker=MARKER) as stage:
-        whole = {k: t.contiguous().clone() for k, t in made.tensors.items()}
-        stored = whole if made.module is None else state_of(made.module)
-        write_compressed(stage, dest, opened, tensors=stored, layers=made.specs, report=about)
+        write_compressed(stage, dest, opened, tensors=tensors, layers=specs, report=about)
 
 
 def _check_options(
-    rank: int | None, ratio: float | None, energy: float | None, plan: object, method: str | None
+    rank: int | None, ratio: float | None, energy: float | None, plan: object, method: str | None, svd: str
 ) -> None:
     where = "lrcompress factorize"
     given = [
@@ -170,6 +197,8 @@ def _check_options(
     for name, share in (("--ratio", ratio), ("--energy", energy)):
         if share is not None and not 0 < share <= 1:
             raise CommandError(f"{where} {name}", "a number above 0 and at most 1", share)
+    if svd not in ("auto", "full", "randomized"):
+        raise CommandError(f"{where} --svd", "auto, full or randomized", svd)
     if method is not None and method != "auto":
         try:
             form(method)
@@ -184,13 +213,12 @@ def _apply(
     statistics: Mapping[str, Statistics], priced: Mapping[str, Statistics], progress: Progress,
 ) -> _Made:  # fmt: skip
     """Decompose every chosen layer and put it in its place."""
-    module = None if opened.module is None else _copied(opened.module)
-    tensors = dict(opened.tensors or {})
+    assert opened.module is not None
+    module = _copied(opened.module)
     leaders = {f: leader for leader, followers in ties.items() for f in followers}
     by_name = {layer.name: layer for layer in layers}
     made: dict[str, Factorization] = {}
     parts: dict[str, Factorization] = {}
-    specs: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     with progress.task("factorize", total=len(layers)) as advance:
         for layer, choice in zip(layers, choices, strict=True):
@@ -206,20 +234,15 @@ def _apply(
                 if first in ties:
                     made[first] = found
                     found = for_member(found, layer, statistics.get(layer.name))
-                if module is not None:
-                    replace_layer(module, layer.name, found)
-                else:
-                    specs[layer.name] = _replace_tensor(tensors, layer, found, leaders.get(layer.name))
-            rows.append(_row(layer, choice, found, tied=layer.name in leaders))
+                replace_layer(module, layer.name, found)
+            rows.append(row(layer, choice, found, tied=layer.name in leaders))
             advance(1, layer.name)
-    if module is not None:
-        for leader in made:
-            share_factors(module, leader, ties[leader])
-        for first, others in stacks.items():
-            if first in parts:
-                share_factors(module, first, others, ["V"])
-        specs = module_layers(module)
-    return _Made(module, tensors, specs, rows)
+    for leader in made:
+        share_factors(module, leader, ties[leader])
+    for first, others in stacks.items():
+        if first in parts:
+            share_factors(module, first, others, ["V"])
+    return _Made(module, module_layers(module), rows)
 
 
 def _decomposed(choice: Choice, layer: Layer, statistics: Statistics | None) -> Factorization:
@@ -235,47 +258,10 @@ def _copied(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, {id(t): t.detach().clone() for t in computed})
 
 
-def _replace_tensor(
-    tensors: dict[str, Tensor], layer: Layer, found: Factorization, leader: str | None
-) -> dict[str, Any]:
-    """Put factors in the place of a tensor; a tied one goes, and its spec says whose factors are its own."""
-    key = f"{layer.name}.weight" if f"{layer.name}.weight" in tensors else layer.name
-    prefix = key.removesuffix("weight")
-    del tensors[key]
-    if leader is None:
-        for name, factor in found.named_factors():
-            tensors[f"{prefix}{name}"] = factor
-    shapes = {k: tuple(v.shape) for k, v in found.factors.items()}
-    spec = layer_spec(layer.kind, found.form, found.shape, found.rank, shapes, bias=f"{prefix}bias" in tensors)
-    return spec if leader is None else {**spec, "tied": leader}
-
-
-def _row(layer: Layer, choice: Choice, found: Factorization | None, *, tied: bool) -> dict[str, Any]:
-    """Return the report of one layer; the numbers of a tied weight stand with its first layer."""
-    rank: Any = 0 if found is None else found.rank
-    return {
-        "name": layer.name,
-        "form": choice.form,
-        "shape": list(layer.plain_shape),
-        "rank": list(rank) if isinstance(rank, tuple) else rank,
-        "params_before": 0 if tied else layer.weight.numel(),
-        "params_after": choice.n_params,
-        "rel_error": 0.0 if found is None else found.rel_error,
-        "norm": "frobenius" if found is None else found.norm,
-        "rel_error_frobenius": 0.0 if found is None else found.rel_error_frobenius,
-        "reason": choice.reason,
-    }
-
-
 def _total(opened: OpenedModel) -> int:
     if opened.module is not None:
         return count_parameters(opened.module)
-    return _count(opened.tensors or {})
-
-
-def _count(tensors: Mapping[str, Tensor]) -> int:
-    """Return how many numbers named tensors hold, tied ones once."""
-    return sum(t.numel() for t in {place(t): t for t in tensors.values()}.values())
+    return count(described(opened.tensors or {}))
 
 
 def _bytes(path: Path | None) -> int | None:

@@ -43,6 +43,13 @@ def for_model(source: str | Path | Data, opened: OpenedModel) -> Data:
 def layers_of(opened: OpenedModel, include: Sequence[str], exclude: Sequence[str], *, verb: str) -> list[Layer]:
     """Return the layers of the model; those that the patterns leave out carry that as their reason."""
     layers = view_of(opened).layers if opened.module is not None else tensors_as_layers(opened.tensors or {})
+    return marked(opened, layers, include, exclude, verb=verb)
+
+
+def marked(
+    opened: OpenedModel, layers: Sequence[Layer], include: Sequence[str], exclude: Sequence[str], *, verb: str
+) -> list[Layer]:
+    """Return `layers` of a model; those that the patterns leave out carry that as their reason."""
     if not layers:
         raise ModelError(opened.path or "the model", "at least one linear, convolution or embedding layer", "none")
     for option, patterns in (("--include", include), ("--exclude", exclude)):
@@ -80,7 +87,7 @@ def statistics_of(
     if not isinstance(calib, Data) and is_statistics(calib):
         return read_statistics(calib, model=opened.digest, layers=wanted)
     if opened.module is None:
-        raise ModelError(opened.path, "a network to run the calibration data through", "a state dict", "give --arch")
+        raise no_network(opened)
     data = for_model(calib, opened)
     statistics = collect(
         opened, opened.module, data, wanted, seed=seed, compute=compute, progress=progress,
@@ -93,6 +100,11 @@ def statistics_of(
             LrcompressWarning, stacklevel=3,
         )  # fmt: skip
     return statistics
+
+
+def no_network(opened: OpenedModel) -> ModelError:
+    """Return the error of calibrating a bare state dict."""
+    return ModelError(opened.path, "a network to run the calibration data through", "a state dict", "give --arch")
 
 
 def device_of(compute: str) -> str:

@@ -27,6 +27,7 @@ LAYERS: list[set[str]] = [
     {"data"},
     {"metrics"},
     {"calibrate", "plan"},
+    {"work"},
     {"recover", "export"},
     {"validate", "publish"},
     {"recipe", "report", "inspect"},
