@@ -153,7 +153,8 @@ class _Projected:
         """Return the loss of every (R_in, R_out): what the leading eigenvalues of each K leave, (in, out)."""
         blocks = self.x.reshape(self.u_in.shape[1], -1, self.x.shape[1])
         k = (blocks.transpose(1, 2) @ blocks).cumsum(0)
-        return (self.total - torch.linalg.eigvalsh(k).flip(1).clamp_min(0).cumsum(1)).clamp_min(0)
+        kept: Tensor = torch.linalg.eigvalsh(k).flip(1).clamp_min(0).cumsum(1)
+        return (self.total - kept).clamp_min(0)
 
     def fitted(self, out: int) -> tuple[Tensor, Tensor]:
         """Return (U_out, core), the exact joint optimum for the whole of U_in, core (R_out, R_in·k²)."""
