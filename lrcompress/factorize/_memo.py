@@ -48,4 +48,4 @@ class Memo(Generic[T]):
 
 def _key(weight: Tensor) -> Key:
     data = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return tuple(weight.shape), weight.dtype, hashlib.blake2b(memoryview(data)).digest()
+    return tuple(weight.shape), weight.dtype, hashlib.blake2b(data.tobytes()).digest()
