@@ -746,3 +746,17 @@ def test_ranks_offered_are_dense_and_round(most):
     step = ranks[0]
     assert step in (1, 2, 4) or step % 8 == 0
     assert step <= max(1, 0.07 * most)
+
+
+@pytest.mark.parametrize("two_sided", [False, True])
+def test_tucker_with_all_outputs_is_the_input_tail_of_a_product_metric(two_sided):
+    """Where S is S_I ⊗ S_K, no U_in is better than the leading directions of the weight in that metric."""
+    w = randn(10, 8, 3, 3)
+    own, taps, out = (m.T @ m / len(m) for m in (randn(30, 8), randn(20, 9, seed=1), randn(25, 10, seed=2)))
+    stats = Statistics(gram=torch.kron(own, taps), output_gram=out if two_sided else None)
+    left = torch.linalg.cholesky(stats.g) if two_sided else torch.eye(10, dtype=torch.float64)
+    one, two = torch.linalg.cholesky(own), torch.linalg.cholesky(taps)
+    scaled = torch.einsum("po,pik,ij,kl->jol", left, w.reshape(10, 8, 9), one, two).reshape(8, -1)
+    for inner in (2, 5):
+        tail = float(torch.linalg.svdvals(scaled)[inner:].square().sum())
+        assert form("tucker").decompose(w, (10, inner), stats).loss == pytest.approx(tail, rel=1e-5)
