@@ -286,7 +286,7 @@ print(json.dumps({"signals": signals, "ends": ends, "same": files[0] == files[1]
 """
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_kill_9_at_random_batches(tmp_path, seed):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", KILLED, str(tmp_path / "a"), str(tmp_path / "b"), str(seed)]
