@@ -148,6 +148,34 @@ def test_another_question_is_not(cache, other):
     assert progress.seen > 0 and len(entries(cache)) == 2
 
 
+class Bent(nn.Module):
+    """`bend` shows in no digest and no repr, only in what the network answers."""
+
+    def __init__(self, bend, idle=0.0):
+        super().__init__()
+        self.bend, self.a, self.b = bend, nn.Linear(192, 4), nn.Linear(4, 3)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.normal_()
+            self.a.bias[0] += idle
+            self.b.weight[:, 0] = 0.0  # nobody sees unit 0
+
+    def forward(self, x):
+        return self.b(self.bend * torch.relu(self.a(x.flatten(1))))
+
+
+@pytest.mark.parametrize("other", [Bent(2.0), Bent(1.0, idle=5.0)], ids=["forward", "a weight that no answer shows"])
+def test_a_network_that_only_looks_the_same_is_another(cache, other):
+    first = Bent(1.0)
+    opened, data = open_model(first, inputs=SPEC), Data.of_arrays({"x": images(48, 1)[0]})
+    for module in (first, other):
+        progress = Counting()
+        found = collect(opened, module.eval(), data, find_layers(module), cache=cache, progress=progress)
+        assert progress.seen == 48
+        same(found, collect(opened, module, data, find_layers(module)))
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "missing", "record"])
 def test_a_damaged_entry_is_collected_again_with_a_warning(cache, damage):
     first = ask(cache)
