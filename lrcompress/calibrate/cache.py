@@ -92,7 +92,7 @@ class Cache:
             try:
                 write_statistics(entry, found, model=opened.digest, layers=work.layers, about=parts)
                 partial.drop()
-                self._evict(keep=entry)
+                self._evict()
             except _DISK as e:
                 note = (
                     f"the calibration cache {self.folder} cannot be written ({_line(e)}); the work goes on without it"
@@ -143,7 +143,7 @@ class Cache:
         finally:
             os.close(lock)
 
-    def _evict(self, *, keep: Path) -> None:
+    def _evict(self) -> None:
         """Remove the entries that were used longest ago until all fit into `most_bytes`, and what killed writers left."""
         now, ages = time.time(), []
         for path in self._entries.iterdir():
@@ -159,9 +159,8 @@ class Cache:
         for _, size, path in sorted(ages, key=lambda row: row[0], reverse=True):
             if total <= self.most_bytes:
                 return
-            if path != keep:
-                _remove(path)
-                total -= size
+            _remove(path)
+            total -= size
 
 
 @dataclass

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 #: Rows per product in the dtype of the rows: the rounding of a sum of so many stays near that of one.
-BLOCK_ROWS = 4096
+BLOCK_ROWS = 1024
 #: Columns per product of a Gram matrix that is worth computing by its upper triangle alone.
 BLOCK_COLUMNS = 512
 
