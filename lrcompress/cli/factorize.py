@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from .options import arch_arguments, cache_option, compute_options, model_options, online_option
+from .options import arch_arguments, cache_option, compute_options, model_options, online_option, planning_options
 from .output import Result, Shell, common, human_bytes, table
 
 
@@ -31,6 +31,12 @@ from .output import Result, Shell, common, human_bytes, table
     default="auto",
     show_default=True,
     help="How the SVD is computed: auto takes the cheaper.",
+)
+@planning_options
+@click.option(
+    "--anchor/--no-anchor",
+    default=True,
+    help="With --calib: fit each layer to what those before it changed, in the order of depth (the default), or alone.",
 )
 @click.option("--workers", type=int, metavar="N", help="Spread the layers over N processes of this machine.")
 @click.option("--cluster", metavar="ADDRESS", help="Spread the layers over the workers of a Dask scheduler.")

@@ -58,6 +58,21 @@ def compute_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def planning_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --rank-multiple and --quick."""
+
+    @click.option(
+        "--rank-multiple", "multiple", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",
+        help="Budgets: ranks are multiples of N (what a device's kernels like), or whole.",
+    )  # fmt: skip
+    @click.option("--quick", is_flag=True, help="Budgets: predict losses only, measure nothing.")
+    @functools.wraps(function)
+    def wrapped(**options: Any) -> Any:
+        return function(**options)
+
+    return wrapped
+
+
 def cache_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add --no-cache."""
 

@@ -62,7 +62,8 @@ class Drift:
             return weight.double()
         raised = h + (damping * scale)[..., None, None] * torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
         step = torch.linalg.solve(raised, (self.cross - w @ h).mT).mT
-        return (w + beta * step).reshape(weight.shape)
+        found: Tensor = (w + beta * step).reshape(weight.shape)
+        return found
 
     def shift(self, rebuilt: Tensor) -> Tensor:
         """Return what to add to the bias (out,) so that `rebuilt`, shaped like the weight, answers with the right mean."""

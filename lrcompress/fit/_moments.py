@@ -77,9 +77,9 @@ def _patch_products(wanted: Tensor, read: Tensor, walk: Walk) -> Tensor:
     x = padded(read, walk)
     kernel = torch.empty(wanted.shape[1], read.shape[1] // walk.groups, *walk.kernel, dtype=x.dtype, device=x.device)
     zeros = [0] * len(walk.kernel)
-    found = torch.ops.aten.convolution_backward(
+    gradients = torch.ops.aten.convolution_backward(
         centred.contiguous(), x, kernel, None, list(walk.stride), zeros, list(walk.dilation), False, zeros, walk.groups,
         [False, True, False],
-    )[1]  # fmt: skip
-    found = found.double().reshape(wanted.shape[1], -1)
+    )  # fmt: skip
+    found: Tensor = gradients[1].double().reshape(wanted.shape[1], -1)
     return found if walk.groups == 1 else found.reshape(walk.groups, -1, found.shape[1])

@@ -156,12 +156,11 @@ def _cheapest(
 def _below(m: Menu, taken: Option, unit: str) -> list[Option]:
     """Return steps down, of about a tenth and a fifth of what the layer takes."""
     cheaper = [o for o in m.options if o.cost(unit) < taken.cost(unit)]
-    wanted = (0.9, 0.8)
-    return (
-        list(dict.fromkeys(min(cheaper, key=lambda o, w=w: abs(o.cost(unit) - w * taken.cost(unit))) for w in wanted))
-        if cheaper
-        else []
-    )  # type: ignore[misc]
+    near = []
+    for share in (0.9, 0.8):
+        wanted = share * taken.cost(unit)
+        near += sorted(cheaper, key=lambda o: abs(o.cost(unit) - wanted))[:1]
+    return list(dict.fromkeys(near))
 
 
 def _above(m: Menu, taken: Option, freed: int, unit: str) -> Option | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ..factorize import Rank, Refused, Statistics, form, forms
 from ..model.surgery import Layer
-from ..plan.selection import serves
+from ..plan.options import serves
 from .spectra import Spectrum
 
 #: Multiply-adds of the largest matrix problem that a form may pose before it is left out: some seconds on one core.

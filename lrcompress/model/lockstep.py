@@ -98,7 +98,7 @@ class _Arrival:
     other: Tensor | None
 
 
-class Counting(TorchDispatchMode):
+class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Give every value that is made outside of layers its position; keep those that are wanted, or all of them.
 
     Layers count too: their answer takes a position like any other operation, whatever happens inside. The pass ends
@@ -106,7 +106,7 @@ class Counting(TorchDispatchMode):
     """
 
     def __init__(self, wanted: Collection[int] | None, *, last: int | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.position = 0
         self.inside = False
         self._last = last
@@ -153,7 +153,8 @@ def flow_of(opened: OpenedModel, module: nn.Module, inputs: Mapping[str, Tensor]
     numbers: dict[int, list[int]] = {}
     for position, value in sorted(counting.values.items()):
         numbers.setdefault(id(value), []).append(position)
-    additions, ahead = {}, {}
+    additions: dict[str, int] = {}
+    ahead: dict[str, int] = {}
     for layer, position in answers.items():
         other = _added_to(counting, position, numbers) if calls.count(layer) == 1 else None
         if other is not None:

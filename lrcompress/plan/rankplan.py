@@ -1,7 +1,7 @@
 """A plan as a value and as a file: what every layer becomes, what that should lose, and what was rejected and why.
 
     plan = RankPlan.of(menus, allocation, budget, model_digest)
-    write_json(path, plan.as_json())                          # sorted keys, one value a line: it can be diffed and edited
+    write_plan(path, plan)                                    # sorted keys, one value a line: it can be diffed and edited
     choices = read_plan(path, layers, model_digest)           # checked: layers, forms, ranks, the model
 
 `plan.json` is for people too: whoever edits a form or a rank gets what they wrote, or one line that says why not.
@@ -11,18 +11,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import PlanError
+from ..errors import CommandError, PlanError
 from ..factorize import Rank, form, forms
+from ..files import disk_errors, write_json
 from ..model.surgery import Layer
 from .allocation import Allocation
 from .options import Menu, Option, bytes_of, serves
 from .selection import Budget, Choice, dense
 
 SCHEMA = 1
+MAKER = "lrcompress plan"
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,6 @@ class RankPlan:
     predicted_loss: float | None = None
     measured_loss: float | None = None
     bound: float | None = None
-    notes: tuple[str, ...] = field(default=())
 
     @classmethod
     def of(
@@ -101,6 +102,7 @@ class RankPlan:
         """Return the plan as plain values, in the form of the file."""
         return {
             "schema": SCHEMA,
+            "made_by": MAKER,
             "model_digest": self.model_digest,
             "budget": dict(self.budget),
             "method": self.method,
@@ -162,6 +164,22 @@ def _why(best: Option, taken: Option, unit: str) -> str:
     if cost < 0:
         return f"{-cost:,} {unit} fewer, but a loss of {best.loss:.3g} instead of {taken.loss:.3g}"
     return f"a loss of {best.loss:.3g} instead of {taken.loss:.3g}, but {cost:,} {unit} more, worth more elsewhere"
+
+
+def write_plan(path: Path, plan: RankPlan) -> None:
+    """Write a plan file; one that is there must be a plan. Raises `CommandError`, `HostError`."""
+    if path.exists() and not _is_ours(path):
+        raise CommandError(path, "a new file, or a plan to replace", "something else", "name another file with -o")
+    with disk_errors(path):
+        write_json(path, plan.as_json())
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and value.get("made_by") == MAKER
 
 
 def read_plan(path: Path, layers: Sequence[Layer], model_digest: str | None = None) -> list[Choice]:

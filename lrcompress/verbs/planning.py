@@ -7,6 +7,7 @@ plan = plan_within(prepared, budget_of(prepared, ratio=0.5), method="auto", prog
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -78,7 +79,7 @@ def prepare(
         return Prepared(opened, opened.module, layers, ties, {}, {}, None, {}, total)
     opened = with_inputs(opened, calib)
     data = None if is_kept(calib) else for_model(calib, opened)
-    asked = {"seed": seed, "compute": compute, "cache": cache, "progress": progress}
+    collected = functools.partial(statistics_of, seed=seed, compute=compute, cache=cache, progress=progress)
     folded: dict[str, str] = {}
     network = opened.module
     assert network is not None
@@ -87,9 +88,9 @@ def prepare(
     if folded:
         changed = replace(opened, module=network, digest=sha256_json([opened.digest, folded]))
         layers, ties = lift_ties(network, layers_of(changed, include, exclude, verb=verb))
-        statistics = statistics_of(changed, layers, data if data is not None else calib, **asked)
+        statistics = collected(changed, layers, data if data is not None else calib)
     else:
-        statistics = statistics_of(opened, layers, calib if data is None else data, **asked)
+        statistics = collected(opened, layers, calib if data is None else data)
     return Prepared(opened, network, layers, ties, statistics, weighed(layers, ties, statistics), data, folded, total)
 
 

@@ -27,6 +27,7 @@ LAYERS: list[set[str]] = [
     {"data"},
     {"metrics"},
     {"calibrate", "plan"},
+    {"fit"},
     {"work"},
     {"recover", "export"},
     {"validate", "publish"},
