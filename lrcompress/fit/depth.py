@@ -19,8 +19,8 @@ from ..calibrate import MAX_OUTPUTS
 from ..data import Data
 from ..factorize import Drift, Factorization, Refused, Statistics, anchored, form
 from ..model import OpenedModel
-from ..model.lockstep import Flow, Stop, at_stop, flow_of, lockstep
-from ..model.surgery import Layer, replace_layer
+from ..model.lockstep import Flow, Pair, at_stop, flow_of, lockstep
+from ..model.surgery import Layer, replace_layer, set_submodule
 from ..model.views import Walk
 from ..model.views.walk import walks_of
 from ..plan import Choice
@@ -33,6 +33,8 @@ BETAS = (0.0, 0.5, 0.75, 1.0)
 #: One batch in so many is held out for choosing the blend.
 _HELD_OUT = 8
 _BATCHES, _MOST_SAMPLES = 8, 128
+#: How often the answers wanted are adapted to what a rectifier behind the layer forgives.
+ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -78,13 +80,14 @@ def apply_in_depth(
     flow, order = fitting_layers(opened, original, _first_samples(batches[0]), layers)
     by_name = {layer.name: layer for layer in layers}
     walks = walks_of(original, order)
+    masks = [_mask(b) for b in batches]
     fitted = {}
     with progress.task("fit in depth order", total=len(order)) as advance:
         for stop in lockstep(opened, original, copy, batches, flow, order):
             layer = by_name[stop.layer]
-            fitting, held = _joint(stop, batches, walks.get(stop.layer))
+            seen = _Seen(list(stop.pairs()), masks, walks.get(stop.layer), stop.layer in flow.rectified)
             g = statistics.get(stop.layer, Statistics()).output_gram
-            fitted[stop.layer] = _fit(copy, layer, choices[stop.layer], fitting, held, g, betas)
+            fitted[stop.layer] = _fit(copy, layer, choices[stop.layer], seen, g, betas)
             advance(1, stop.layer)
     return fitted
 
@@ -93,52 +96,67 @@ def _first_samples(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: v[:2] for k, v in batch.items()}
 
 
-def _joint(stop: Stop, batches: Sequence[Mapping[str, Tensor]], walk: Walk | None) -> tuple[JointMoments, JointMoments]:
-    """Return the moments of the batches to fit, and of those that are held out (none if there is one batch only)."""
-    fitting, held = JointMoments(), JointMoments()
-    for k, (pair, batch) in enumerate(zip(stop.pairs(), batches, strict=True)):
-        mask = batch.get("attention_mask")
-        wanted = pair.answer if pair.behind is None else pair.answer + pair.behind
-        mask = mask.bool() if mask is not None and mask.dim() == 2 else None
-        (held if k % _HELD_OUT == _HELD_OUT - 1 else fitting).add(wanted, pair.drifted, walk, mask)
-    return fitting, held
+def _mask(batch: Mapping[str, Tensor]) -> Tensor | None:
+    mask = batch.get("attention_mask")
+    return mask.bool() if mask is not None and mask.dim() == 2 else None
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a layer reads and should answer, in all batches; one in so many is held out where there are enough."""
+
+    pairs: Sequence[Pair]
+    masks: Sequence[Tensor | None]
+    walk: Walk | None
+    rectified: bool
+
+    def moments(self, said: Callable[[Tensor], Tensor] | None = None) -> tuple[JointMoments, JointMoments]:
+        """Return the joint moments of the batches to fit and of those held out. `said`: what the layer answers so far."""
+        fitting, held = JointMoments(), JointMoments()
+        for k, (pair, mask) in enumerate(zip(self.pairs, self.masks, strict=True)):
+            with torch.no_grad():
+                wanted = pair.wanted(None if said is None else said(pair.drifted))
+            (held if k % _HELD_OUT == _HELD_OUT - 1 else fitting).add(wanted, pair.drifted, self.walk, mask)
+        return fitting, held
 
 
 def _fit(
-    copy: nn.Module,
-    layer: Layer,
-    choice: Choice,
-    fitting: JointMoments,
-    held: JointMoments,
-    output_gram: Tensor | None,
-    betas: Sequence[float],
+    copy: nn.Module, layer: Layer, choice: Choice, seen: _Seen, output_gram: Tensor | None, betas: Sequence[float]
 ) -> Fitted:
     """Fit one layer and put it in its place."""
     path = at_stop(layer.name)
-    own_bias = getattr(copy.get_submodule(path), "bias", None)
-    bias = torch.zeros(layer.plain_shape[0]) if own_bias is None else own_bias.detach()
-    make = _maker(layer, choice, bias, output_gram)
-    beta = max(betas)
+    plain = copy.get_submodule(path)
+    own_bias = getattr(plain, "bias", None)
+    bias = torch.zeros(layer.plain_shape[0]) if own_bias is None else own_bias.detach().clone()
+    make = _maker(layer, choice, output_gram)
+    fitting, held = seen.moments()
+    beta, error = max(betas), None
     if held.read.count:
         drift, trial = _without_bias(held.drift(), bias), _without_bias(fitting.drift(), bias)
         losses = {b: _held_out(drift, *make(trial, b)[1:], output_gram) for b in betas}
         beta = min(losses, key=lambda b: (losses[b], -b))
         total = drift.total(Statistics(output_gram=output_gram).g)
         error = (losses[beta] / total) ** 0.5 if total > 0 else 0.0
+    for round_ in range(1 + (ROUNDS if seen.rectified and choice.form != "dense" else 0)):
+        if round_:
+            fitting, held = seen.moments(copy.get_submodule(path))
         fitting.merge(held)
-    factors, rebuilt, shift = make(_without_bias(fitting.drift(), bias), beta)
-    if factors is not None:
-        replace_layer(copy, path, replace(factors, bias_shift=shift.to(layer.weight.dtype)))
-    else:
-        _refill(copy.get_submodule(path), rebuilt, shift)
-    return Fitted(factors, beta, error if held.read.count else (0.0 if factors is None else factors.rel_error))
+        factors, rebuilt, shift = make(_without_bias(fitting.drift(), bias), beta)
+        if factors is None:
+            _refill(plain, rebuilt, shift)
+        else:
+            set_submodule(copy, path, plain)  # the layer that tells how its factors walk
+            new = replace_layer(copy, path, replace(factors, bias_shift=None))
+            if shift.abs().max() > 0 or own_bias is not None:
+                new.bias = nn.Parameter((bias.double() + shift).to(layer.weight.dtype))
+    return Fitted(factors, beta, error if error is not None else (0.0 if factors is None else factors.rel_error))
 
 
 #: (drift, β) -> factors (None: dense), the weight they stand for, what to add to the bias.
 _Make = Callable[[Drift, float], tuple[Factorization | None, Tensor, Tensor]]
 
 
-def _maker(layer: Layer, choice: Choice, bias: Tensor, output_gram: Tensor | None) -> _Make:
+def _maker(layer: Layer, choice: Choice, output_gram: Tensor | None) -> _Make:
     def make(drift: Drift, beta: float) -> tuple[Factorization | None, Tensor, Tensor]:
         if choice.form == "dense":
             rebuilt = drift.target(layer.weight, beta)

@@ -33,20 +33,37 @@ from .opened import OpenedModel
 from .surgery import set_submodule
 
 _ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
+_RECTIFIERS = (torch.ops.aten.relu.default, torch.ops.aten.relu_.default)
+#: An operation of a recorded pass: what it is, its tensors and other arguments, the position of its result.
+_Use = tuple[Any, tuple[Tensor, ...], dict[str, Any], int]
 
 
 @dataclass(frozen=True)
 class Pair:
     """What a layer reads in one batch: of the network as it is, and of the copy.
 
-    `answer`: what the layer says to `clean`. `behind`: by how much the value that it will be added to is larger in
-    the network than in the copy, shaped like the answer; None where it is added to nothing.
+    `answer`: what the layer says to `clean`. `beside`: the value that its answer will be added to, in the network and
+    in the copy, shaped like the answer; None where it is added to nothing.
     """
 
     clean: Tensor
     drifted: Tensor
     answer: Tensor
-    behind: Tensor | None
+    beside: tuple[Tensor, Tensor] | None
+
+    def wanted(self, said: Tensor | None = None) -> Tensor:
+        """Return what the copy's layer should answer, so that the sum, too, is the network's.
+
+        `said`: what it answers now, where all that is negative of the sum is cut off afterwards: where the network's
+        sum is, any answer will do that keeps the copy's negative.
+        """
+        if self.beside is None:
+            total, most = self.answer, torch.zeros((), dtype=self.answer.dtype, device=self.answer.device)
+            found = self.answer
+        else:
+            total, most = self.answer + self.beside[0], -self.beside[1]
+            found = total + most
+        return found if said is None else torch.where(total <= 0, torch.minimum(said, most), found)
 
 
 @dataclass(frozen=True)
@@ -64,7 +81,7 @@ class Stop:
             if others is None and clean.other is not None and drifted.other is not None:
                 others = clean.other, drifted.other
             assert clean.answer is not None
-            yield Pair(clean.value, drifted.value, clean.answer, None if others is None else others[0] - others[1])
+            yield Pair(clean.value, drifted.value, clean.answer, others)
 
 
 @dataclass(frozen=True)
@@ -73,11 +90,13 @@ class Flow:
 
     `calls`: the layers in the order they are called, with repetitions. `additions`: layer → position of the value
     that its answer is added to, where that exists before the layer is called; `ahead`: where it comes later.
+    `rectified`: layers of whose answer, or of the sum that it goes into, the negative part is cut off next.
     """
 
     calls: tuple[str, ...]
     additions: Mapping[str, int]
     ahead: Mapping[str, int]
+    rectified: frozenset[str] = frozenset()
 
     @property
     def once(self) -> tuple[str, ...]:
@@ -111,7 +130,7 @@ class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.inside = False
         self._last = last
         self.values: dict[int, Tensor] = {}
-        self.uses: list[tuple[Any, tuple[Tensor, ...], dict[str, Any], int]] = []
+        self.uses: list[_Use] = []
         self._wanted = wanted
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -138,10 +157,12 @@ def flow_of(opened: OpenedModel, module: nn.Module, inputs: Mapping[str, Tensor]
     counting = Counting(None)
     calls: list[str] = []
     answers: dict[str, int] = {}
+    reads: list[tuple[Tensor, int]] = []
 
-    def before(layer: str) -> None:
+    def before(layer: str, read: Tensor) -> None:
         counting.inside = True
         calls.append(layer)
+        reads.append((read, counting.position))
 
     def after(layer: str, out: Tensor) -> None:
         counting.inside = False
@@ -155,43 +176,69 @@ def flow_of(opened: OpenedModel, module: nn.Module, inputs: Mapping[str, Tensor]
         numbers.setdefault(id(value), []).append(position)
     additions: dict[str, int] = {}
     ahead: dict[str, int] = {}
+    rectified = set()
+    uses = _Uses(counting, numbers, reads)
     for layer, position in answers.items():
-        other = _added_to(counting, position, numbers) if calls.count(layer) == 1 else None
-        if other is not None:
-            (additions if other < position else ahead)[layer] = other
-    return Flow(tuple(calls), additions, ahead)
+        if calls.count(layer) != 1:
+            continue
+        added = uses.addition(position)
+        if added is not None:
+            (additions if added[0] < position else ahead)[layer] = added[0]
+        if uses.is_rectified(position if added is None else added[1]):
+            rectified.add(layer)
+    return Flow(tuple(calls), additions, ahead, frozenset(rectified))
 
 
-def _added_to(counting: Counting, position: int, numbers: Mapping[int, list[int]]) -> int | None:
-    """Return the position of the value that the one at `position` is added to, None if it is used in another way."""
+class _Uses:
+    """Who uses which value of a recorded pass. Work in place makes a new value of the old one."""
 
-    def current(value: Tensor, before: int) -> int | None:
-        known = [p for p in numbers.get(id(value), ()) if p < before]  # work in place makes a new value of the old one
+    def __init__(
+        self, counting: Counting, numbers: Mapping[int, list[int]], reads: Sequence[tuple[Tensor, int]]
+    ) -> None:
+        self._uses, self._numbers = counting.uses, numbers
+        self._read = {self._current(t, at) for t, at in reads}
+
+    def _current(self, value: Tensor, before: int) -> int | None:
+        known = [p for p in self._numbers.get(id(value), ()) if p < before]
         return known[-1] if known else None
 
-    users = [u for u in counting.uses if any(current(t, u[3]) == position for t in u[1])]
-    if len(users) != 1:
-        return None
-    func, tensors, kwargs, at = users[0]
-    if func not in _ADDITIONS or len(tensors) != 2 or kwargs.get("alpha", 1) != 1:
-        return None
-    if tensors[0].shape != tensors[1].shape or tensors[0] is tensors[1]:
-        return None
-    places = [current(t, at) for t in tensors]
-    return next((p for p in places if p != position), None)
+    def _only(self, position: int) -> _Use | None:
+        """Return the one operation that uses a value, None where there are several or a layer reads it."""
+        users = [u for u in self._uses if any(self._current(t, u[3]) == position for t in u[1])]
+        return users[0] if len(users) == 1 and position not in self._read else None
+
+    def addition(self, position: int) -> tuple[int, int] | None:
+        """Return the positions of what a value is added to and of the sum; None if it is used in another way."""
+        user = self._only(position)
+        if user is None:
+            return None
+        func, tensors, kwargs, at = user
+        if func not in _ADDITIONS or len(tensors) != 2 or kwargs.get("alpha", 1) != 1:
+            return None
+        if tensors[0].shape != tensors[1].shape or tensors[0] is tensors[1]:
+            return None
+        other = next((p for p in (self._current(t, at) for t in tensors) if p != position), None)
+        return None if other is None else (other, at)
+
+    def is_rectified(self, position: int) -> bool:
+        """Return whether all that happens to a value is that its negative part is cut off."""
+        user = self._only(position)
+        return user is not None and user[0] in _RECTIFIERS
 
 
 @contextlib.contextmanager
 def _watched(
     module: nn.Module,
     names: Collection[str],
-    before: Callable[[str], None],
+    before: Callable[[str, Tensor], None],
     after: Callable[[str, Tensor], None],
 ) -> Iterator[None]:
     handles: list[Any] = []
     for name in names:
         layer = module.get_submodule(name)
-        handles.append(layer.register_forward_pre_hook(lambda _m, _a, n=name: before(n)))
+        handles.append(
+            layer.register_forward_pre_hook(lambda _m, a, k, n=name: before(n, _first(a, k)), with_kwargs=True)
+        )
         handles.append(layer.register_forward_hook(lambda _m, _a, out, n=name: after(n, out)))
     try:
         yield
@@ -293,7 +340,7 @@ class _Gate(nn.Module):
 
 def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     found: Tensor = args[0] if args else next(iter(kwargs.values()))
-    return found.detach()
+    return found
 
 
 def lockstep(
