@@ -85,7 +85,9 @@ class Processes:
             calls = (delayed(_numbered)(n, job.for_process(), threads, os.getpid()) for n, job in guarded)
             answers = parallel(calls)
         try:
-            yield from answers
+            for answer in answers:
+                guarded.received += 1
+                yield answer
         except TerminatedWorkerError as e:
             raise HostError(
                 f"--workers {self._workers}", "workers that live", "one that was killed (out of memory?)",
@@ -109,17 +111,24 @@ class Guarded:
     def __init__(self, jobs: Iterable[Numbered]) -> None:
         self._jobs = jobs
         self._error: Exception | None = None
+        self._given = 0
+        self.received = 0
 
     def __iter__(self) -> Iterator[Numbered]:
         try:
-            yield from self._jobs
+            for job in self._jobs:
+                self._given += 1
+                yield job
         except Exception as e:  # joblib loses what its own threads raise, and waits for ever
             self._error = e
 
     def check(self) -> None:
-        """Raise what ended the jobs early."""
+        """Raise what ended the jobs, or the results, early."""
         if self._error is not None:
             raise self._error
+        if self.received != self._given:  # joblib may stop without a word when a worker is lost
+            got = f"{self.received} of {self._given}"
+            raise HostError("the workers", "a result of every job", got, "give the same command again: it continues")
 
 
 @contextlib.contextmanager

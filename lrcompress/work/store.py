@@ -126,7 +126,9 @@ def room_for(size_bytes: int, folder: Path) -> Iterator[None]:
             raise
         free = shutil.disk_usage(folder).free if folder.is_dir() else 0
         got = f"{e.got}: {free:,} bytes are free, {size_bytes:,} are needed next"
-        raise HostError(e.where, e.expected, got, "free some space, and give the same command again: it continues") from e
+        raise HostError(
+            e.where, e.expected, got, "free some space, and give the same command again: it continues"
+        ) from e
 
 
 def _locked(folder: Path) -> int:
