@@ -32,7 +32,10 @@ def on_cluster(address: str) -> Iterator[Cluster]:
         raise MissingExtraError("lrcompress factorize --cluster", e.name or "distributed", "cluster") from e
     where = f"--cluster {address}"
     client = None
-    with _silent("distributed", "tornado", "asyncio"), warnings.catch_warnings():  # what matters comes as one line of ours
+    with (
+        _silent("distributed", "tornado", "asyncio"),
+        warnings.catch_warnings(),
+    ):  # what matters comes as one line of ours
         warnings.simplefilter("ignore")  # about versions that differ: `_check_workers` has a say in that
         try:
             try:

@@ -77,12 +77,13 @@ class Processes:
         from joblib.externals.loky.process_executor import TerminatedWorkerError
 
         guarded = Guarded(jobs)
-        with parallel_config(backend="loky", inner_max_num_threads=threads):
+        leave: dict[str, Any] = {"initializer": _leave_with, "initargs": (os.getpid(),)}
+        with parallel_config(backend="loky", inner_max_num_threads=threads, **leave):
             parallel = Parallel(
                 n_jobs=self._workers, batch_size=1, pre_dispatch=self._workers + 1, max_nbytes=None,
                 return_as="generator_unordered",
             )  # fmt: skip
-            calls = (delayed(_numbered)(n, job.for_process(), threads, os.getpid()) for n, job in guarded)
+            calls = (delayed(_numbered)(n, job.for_process(), threads) for n, job in guarded)
             answers = parallel(calls)
         try:
             for answer in answers:
@@ -150,20 +151,12 @@ def compute(job: Any, threads: int) -> Packed:
         return found
 
 
-def _numbered(number: int, job: Any, threads: int, parent: int) -> Answer:
-    _leave_with(parent)
+def _numbered(number: int, job: Any, threads: int) -> Answer:
     return number, compute(job, threads)
-
-
-_watching = False
 
 
 def _leave_with(parent: int) -> None:
     """End this worker when the process that it works for is gone: a killed one cannot say so."""
-    global _watching
-    if _watching or os.getppid() != parent:
-        return
-    _watching = True
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -117,7 +117,9 @@ def run(source: Path, output: Path, rank: int, svd: str, threads: int) -> dict[s
 
 def misses(rows: list[dict[str, Any]], bound: float) -> list[str]:
     """Return what does not hold, in words."""
-    few, many = (next(r for r in rows if r["layers"] == n and r["svd"] == "randomized") for n in (COUNTS[0], COUNTS[-1]))
+    few, many = (
+        next(r for r in rows if r["layers"] == n and r["svd"] == "randomized") for n in (COUNTS[0], COUNTS[-1])
+    )
     full = next(r for r in rows if r["svd"] == "full")
     out = [
         f"{r['layers']} layers, {r['svd']}: peak {r['peak_bytes'] / 1e6:.0f} MB above {bound / 1e6:.0f} MB"

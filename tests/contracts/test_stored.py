@@ -47,10 +47,6 @@ def written(folder: Path, kind: str, tensors: dict[str, torch.Tensor]) -> Stored
     return open_stored(folder / "m.pt")
 
 
-def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and a.numpy(force=True).tobytes() == b.numpy(force=True).tobytes()
-
-
 def as_bytes(t: torch.Tensor) -> torch.Tensor:
     return t.reshape(-1).view(torch.uint8) if t.numel() else t
 
@@ -58,6 +54,8 @@ def as_bytes(t: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_container_gives_the_same_tensors_and_digest(tmp_path, kind):
     tensors = sample()
+    if kind == "older pt":
+        del tensors["tiny"]  # torch.save cannot write it there
     found = written(tmp_path, kind, tensors)
     assert set(found) == set(tensors) and len(found) == len(tensors)
     for name, value in tensors.items():

@@ -29,7 +29,7 @@ def filled(shape: list[int], dtype: torch.dtype, seed: int) -> torch.Tensor:
     return raw.view(dtype).reshape(shape) if size else torch.empty(shape, dtype=dtype)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(NAMES, st.tuples(SHAPES, st.sampled_from(DTYPES)), min_size=1, max_size=8))
 def test_one_file_has_the_bytes_of_the_library(tmp_path, wanted):
     tensors = {n: filled(shape, dtype, i) for i, (n, (shape, dtype)) in enumerate(wanted.items())}
