@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from .options import arch_arguments, compute_options, model_options, online_option
+from .options import arch_arguments, cache_option, compute_options, model_options, online_option
 from .output import Result, Shell, common, human_bytes, table
 
 
@@ -23,7 +23,7 @@ from .output import Result, Shell, common, human_bytes, table
 @click.option(
     "--calib",
     metavar="DATA",
-    help="Inputs to weight errors by: .npz, .safetensors, .tsv, a folder, RECIPE.yaml:SPLIT, pkg.mod:callable.",
+    help="Inputs to weight errors by: .npz, .safetensors, .tsv, a folder, RECIPE.yaml:SPLIT, pkg.mod:callable, kept statistics.",
 )
 @click.option(
     "--svd",
@@ -39,6 +39,7 @@ from .output import Result, Shell, common, human_bytes, table
 @click.option("-o", "--output", default="compressed", show_default=True, type=click.Path(), help="Folder to write.")
 @model_options
 @compute_options
+@cache_option
 @online_option
 @common
 def factorize(shell: Shell, model: str, inputs: tuple[str, ...], arch_args: tuple[str, ...], **options: Any) -> Result:

@@ -58,6 +58,17 @@ def compute_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def cache_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --no-cache."""
+
+    @click.option("--no-cache", is_flag=True, help="Collect calibration statistics again, and keep none.")
+    @functools.wraps(function)
+    def wrapped(no_cache: bool, **options: Any) -> Any:
+        return function(cache=not no_cache, **options)
+
+    return wrapped
+
+
 def online_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add --online: without it the libraries that could call home are told not to, before they are imported."""
 

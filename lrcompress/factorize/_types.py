@@ -16,6 +16,14 @@ Rank = int | tuple[int, ...]
 _BLOCK = 4_000_000
 
 
+class Refused(ValueError):
+    """A form does not hold this weight at this rank accurately; its curve does not offer the rank."""
+
+    def __init__(self, expected: str, got: str, remedy: str) -> None:
+        self.expected, self.got, self.remedy = expected, got, remedy
+        super().__init__(f"expected {expected}, got {got}: {remedy}")
+
+
 class Point(NamedTuple):
     """One choice of a form for one weight: its rank, the numbers it stores, its loss in the metric of the statistics."""
 

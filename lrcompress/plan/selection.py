@@ -21,6 +21,9 @@ from ..errors import BudgetError, PlanError
 from ..factorize import Point, Rank, Statistics, form, forms
 from ..model.surgery import Layer
 
+#: What a form that spreads over a kernel is without one.
+_KERNEL_FORMS = {"tucker": "svd", "spatial_svd": "svd", "pivoted_tucker": "pivoted", "pivoted_spatial": "pivoted"}
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -46,9 +49,9 @@ def candidates(method: str, layer: Layer) -> list[str]:
     """Return the forms that `method` allows for a layer: itself, or with "auto" all that serve its kind and are meant for it."""
     names = tuple(n for n in forms() if getattr(form(n), "AUTO", True)) if method == "auto" else (method,)
     fitting = [n for n in names if serves(n, layer)]
-    if not fitting and method in ("tucker", "spatial_svd") and serves("svd", layer):
-        return ["svd"]  # without a kernel to spread over, both are the SVD
-    if not fitting and layer.kind == "grouped" and method in ("svd", "pivoted", "tucker", "spatial_svd"):
+    if not fitting and method in _KERNEL_FORMS and serves(_KERNEL_FORMS[method], layer):
+        return [_KERNEL_FORMS[method]]
+    if not fitting and layer.kind == "grouped" and method in ("svd", "pivoted", *_KERNEL_FORMS):
         return ["grouped_svd"]
     return fitting
 

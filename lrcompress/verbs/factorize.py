@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..data import Data
-from ..errors import CommandError, LrcompressWarning
-from ..factorize import Factorization, Statistics, form, forms
+from ..errors import CommandError, LrcompressWarning, PlanError
+from ..factorize import Factorization, Refused, Statistics, form, forms
 from ..files import check_output, staged_folder
 from ..model import InputSpec, OpenedModel, check_finite, open_model
 from ..model.checkpoint import MAKER, MARKER, module_layers, state_of, write_compressed
@@ -65,6 +65,7 @@ def factorize(
     seed: int = 0,
     threads: int | None = None,
     compute: str = "auto",
+    cache: bool = True,
     workers: int | None = None,
     cluster: str | None = None,
     trust_pickle: bool = False,
@@ -100,7 +101,7 @@ def factorize(
     statistics: dict[str, Statistics] = {}
     if calib is not None:
         opened = with_inputs(opened, calib)
-        statistics = statistics_of(opened, layers, calib, seed=seed, compute=device, progress=progress)
+        statistics = statistics_of(opened, layers, calib, seed=seed, compute=device, progress=progress, cache=cache)
     method = method or ("auto" if statistics else "svd")
     priced = weighed(layers, ties, statistics)
     stacks: Stacks = {}
@@ -229,7 +230,7 @@ def _apply(
                     parts |= decompose_stack(layer.name, stacks, by_name, choice.rank, statistics)
                     found = parts[layer.name]
                 if found is None:
-                    found = form(choice.form).decompose(by_name[first].weight, choice.rank, priced.get(first))
+                    found = _decomposed(choice, by_name[first], priced.get(first))
                 if first in ties:
                     made[first] = found
                     found = for_member(found, layer, statistics.get(layer.name))
@@ -242,6 +243,13 @@ def _apply(
         if first in parts:
             share_factors(module, first, others, ["V"])
     return _Made(module, module_layers(module), rows)
+
+
+def _decomposed(choice: Choice, layer: Layer, statistics: Statistics | None) -> Factorization:
+    try:
+        return form(choice.form).decompose(layer.weight, choice.rank, statistics)  # type: ignore[no-any-return]
+    except Refused as e:
+        raise PlanError(f"{layer.name}: {choice.form}", e.expected, e.got, e.remedy) from e
 
 
 def _copied(module: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..calibrate import collect
+from ..calibrate import Cache, collect, is_statistics, read_statistics
 from ..data import Data, open_data
 from ..errors import CommandError, LrcompressWarning, ModelError
 from ..factorize import Statistics
@@ -77,13 +77,22 @@ def statistics_of(
     seed: int,
     compute: str,
     progress: Progress,
+    cache: bool = True,
 ) -> dict[str, Statistics]:
-    """Run calibration data through the network; return the statistics of the layers that have no reason to stay dense."""
+    """Return the statistics of the layers that have no reason to stay dense: kept ones, or of a pass over `calib`.
+
+    `cache`: whether a pass may be answered by, and kept in, the cache that the environment names.
+    """
+    wanted = [layer for layer in layers if layer.reason is None]
+    if not isinstance(calib, Data) and is_statistics(calib):
+        return read_statistics(calib, model=opened.digest, layers=wanted)
     if opened.module is None:
         raise no_network(opened)
     data = for_model(calib, opened)
-    wanted = [layer for layer in layers if layer.reason is None]
-    statistics = collect(opened, opened.module, data, wanted, seed=seed, compute=compute, progress=progress)
+    statistics = collect(
+        opened, opened.module, data, wanted, seed=seed, compute=compute, progress=progress,
+        cache=Cache.usual() if cache else None,
+    )  # fmt: skip
     few = [n.name for n in wanted if 0 < statistics[n.name].count < n.columns and n.kind != "embedding"]
     if few:
         warnings.warn(
@@ -118,7 +127,7 @@ def with_inputs(opened: OpenedModel, calib: str | Path | Data) -> OpenedModel:
     The first axis is the batch; ids (whole numbers along one axis) may be of any length. A single array takes the name
     of forward's one argument.
     """
-    if opened.inputs or opened.module is None:
+    if opened.inputs or opened.module is None or (not isinstance(calib, Data) and is_statistics(calib)):
         return opened
     data = for_model(calib, opened)
     return replace(opened, inputs=_shown(data, opened)) if len(data) else opened
