@@ -30,10 +30,10 @@ from ..model.surgery import Layer, count_parameters, replace_layer
 from ..model.ties import for_member, lift_ties, share_factors
 from ..plan import Choice
 from ..progress import Progress, Silent
-from ..work import Pool, pool
+from ..work import Job, Pool, Store, pool, run
 from .sources import device_of, layers_of, no_network, statistics_of, with_inputs
 from .stacked import Stacks, choose_shared, decompose_stack, same_input
-from .streamed import Asked, count, factorize_stored, row
+from .streamed import Asked, count, factorize_stored, kept, row, svd_options
 from .tied import Ties, choose, planned, weighed
 
 
@@ -115,12 +115,16 @@ def factorize(
         choices = choose(
             layers, ties, total=_total(opened), statistics=priced, method=method, rank=rank, ratio=ratio, energy=energy
         )
-    made = _apply(opened, layers, choices, ties, stacks, statistics, priced, progress)
-    report = _report(opened, made.rows, method, seed, _total(opened), count_parameters(made.module))
-    if output is None:
-        return FactorizeResult(report, made.module)
-    dest = Path(output)
-    _write(dest, opened, state_of(made.module), made.specs, report)
+    dest = None if output is None else Path(output)
+    # What decides the results is in their keys; the name of the store only tells commands apart.
+    command = ["factorize", opened.digest, method, *map(str, (rank, ratio, energy, plan)), list(include), list(exclude)]
+    with pool(workers, cluster) as where, kept(dest, command) as store:
+        made = _apply(opened, layers, choices, ties, stacks, statistics, priced, progress, where, store, svd)
+        report = _report(opened, made.rows, method, seed, _total(opened), count_parameters(made.module))
+        if dest is None or store is None:
+            return FactorizeResult(report, made.module)
+        _write(dest, opened, state_of(made.module), made.specs, report)
+        store.remove()
     return FactorizeResult({**report, "bytes_after": _bytes(dest), "output": str(dest)}, made.module, dest)
 
 
@@ -210,7 +214,8 @@ def _check_options(
 
 def _apply(
     opened: OpenedModel, layers: Sequence[Layer], choices: Sequence[Choice], ties: Ties, stacks: Stacks,
-    statistics: Mapping[str, Statistics], priced: Mapping[str, Statistics], progress: Progress,
+    statistics: Mapping[str, Statistics], priced: Mapping[str, Statistics], progress: Progress, where: Pool,
+    store: Store | None, svd: str,
 ) -> _Made:  # fmt: skip
     """Decompose every chosen layer and put it in its place."""
     assert opened.module is not None
@@ -220,6 +225,21 @@ def _apply(
     made: dict[str, Factorization] = {}
     parts: dict[str, Factorization] = {}
     rows: list[dict[str, Any]] = []
+    stacked = {n for first, others in stacks.items() for n in (first, *others)}
+    alone = {
+        n.name: Job(n.weight, c.form, priced.get(n.name), rank=c.rank, options=svd_options(c.form, svd))
+        for n, c in zip(layers, choices, strict=True)
+        if c.form != "dense" and n.name not in leaders and n.name not in stacked
+    }
+    done = zip(alone, run(list(alone.values()), store=store, pool=where, threads=torch.get_num_threads()), strict=True)
+    results: dict[str, Factorization] = {}
+
+    def result(name: str) -> Factorization:
+        while name not in results:
+            following, (_, found) = next(done)
+            results[following] = found
+        return results.pop(name)
+
     with progress.task("factorize", total=len(layers)) as advance:
         for layer, choice in zip(layers, choices, strict=True):
             found = None
