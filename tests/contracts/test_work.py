@@ -262,7 +262,7 @@ def test_workers_are_processes_and_give_the_same_results_in_order(tmp_path):
         jobs = [Job(reference, "svd", rank=r) for r in (1, 2)]
         spread = list(run(jobs, store=store, pool=where, threads=2))
         assert [f.rank for _, f in spread] == [1, 2]
-        loose = [Job(weight((40, 30), i).float(), name, rank=5) for i in range(3) for name in ("svd", "pivoted", "cp")]
+        loose = [Job(weight((40, 30), i).float(), name, rank=5) for i in range(3) for name in ("svd", "pivoted", "kronecker")]
         spread += run(loose, pool=where, threads=2)
         found = [f for _, f in run([Odd(i) for i in range(6)], pool=where, threads=2)]
         pids = {about["pid"] for _, about in found}
