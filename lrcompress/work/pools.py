@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -44,6 +45,10 @@ def pool(workers: int | None = None, cluster: str | None = None) -> Iterator[Poo
     if workers is not None and cluster is not None:
         raise CommandError("--cluster", "one of --workers and --cluster", "both", "a cluster brings its own workers")
     if cluster is not None:
+        if re.fullmatch(r"(?:[a-z]+://)?[^\s/]+:\d{1,5}/?", cluster) is None:
+            raise CommandError(
+                "--cluster", "the address of a Dask scheduler", cluster, "for example tcp://10.0.0.1:8786"
+            )
         from .cluster import on_cluster
 
         with on_cluster(cluster) as found:

@@ -77,6 +77,12 @@ def test_where_a_weight_lies_is_not(tmp_path):
     assert keys == {BASE.key(1)} == {replace(BASE, weight=W.T.contiguous().T).key(1)}
 
 
+def test_a_weight_is_computed_in_one_order_of_memory_wherever_it_is():
+    turned = replace(BASE, weight=W.T.contiguous().T)
+    assert not turned.weight.is_contiguous() and turned._weight().is_contiguous()
+    assert turned.by_value().weight.is_contiguous()
+
+
 def test_a_job_travels_with_its_own_numbers_only(tmp_path):
     wide = torch.randn(2000, 100)
     view = replace(S, gram=torch.zeros(500, 500)[:10, :10].double())
@@ -262,7 +268,9 @@ def test_workers_are_processes_and_give_the_same_results_in_order(tmp_path):
         jobs = [Job(reference, "svd", rank=r) for r in (1, 2)]
         spread = list(run(jobs, store=store, pool=where, threads=2))
         assert [f.rank for _, f in spread] == [1, 2]
-        loose = [Job(weight((40, 30), i).float(), name, rank=5) for i in range(3) for name in ("svd", "pivoted", "kronecker")]
+        loose = [
+            Job(weight((40, 30), i).float(), name, rank=5) for i in range(3) for name in ("svd", "pivoted", "kronecker")
+        ]
         spread += run(loose, pool=where, threads=2)
         found = [f for _, f in run([Odd(i) for i in range(6)], pool=where, threads=2)]
         pids = {about["pid"] for _, about in found}
