@@ -110,7 +110,7 @@ class View:
     def fitted(self, a: Tensor) -> tuple[Tensor, float]:
         """Return the best second filters (out, r, k) for orthonormal first ones (r, n), and their loss."""
         root, x = self._whitened(a)
-        b = torch.linalg.solve_triangular(root.T, x, upper=True).T.reshape(-1, len(a), self.w.shape[2])
+        b: Tensor = torch.linalg.solve_triangular(root.T, x, upper=True).T.reshape(-1, len(a), self.w.shape[2])
         return b, max(self.total - float(self._explained(x).sum()), 0.0)
 
     def refined(self, a: Tensor, b: Tensor) -> Tensor:
@@ -154,7 +154,8 @@ def _orthonormal(a: Tensor) -> Tensor:
 def _root(s: Tensor) -> Tensor:
     """Return a Cholesky factor of a PSD matrix a little above singular."""
     scale = s.diagonal().mean().clamp_min(1e-300)
-    return torch.linalg.cholesky(s + 1e-4 * scale * torch.eye(len(s), dtype=s.dtype))
+    raised: Tensor = torch.linalg.cholesky(s + 1e-4 * scale * torch.eye(len(s), dtype=s.dtype))
+    return raised
 
 
 @dataclass(frozen=True)

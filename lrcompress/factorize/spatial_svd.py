@@ -78,7 +78,7 @@ def _views(weight: Tensor, metric: Statistics) -> list[View]:
 
 def filters(fit: Fit, shape: tuple[int, ...]) -> dict[str, Tensor]:
     """Return the two banks of a fit as `first` and `second` for a weight of this shape."""
-    rank, (out, inner, kh, kw) = len(fit.a), _axes(shape)
+    rank, (_, inner, kh, kw) = len(fit.a), _axes(shape)
     first, second = fit.a.reshape(rank, inner, kw if fit.swap else kh, 1), fit.b[:, :, None]
     if fit.swap:
         first, second = first.transpose(2, 3), second.transpose(2, 3)

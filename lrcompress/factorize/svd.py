@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._linalg import convolve, fix_signs, pointwise, top_eigenvectors, unfolded
+from ._memo import Memo
 from ._types import ConvGeometry, Factorization, Point, Rank, Statistics
 
 LAYERS = frozenset({"linear", "conv", "embedding"})
@@ -90,8 +91,10 @@ def curve(weight: Tensor, statistics: Statistics | None = None) -> list[Point]:
 
 def spectrum(weight: Tensor, statistics: Statistics | None = None) -> Tensor:
     """Return the squared singular values of `weight` in the metric of `statistics`, descending: what each rank explains."""
-    _, _, values = _factors(unfolded(weight).double(), 0, statistics or Statistics())
-    return values
+    return _SPECTRUM(weight, statistics)
+
+
+_SPECTRUM = Memo(lambda weight, metric: _factors(unfolded(weight).double(), 0, metric)[2])
 
 
 def _factors(w: Tensor, rank: int, statistics: Statistics, algorithm: str = "auto") -> tuple[Tensor, Tensor, Tensor]:

@@ -24,6 +24,7 @@ from ..errors import ModelError
 from ..factorize import Rank
 from ..files import made_by, sha256_json, write_json
 from . import OpenedModel, describe, open_model, skeleton
+from .folding import refold
 from .layers import FactorizedLayer
 from .stored import StoredTensors, described, open_index, open_stored, reader
 from .surgery import empty_layer, factorized_layers
@@ -151,9 +152,13 @@ def write_compressed(
     tensors: Mapping[str, Tensor],
     layers: Mapping[str, Any],
     report: Mapping[str, Any],
+    folded: Mapping[str, str] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> str:
-    """Write a checkpoint into the folder `stage` that will become `dest`, tensor by tensor; return its digest."""
+    """Write a checkpoint into the folder `stage` that will become `dest`, tensor by tensor; return its digest.
+
+    `folded`: {normalization: the layer that it was folded into}.
+    """
     digest = _digest(tensors, write_tensors(stage, tensors, shard_bytes=shard_bytes), layers)
     source = None if opened.path is None else os.path.relpath(opened.path.resolve(), dest.resolve())
     spec = {
@@ -163,6 +168,7 @@ def write_compressed(
         "source": {"path": source, "digest": opened.digest, "kind": opened.kind},
         "model": describe(opened, stage),
         "layers": dict(layers),
+        **({"folded": dict(folded)} if folded else {}),
         **report,
     }
     write_json(stage / MARKER, spec)
@@ -200,6 +206,15 @@ def load_compressed(folder: Path) -> Compressed:
     if opened.module is None:
         return Compressed(folder, digest, spec, opened, None, tensors)
     module = opened.module
+    try:
+        refold(module, spec.get("folded", {}))
+    except AttributeError as e:
+        raise ModelError(
+            folder,
+            "an architecture with the layers it was made from",
+            str(e),
+            "the architecture changed: factorize again",
+        ) from e
     for name, layer in layers.items():
         rank = tuple(layer["rank"]) if isinstance(layer["rank"], list) else layer["rank"]
         shapes = {k: tuple(v) for k, v in layer["factors"].items()}

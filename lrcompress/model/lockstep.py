@@ -17,6 +17,7 @@ stop also tells by how much that value has drifted, so that the layer can make u
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -39,7 +40,7 @@ class Pair:
     """What a layer reads in one batch: of the network as it is, and of the copy.
 
     `answer`: what the layer says to `clean`. `behind`: by how much the value that it will be added to is larger in
-    the network than in the copy, shaped like the answer; None where it is added to nothing, or to what comes later.
+    the network than in the copy, shaped like the answer; None where it is added to nothing.
     """
 
     clean: Tensor
@@ -54,15 +55,16 @@ class Stop:
 
     layer: str
     _at: Sequence[tuple[_Arrival, _Arrival]]
+    _ahead: Callable[[int], tuple[Tensor, Tensor] | None]
 
     def pairs(self) -> Iterator[Pair]:
         """Yield what the layer reads, batch by batch."""
-        for clean, drifted in self._at:
-            behind = None
-            if clean.other is not None and drifted.other is not None:
-                behind = clean.other - drifted.other
+        for k, (clean, drifted) in enumerate(self._at):
+            others = self._ahead(k)
+            if others is None and clean.other is not None and drifted.other is not None:
+                others = clean.other, drifted.other
             assert clean.answer is not None
-            yield Pair(clean.value, drifted.value, clean.answer, behind)
+            yield Pair(clean.value, drifted.value, clean.answer, None if others is None else others[0] - others[1])
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,12 @@ class Flow:
     """How values run between the layers of a network, as one small batch showed it.
 
     `calls`: the layers in the order they are called, with repetitions. `additions`: layer → position of the value
-    that its answer is added to, where that exists before the layer is called.
+    that its answer is added to, where that exists before the layer is called; `ahead`: where it comes later.
     """
 
     calls: tuple[str, ...]
     additions: Mapping[str, int]
+    ahead: Mapping[str, int]
 
     @property
     def once(self) -> tuple[str, ...]:
@@ -95,16 +98,18 @@ class _Arrival:
     other: Tensor | None
 
 
-class _Counting(TorchDispatchMode):
+class Counting(TorchDispatchMode):
     """Give every value that is made outside of layers its position; keep those that are wanted, or all of them.
 
-    Layers count too: their answer takes a position like any other operation, whatever happens inside.
+    Layers count too: their answer takes a position like any other operation, whatever happens inside. The pass ends
+    behind position `last`.
     """
 
-    def __init__(self, wanted: Collection[int] | None) -> None:
+    def __init__(self, wanted: Collection[int] | None, *, last: int | None = None) -> None:
         super().__init__()
         self.position = 0
         self.inside = False
+        self._last = last
         self.values: dict[int, Tensor] = {}
         self.uses: list[tuple[Any, tuple[Tensor, ...], dict[str, Any], int]] = []
         self._wanted = wanted
@@ -123,20 +128,20 @@ class _Counting(TorchDispatchMode):
         """Count one operation whose result is `out`."""
         if isinstance(out, Tensor) and (self._wanted is None or self.position in self._wanted):
             self.values[self.position] = out
+        if self.position == self._last:
+            raise _Abandoned
         self.position += 1
 
 
 def flow_of(opened: OpenedModel, module: nn.Module, inputs: Mapping[str, Tensor], names: Collection[str]) -> Flow:
     """Run one small batch and return how the named layers are called and what their answers are added to."""
-    counting = _Counting(None)
+    counting = Counting(None)
     calls: list[str] = []
-    born: dict[int, int] = {}  # position of the call of each answer
     answers: dict[str, int] = {}
 
     def before(layer: str) -> None:
         counting.inside = True
         calls.append(layer)
-        born[len(calls) - 1] = counting.position
 
     def after(layer: str, out: Tensor) -> None:
         counting.inside = False
@@ -148,17 +153,15 @@ def flow_of(opened: OpenedModel, module: nn.Module, inputs: Mapping[str, Tensor]
     numbers: dict[int, list[int]] = {}
     for position, value in sorted(counting.values.items()):
         numbers.setdefault(id(value), []).append(position)
-    additions = {}
+    additions, ahead = {}, {}
     for layer, position in answers.items():
-        if calls.count(layer) != 1:
-            continue
-        other = _added_to(counting, position, numbers)
-        if other is not None and other < position:
-            additions[layer] = other
-    return Flow(tuple(calls), additions)
+        other = _added_to(counting, position, numbers) if calls.count(layer) == 1 else None
+        if other is not None:
+            (additions if other < position else ahead)[layer] = other
+    return Flow(tuple(calls), additions, ahead)
 
 
-def _added_to(counting: _Counting, position: int, numbers: Mapping[int, list[int]]) -> int | None:
+def _added_to(counting: Counting, position: int, numbers: Mapping[int, list[int]]) -> int | None:
     """Return the position of the value that the one at `position` is added to, None if it is used in another way."""
 
     def current(value: Tensor, before: int) -> int | None:
@@ -245,10 +248,10 @@ class _Strand:
 
 @dataclass
 class _Pass:
-    """What one thread knows of its pass."""
+    """What one thread knows of its pass, which stands still at layers where there is a `strand`."""
 
-    strand: _Strand
-    counting: _Counting
+    strand: _Strand | None
+    counting: Counting
     flow: Flow
 
     def other(self, layer: str) -> Tensor | None:
@@ -279,7 +282,8 @@ class _Gate(nn.Module):
         if here is None:
             return self.layer(*args, **kwargs)
         here.counting.inside = True
-        here.strand.stand(_Arrival(self._name, _first(args, kwargs), None, here.other(self._name)))
+        if here.strand is not None:
+            here.strand.stand(_Arrival(self._name, _first(args, kwargs), None, here.other(self._name)))
         out = self.layer(*args, **kwargs)
         here.counting.inside = False
         here.counting.made(out)
@@ -312,14 +316,43 @@ def lockstep(
             (_strand(opened, original, b, here, flow, wanted), _strand(opened, copy, b, here, flow, wanted))
             for b in batches
         ]
+
+        def ahead(name: str, k: int) -> tuple[Tensor, Tensor] | None:
+            at = flow.ahead.get(name)
+            if at is None:
+                return None
+            return _run_to(opened, original, batches[k], here, flow, at), _run_to(
+                opened, copy, batches[k], here, flow, at
+            )
+
         try:
             for name in order:
-                yield Stop(name, [(_expect(a, name), _expect(b, name)) for a, b in strands])
+                at = [(_expect(a, name), _expect(b, name)) for a, b in strands]
+                yield Stop(name, at, functools.partial(ahead, name))
             for strand in (s for pair in strands for s in pair):
                 strand.advance()
         finally:
             for strand in (s for pair in strands for s in pair):
                 strand.abandon()
+
+
+def _run_to(
+    opened: OpenedModel,
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    here: threading.local,
+    flow: Flow,
+    position: int,
+) -> Tensor:
+    """Return the value at `position` of a pass that does not stand still: what lies ahead of the others."""
+    counting = Counting({position}, last=position)
+    here.now = _Pass(None, counting, flow)
+    try:
+        with contextlib.suppress(_Abandoned), torch.no_grad(), counting:
+            opened.outputs(module, inputs)
+    finally:
+        here.now = None
+    return counting.values[position]
 
 
 def at_stop(name: str) -> str:
@@ -340,7 +373,7 @@ def _strand(
     wanted: Collection[int],
 ) -> _Strand:  # fmt: skip
     def forward(strand: _Strand) -> None:
-        counting = _Counting(wanted)
+        counting = Counting(wanted)
         here.now = _Pass(strand, counting, flow)
         with counting:
             opened.outputs(module, inputs)
@@ -372,7 +405,8 @@ def _stopped(original: nn.Module, names: Sequence[str], here: threading.local) -
         def run(_: nn.Module, args: Any, kwargs: Any, out: Tensor) -> None:
             now: _Pass | None = getattr(here, "now", None)
             if now is not None:
-                now.strand.stand(_Arrival(name, _first(args, kwargs), out, now.other(name)))
+                if now.strand is not None:
+                    now.strand.stand(_Arrival(name, _first(args, kwargs), out, now.other(name)))
                 now.counting.inside = False
                 now.counting.made(out)
 

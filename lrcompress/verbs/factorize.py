@@ -6,7 +6,6 @@ result = factorize(model, ratio=0.5, calib=data, output="compressed")
 
 from __future__ import annotations
 
-import copy
 import importlib.metadata
 import resource
 import warnings
@@ -20,21 +19,22 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..data import Data
-from ..errors import CommandError, LrcompressWarning, PlanError
-from ..factorize import Factorization, Refused, Statistics, form, forms
+from ..errors import CommandError, LrcompressWarning
+from ..factorize import form, forms
 from ..files import check_output, staged_folder
 from ..model import InputSpec, OpenedModel, check_finite, open_model
-from ..model.checkpoint import MAKER, MARKER, module_layers, state_of, write_compressed
+from ..model.checkpoint import MAKER, MARKER, state_of, write_compressed
 from ..model.stored import described
-from ..model.surgery import Layer, count_parameters, replace_layer
-from ..model.ties import for_member, lift_ties, share_factors
+from ..model.surgery import count_parameters
 from ..plan import Choice
 from ..progress import Progress, Silent
-from ..work import Job, Pool, Store, pool, run
-from .sources import device_of, layers_of, no_network, statistics_of, with_inputs
-from .stacked import Stacks, choose_shared, decompose_stack, same_input
-from .streamed import Asked, count, factorize_stored, kept, row, svd_options
-from .tied import Ties, choose, planned, weighed
+from ..work import Pool, pool
+from .applying import Spread, apply_choices
+from .planning import Prepared, budget_of, plan_within, prepare, spread_over
+from .sources import device_of, no_network
+from .stacked import Stacks, choose_shared, same_input
+from .streamed import Asked, count, factorize_stored, kept
+from .tied import choose, planned
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,11 @@ def factorize(
     plan: str | Path | None = None,
     method: str | None = None,
     svd: str = "auto",
+    multiple: int = 1,
     calib: str | Data | None = None,
+    select: Data | None = None,
+    quick: bool = False,
+    anchor: bool = True,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     arch: str | None = None,
@@ -75,11 +79,16 @@ def factorize(
     """Make a pretrained network small: exactly one of `rank`, `ratio`, `energy`, `plan` says how small.
 
     `method`: a form, or "auto" (the default with data; "svd" without). `svd`: "full", "randomized", or "auto" for the
-    cheaper. `include`/`exclude`: patterns on layer names. `workers`, `cluster`: so many processes, or the address of a
-    Dask scheduler, that the layers are spread over. A killed run continues where the same is asked again. Raises `CommandError`, `ModelError`, `DataError`, `PlanError`, `BudgetError`.
+    cheaper. `multiple`: of which ranks are multiples. `calib`: inputs to weigh errors by; with them layers are fitted in
+    the order of depth (`anchor`), and a ratio is planned by measurements on `select`, or on `calib` (not with `quick`).
+    `include`/`exclude`: patterns on layer names. `workers`, `cluster`: so many processes, or the address of a Dask
+    scheduler, that the layers are spread over. A killed run continues where the same is asked again.
+    Raises `CommandError`, `ModelError`, `DataError`, `PlanError`, `BudgetError`.
     """
     progress = progress or Silent()
     _check_options(rank, ratio, energy, plan, method, svd)
+    if multiple < 1:
+        raise CommandError("lrcompress factorize --rank-multiple", "a whole number of at least 1", multiple)
     device = device_of(compute)
     if threads:
         torch.set_num_threads(threads)
@@ -97,35 +106,48 @@ def factorize(
         with pool(workers, cluster) as where:
             return _of_tensors(opened, asked, where, seed, None if output is None else Path(output), progress)
     check_finite(opened.module.state_dict(), opened.path)
-    layers, ties = lift_ties(opened.module, layers_of(opened, include, exclude, verb="factorize"))
-    statistics: dict[str, Statistics] = {}
-    if calib is not None:
-        opened = with_inputs(opened, calib)
-        statistics = statistics_of(opened, layers, calib, seed=seed, compute=device, progress=progress, cache=cache)
-    method = method or ("auto" if statistics else "svd")
-    priced = weighed(layers, ties, statistics)
-    stacks: Stacks = {}
-    if plan is not None:
-        choices = planned(Path(plan), layers, ties)
-    elif method == "shared":
-        stacks = same_input(layers, statistics)
-        how = {"rank": rank, "ratio": ratio, "energy": energy}
-        choices = choose_shared(layers, stacks, total=_total(opened), statistics=statistics, **how)
-    else:
-        choices = choose(
-            layers, ties, total=_total(opened), statistics=priced, method=method, rank=rank, ratio=ratio, energy=energy
-        )
+    prepared = prepare(
+        opened, include=include, exclude=exclude, calib=calib, seed=seed, compute=device, cache=cache, progress=progress
+    )
+    method = method or ("auto" if prepared.statistics else "svd")
+    sizes = {"rank": rank, "ratio": ratio, "energy": energy}
+    choices, stacks = _chosen(
+        prepared, sizes, plan, method, multiple=multiple, quick=quick, select=select, progress=progress
+    )
     dest = None if output is None else Path(output)
-    # What decides the results is in their keys; the name of the store only tells commands apart.
-    command = ["factorize", opened.digest, method, *map(str, (rank, ratio, energy, plan)), list(include), list(exclude)]
+    # What decides a result is in its key; this only tells commands apart.
+    named = [method, *map(str, (rank, ratio, energy, plan, multiple, anchor, quick)), list(include), list(exclude), svd]
+    command = ["factorize", opened.digest, named, None if isinstance(calib, Data) else str(calib)]
+    opened = prepared.opened
     with pool(workers, cluster) as where, kept(dest, command) as store:
-        made = _apply(opened, layers, choices, ties, stacks, statistics, priced, progress, where, store, svd)
-        report = _report(opened, made.rows, method, seed, _total(opened), count_parameters(made.module))
+        made = apply_choices(prepared, choices, stacks, progress, Spread(where, store, svd), anchor=anchor)
+        report = _report(opened, made.rows, method, seed, prepared.total, count_parameters(made.module))
         if dest is None or store is None:
             return FactorizeResult(report, made.module)
-        _write(dest, opened, state_of(made.module), made.specs, report)
+        _write(dest, opened, state_of(made.module), made.specs, report, prepared.folded)
         store.remove()
     return FactorizeResult({**report, "bytes_after": _bytes(dest), "output": str(dest)}, made.module, dest)
+
+
+def _chosen(
+    prepared: Prepared, sizes: Mapping[str, Any], plan: str | Path | None, method: str, *, multiple: int, quick: bool,
+    select: Data | None, progress: Progress,
+) -> tuple[list[Choice], Stacks]:  # fmt: skip
+    """Return one choice per layer, and the stacks of layers that share a basis."""
+    layers, ties = prepared.layers, prepared.ties
+    if plan is not None:
+        return planned(Path(plan), layers, ties, prepared.opened.digest), {}
+    if method == "shared":
+        stacks = same_input(layers, prepared.statistics)
+        total = prepared.total
+        return choose_shared(layers, stacks, total=total, statistics=prepared.statistics, **sizes), stacks
+    if sizes["ratio"] is None:
+        return choose(layers, ties, total=prepared.total, statistics=prepared.priced, method=method, **sizes), {}
+    budget = budget_of(prepared, ratio=sizes["ratio"])
+    found = plan_within(
+        prepared, budget, method=method, multiple=multiple, measure=not quick, select=select, progress=progress
+    )
+    return spread_over(prepared, found.choices), {}
 
 
 def _of_tensors(
@@ -138,15 +160,6 @@ def _of_tensors(
             return FactorizeResult(report)
         _write(dest, opened, made.tensors, made.specs, report)
     return FactorizeResult({**report, "bytes_after": _bytes(dest), "output": str(dest)}, None, dest)
-
-
-@dataclass(frozen=True)
-class _Made:
-    """What decomposing gave: the module, layer specs and report rows."""
-
-    module: nn.Module
-    specs: dict[str, Any]
-    rows: list[dict[str, Any]]
 
 
 def _report(
@@ -169,8 +182,9 @@ def _report(
 
 
 def _write(
-    dest: Path, opened: OpenedModel, tensors: Mapping[str, Tensor], specs: Mapping[str, Any], report: dict[str, Any]
-) -> None:
+    dest: Path, opened: OpenedModel, tensors: Mapping[str, Tensor], specs: Mapping[str, Any], report: dict[str, Any],
+    folded: Mapping[str, str] | None = None,
+) -> None:  # fmt: skip
     """Write the compressed checkpoint: complete, or not at all."""
     packages = {p: importlib.metadata.version(p) for p in ("torch", "tensorly", "numpy")}
     about = {
@@ -179,7 +193,7 @@ def _write(
         "versions": {"lrcompress": __version__, **packages},
     }
     with staged_folder(dest, maker=MAKER, marker=MARKER) as stage:
-        write_compressed(stage, dest, opened, tensors=tensors, layers=specs, report=about)
+        write_compressed(stage, dest, opened, tensors=tensors, layers=specs, report=about, folded=folded)
 
 
 def _check_options(
@@ -210,72 +224,6 @@ def _check_options(
             raise CommandError(
                 f"{where} --method", f"auto or one of {', '.join(forms())}", method, e.args[0].partition("; ")[2]
             ) from e
-
-
-def _apply(
-    opened: OpenedModel, layers: Sequence[Layer], choices: Sequence[Choice], ties: Ties, stacks: Stacks,
-    statistics: Mapping[str, Statistics], priced: Mapping[str, Statistics], progress: Progress, where: Pool,
-    store: Store | None, svd: str,
-) -> _Made:  # fmt: skip
-    """Decompose every chosen layer and put it in its place."""
-    assert opened.module is not None
-    module = _copied(opened.module)
-    leaders = {f: leader for leader, followers in ties.items() for f in followers}
-    by_name = {layer.name: layer for layer in layers}
-    made: dict[str, Factorization] = {}
-    parts: dict[str, Factorization] = {}
-    rows: list[dict[str, Any]] = []
-    stacked = {n for first, others in stacks.items() for n in (first, *others)}
-    alone = {
-        n.name: Job(n.weight, c.form, priced.get(n.name), rank=c.rank, options=svd_options(c.form, svd))
-        for n, c in zip(layers, choices, strict=True)
-        if c.form != "dense" and n.name not in leaders and n.name not in stacked
-    }
-    done = zip(alone, run(list(alone.values()), store=store, pool=where, threads=torch.get_num_threads()), strict=True)
-    results: dict[str, Factorization] = {}
-
-    def result(name: str) -> Factorization:
-        while name not in results:
-            following, (_, found) = next(done)
-            results[following] = found
-        return results.pop(name)
-
-    with progress.task("factorize", total=len(layers)) as advance:
-        for layer, choice in zip(layers, choices, strict=True):
-            found = None
-            if choice.form != "dense":
-                first = leaders.get(layer.name, layer.name)
-                found = made.get(first) or parts.get(layer.name)
-                if layer.name in stacks and isinstance(choice.rank, int):
-                    parts |= decompose_stack(layer.name, stacks, by_name, choice.rank, statistics)
-                    found = parts[layer.name]
-                if found is None:
-                    found = _decomposed(choice, by_name[first], priced.get(first))
-                if first in ties:
-                    made[first] = found
-                    found = for_member(found, layer, statistics.get(layer.name))
-                replace_layer(module, layer.name, found)
-            rows.append(row(layer, choice, found, tied=layer.name in leaders))
-            advance(1, layer.name)
-    for leader in made:
-        share_factors(module, leader, ties[leader])
-    for first, others in stacks.items():
-        if first in parts:
-            share_factors(module, first, others, ["V"])
-    return _Made(module, module_layers(module), rows)
-
-
-def _decomposed(choice: Choice, layer: Layer, statistics: Statistics | None) -> Factorization:
-    try:
-        return form(choice.form).decompose(layer.weight, choice.rank, statistics)  # type: ignore[no-any-return]
-    except Refused as e:
-        raise PlanError(f"{layer.name}: {choice.form}", e.expected, e.got, e.remedy) from e
-
-
-def _copied(module: nn.Module) -> nn.Module:
-    """Copy a module; a weight that a hook computes is copied as the number it is now."""
-    computed = [t for m in module.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
-    return copy.deepcopy(module, {id(t): t.detach().clone() for t in computed})
 
 
 def _total(opened: OpenedModel) -> int:

@@ -84,7 +84,7 @@ def statistics_of(
     `cache`: whether a pass may be answered by, and kept in, the cache that the environment names.
     """
     wanted = [layer for layer in layers if layer.reason is None]
-    if not isinstance(calib, Data) and is_statistics(calib):
+    if not isinstance(calib, Data) and is_kept(calib):
         return read_statistics(calib, model=opened.digest, layers=wanted)
     if opened.module is None:
         raise no_network(opened)
@@ -100,6 +100,11 @@ def statistics_of(
             LrcompressWarning, stacklevel=3,
         )  # fmt: skip
     return statistics
+
+
+def is_kept(calib: str | Path | Data) -> bool:
+    """Return whether `calib` is a folder of statistics rather than data."""
+    return not isinstance(calib, Data) and is_statistics(calib)
 
 
 def no_network(opened: OpenedModel) -> ModelError:
@@ -127,7 +132,7 @@ def with_inputs(opened: OpenedModel, calib: str | Path | Data) -> OpenedModel:
     The first axis is the batch; ids (whole numbers along one axis) may be of any length. A single array takes the name
     of forward's one argument.
     """
-    if opened.inputs or opened.module is None or (not isinstance(calib, Data) and is_statistics(calib)):
+    if opened.inputs or opened.module is None or is_kept(calib):
         return opened
     data = for_model(calib, opened)
     return replace(opened, inputs=_shown(data, opened)) if len(data) else opened

@@ -27,7 +27,7 @@ from ..model.stored import Piece, Reference, StoredFile, StoredTensors, held
 from ..model.surgery import Layer, tensors_as_layers
 from ..model.ties import place, tied_tensors
 from ..plan import Choice
-from ..plan.selection import candidates
+from ..plan.options import candidates
 from ..progress import Progress
 from ..work import Curve, CurveJob, Job, Pool, Store, run
 from .sources import marked
@@ -92,7 +92,7 @@ def factorize_stored(
     if asked.method == "shared":
         same_input(layers, {})  # it takes data, which take a network
     total = count(about)
-    work = _Work(tensors, layers, ties, asked, pool, progress, torch.get_num_threads())
+    work = _Work(tensors, layers, ties, asked, pool, progress, torch.get_num_threads(), opened.digest)
     return _streamed(work, opened, total, output)
 
 
@@ -131,6 +131,7 @@ class _Work:
     pool: Pool
     progress: Progress
     threads: int
+    digest: str
 
     @property
     def needs_curves(self) -> bool:
@@ -144,7 +145,7 @@ class _Work:
         """Return one choice per layer of a model of `total` numbers."""
         asked = self.asked
         if asked.plan is not None:
-            return planned(asked.plan, self.layers, self.ties)
+            return planned(asked.plan, self.layers, self.ties, self.digest)
         layers = self.priced(store) if self.needs_curves else self.layers
         how = {"method": asked.method, "rank": asked.rank, "ratio": asked.ratio, "energy": asked.energy}
         return choose(layers, self.ties, total=total, statistics={}, **how)
@@ -174,7 +175,8 @@ class _Work:
         pairs = list(zip(self.layers, choices, strict=True))
         leaders = [(n, c) for n, c in pairs if c.form != "dense" and n.name not in followers]
         jobs = [
-            Job(self.weight(n), c.form, rank=c.rank, options=svd_options(c.form, self.asked.svd)) for n, c in leaders
+            Job(self.weight(n), c.form, rank=c.rank, options=svd_options(c.form, self.asked.svd), name=n.name)
+            for n, c in leaders
         ]
         done = run(jobs, store=store, pool=self.pool, threads=self.threads)
         out = _Output(self.tensors)
