@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-build
 
-.PHONY: demo test test-long bench-forms mutants lint clean help
+.PHONY: demo test test-long bench-forms bench-stream mutants lint clean help
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -28,6 +28,9 @@ test-long: $(STAMP) ## the long tests
 
 bench-forms: $(STAMP) ## what statistics are worth, form by form, on layers of real networks
 	$(BIN)/python -m tests.benchmarks.bench_forms
+
+bench-stream: $(STAMP) ## memory and time on layers as large as those of a 7B model
+	$(BIN)/python -m tests.benchmarks.bench_stream
 
 mutants: $(STAMP) ## plant faults in the decompositions and see the tests catch each
 	$(BIN)/python tests/mutants.py

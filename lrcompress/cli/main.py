@@ -36,7 +36,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
 #: Packages of the extras: their absence is the user's to repair, not a bug of ours.
 BUILD_PACKAGES = {
     "accelerate", "datasets", "jinja2", "joblib", "matplotlib", "onnx", "onnx_ir", "onnxscript", "optimum", "pydantic",
-    "rich", "scipy", "sklearn", "tensorly", "torch", "transformers", "yaml",
+    "rich", "scipy", "sklearn", "tensorly", "threadpoolctl", "torch", "transformers", "yaml",
 }  # fmt: skip
 
 

@@ -94,6 +94,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor], names: Sequence[str]) -> d
             del value  # or it would be there beside the next one
         if f.tell() != 8 + len(text) + at:
             raise RuntimeError(f"{path}: a tensor is not of the size that was described")
+    path.chmod(0o644)
     return hashes
 
 

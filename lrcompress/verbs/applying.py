@@ -6,14 +6,14 @@ All others are, with calibration data, fitted to what the layers before them cha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
-from ..errors import PlanError
-from ..factorize import Factorization, Refused, Statistics, form
+from ..factorize import Factorization, Statistics
 from ..fit import Fitted, apply_in_depth, fitting_layers, reestimated
 from ..model import tensors_of
 from ..model.checkpoint import module_layers
@@ -21,9 +21,38 @@ from ..model.surgery import Layer, replace_layer
 from ..model.ties import for_member, share_factors
 from ..plan import Choice
 from ..progress import Progress
+from ..work import Job, Pool, Store, run
 from .planning import Prepared, copy_of, judged
 from .stacked import Stacks, decompose_stack
-from .streamed import row
+from .streamed import row, svd_options
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Where layers that stand for themselves are decomposed, where the results are kept, and how an SVD is computed."""
+
+    pool: Pool
+    store: Store | None
+    svd: str
+
+    def decomposed(
+        self, choices: Sequence[Choice], layers: Mapping[str, Layer], statistics: Mapping[str, Statistics]
+    ) -> Callable[[str], Factorization]:
+        """Return what gives the factors of each chosen layer once; they are computed in the order of `choices`."""
+        jobs = [
+            Job(layers[c.name].weight, c.form, statistics.get(c.name), rank=c.rank, options=svd_options(c.form, self.svd), name=c.name)
+            for c in choices
+        ]  # fmt: skip
+        done = zip(choices, run(jobs, store=self.store, pool=self.pool, threads=torch.get_num_threads()), strict=True)
+        ready: dict[str, Factorization] = {}
+
+        def result(name: str) -> Factorization:
+            while name not in ready:  # a tied layer may ask before its turn
+                choice, (_, found) = next(done)
+                ready[choice.name] = found
+            return ready.pop(name)
+
+        return result
 
 
 @dataclass(frozen=True)
@@ -36,14 +65,20 @@ class Made:
 
 
 def apply_choices(
-    prepared: Prepared, choices: Sequence[Choice], stacks: Stacks, progress: Progress, *, anchor: bool = True
+    prepared: Prepared,
+    choices: Sequence[Choice],
+    stacks: Stacks,
+    progress: Progress,
+    spread: Spread,
+    *,
+    anchor: bool = True,
 ) -> Made:
     """Return a copy of the prepared network with every layer what its choice says, and the report's rows."""
     module = copy_of(prepared.network)
     in_depth = _in_depth(prepared, choices, stacks) if anchor else []
     names = {layer.name for layer in in_depth}
     by_choice = {c.name: c for c in choices}
-    own = _place(prepared, module, [c for c in choices if c.name not in names], stacks, progress)
+    own = _place(prepared, module, [c for c in choices if c.name not in names], stacks, progress, spread)
     fitted: dict[str, Fitted] = {}
     if in_depth and prepared.data is not None:
         fitted = apply_in_depth(
@@ -79,7 +114,7 @@ def _in_depth(prepared: Prepared, choices: Sequence[Choice], stacks: Stacks) -> 
 
 
 def _place(
-    prepared: Prepared, module: nn.Module, choices: Sequence[Choice], stacks: Stacks, progress: Progress
+    prepared: Prepared, module: nn.Module, choices: Sequence[Choice], stacks: Stacks, progress: Progress, spread: Spread
 ) -> dict[str, Factorization]:
     """Decompose the layers of `choices` by their own statistics, put them in their places, and return the factors."""
     ties = prepared.ties
@@ -88,6 +123,9 @@ def _place(
     made: dict[str, Factorization] = {}
     parts: dict[str, Factorization] = {}
     placed = {}
+    stacked = {n for first, others in stacks.items() for n in (first, *others)}
+    alone = [c for c in choices if c.form != "dense" and c.name not in leaders and c.name not in stacked]
+    alone_found = spread.decomposed(alone, by_name, prepared.priced)
     with progress.task("factorize", total=len(choices)) as advance:
         for choice in choices:
             layer = by_name[choice.name]
@@ -98,7 +136,7 @@ def _place(
                     parts |= decompose_stack(layer.name, stacks, by_name, choice.rank, prepared.statistics)
                     found = parts[layer.name]
                 if found is None:
-                    found = _decomposed(choice, by_name[first], prepared.priced.get(first))
+                    found = alone_found(first)
                 if first in ties:
                     made[first] = found
                     found = for_member(found, layer, prepared.statistics.get(layer.name))
@@ -111,10 +149,3 @@ def _place(
         if first in parts:
             share_factors(module, first, others, ["V"])
     return placed
-
-
-def _decomposed(choice: Choice, layer: Layer, statistics: Statistics | None) -> Factorization:
-    try:
-        return form(choice.form).decompose(layer.weight, choice.rank, statistics)  # type: ignore[no-any-return]
-    except Refused as e:
-        raise PlanError(f"{layer.name}: {choice.form}", e.expected, e.got, e.remedy) from e

@@ -29,11 +29,11 @@ from ..model.surgery import count_parameters
 from ..plan import Choice
 from ..progress import Progress, Silent
 from ..work import Pool, pool
-from .applying import apply_choices
+from .applying import Spread, apply_choices
 from .planning import Prepared, budget_of, plan_within, prepare, spread_over
 from .sources import device_of, no_network
 from .stacked import Stacks, choose_shared, same_input
-from .streamed import Asked, count, factorize_stored
+from .streamed import Asked, count, factorize_stored, kept
 from .tied import choose, planned
 
 
@@ -114,13 +114,18 @@ def factorize(
     choices, stacks = _chosen(
         prepared, sizes, plan, method, multiple=multiple, quick=quick, select=select, progress=progress
     )
-    made = apply_choices(prepared, choices, stacks, progress, anchor=anchor)
+    dest = None if output is None else Path(output)
+    # What decides a result is in its key; this only tells commands apart.
+    named = [method, *map(str, (rank, ratio, energy, plan, multiple, anchor, quick)), list(include), list(exclude), svd]
+    command = ["factorize", opened.digest, named, None if isinstance(calib, Data) else str(calib)]
     opened = prepared.opened
-    report = _report(opened, made.rows, method, seed, prepared.total, count_parameters(made.module))
-    if output is None:
-        return FactorizeResult(report, made.module)
-    dest = Path(output)
-    _write(dest, opened, state_of(made.module), made.specs, report, prepared.folded)
+    with pool(workers, cluster) as where, kept(dest, command) as store:
+        made = apply_choices(prepared, choices, stacks, progress, Spread(where, store, svd), anchor=anchor)
+        report = _report(opened, made.rows, method, seed, prepared.total, count_parameters(made.module))
+        if dest is None or store is None:
+            return FactorizeResult(report, made.module)
+        _write(dest, opened, state_of(made.module), made.specs, report, prepared.folded)
+        store.remove()
     return FactorizeResult({**report, "bytes_after": _bytes(dest), "output": str(dest)}, made.module, dest)
 
 

@@ -100,17 +100,26 @@ def factorize_stored(
 def _streamed(work: _Work, opened: OpenedModel, total: int, output: Path | None) -> Iterator[Streamed]:
     # By rank or plan the choice needs no numbers: what is wrong with it is said before anything is written.
     choices = None if work.needs_curves else work.choose(total)
-    if output is None:
-        yield work.decompose(choices or work.choose(total), None)
-        return
-    if choices is not None:
+    if choices is not None and output is not None:
         work.check_space(choices, output)
-    with Store.open(output, work.asked.command(opened)) as store:
+    with kept(output, work.asked.command(opened)) as store:
         if choices is None:
             choices = work.choose(total, store)
-            work.check_space(choices, output, store)
+            if output is not None:
+                work.check_space(choices, output, store)
         yield work.decompose(choices, store)
-        store.remove()
+        if store is not None:
+            store.remove()
+
+
+def kept(output: Path | None, command: list[Any]) -> contextlib.AbstractContextManager[Store | None]:
+    """Open the store of a command beside its output; None where nothing is written."""
+    return contextlib.nullcontext() if output is None else Store.open(output, command)
+
+
+def svd_options(form_name: str, algorithm: str) -> dict[str, Any]:
+    """Return the arguments of a form that takes the algorithm of its SVD."""
+    return {"algorithm": algorithm} if form_name == "svd" and algorithm != "auto" else {}
 
 
 @dataclass(frozen=True)
@@ -165,7 +174,10 @@ class _Work:
         followers = self.followers
         pairs = list(zip(self.layers, choices, strict=True))
         leaders = [(n, c) for n, c in pairs if c.form != "dense" and n.name not in followers]
-        jobs = [Job(self.weight(n), c.form, rank=c.rank, options=self.options(c)) for n, c in leaders]
+        jobs = [
+            Job(self.weight(n), c.form, rank=c.rank, options=svd_options(c.form, self.asked.svd), name=n.name)
+            for n, c in leaders
+        ]
         done = run(jobs, store=store, pool=self.pool, threads=self.threads)
         out = _Output(self.tensors)
         found: dict[str, Factorization] = {}
@@ -182,9 +194,6 @@ class _Work:
             out.name(layer, own, leader)
             out.rows.append(row(layer, choice, own, tied=leader is not None))
         return out.streamed(kept=store is not None)
-
-    def options(self, choice: Choice) -> dict[str, Any]:
-        return {"algorithm": self.asked.svd} if choice.form == "svd" and self.asked.svd != "auto" else {}
 
     def weight(self, layer: Layer) -> Tensor | Reference:
         """Return a layer's weight for a job: a reference where it lies in a file."""

@@ -31,25 +31,38 @@ def on_cluster(address: str) -> Iterator[Cluster]:
     except ModuleNotFoundError as e:
         raise MissingExtraError("lrcompress factorize --cluster", e.name or "distributed", "cluster") from e
     where = f"--cluster {address}"
-    log = logging.getLogger("distributed")
-    level = log.level
-    log.setLevel(logging.CRITICAL)  # what matters comes as one line of ours
     client = None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about versions that differ: `_check_workers` has a say in that
+    with (
+        _silent("distributed", "tornado", "asyncio"),
+        warnings.catch_warnings(),
+    ):  # what matters comes as one line of ours
+        warnings.simplefilter("ignore")  # about versions that differ: `_check_workers` has a say in that
+        try:
             try:
                 client = distributed.Client(address, timeout=ANSWER_SECONDS, set_as_default=False)
             except Exception as e:  # each transport has errors of its own
                 remedy = "start one with 'dask scheduler', and give the address it prints"
                 raise HostError(where, "a Dask scheduler that answers", _short(e), remedy) from e
-        _check_workers(client, where)
-        yield Cluster(client, where)
+            _check_workers(client, where)
+            yield Cluster(client, where)
+        finally:
+            if client is not None:
+                with contextlib.suppress(Exception):  # it is gone, or goes now
+                    client.close(timeout=2)
+
+
+@contextlib.contextmanager
+def _silent(*packages: str) -> Iterator[None]:
+    """Let the loggers of some packages say nothing."""
+    known = [*packages, *(n for n in logging.root.manager.loggerDict if n.partition(".")[0] in packages)]
+    levels = {n: logging.getLogger(n).level for n in known}
+    try:
+        for n in known:
+            logging.getLogger(n).setLevel(logging.CRITICAL + 1)
+        yield
     finally:
-        if client is not None:
-            with contextlib.suppress(Exception):  # it is gone, or goes now
-                client.close(timeout=2)
-        log.setLevel(level)
+        for n, level in levels.items():
+            logging.getLogger(n).setLevel(level)
 
 
 class Cluster:
@@ -77,6 +90,7 @@ class Cluster:
             for answer in answers:
                 if not (isinstance(answer, tuple) and len(answer) == 2):
                     raise HostError(self._where, "results", f"a {type(answer).__name__}: {_short(answer)}")
+                guarded.received += 1
                 yield answer
         except LrcompressError:
             raise
@@ -86,6 +100,8 @@ class Cluster:
             stop.set()
             with quiet():
                 answers.close()
+        if backend.error is not None:
+            raise self._as_ours(backend.error)
         guarded.check()
 
     def _as_ours(self, e: Exception) -> Exception:
@@ -107,6 +123,11 @@ def _backend(client: Any) -> Any:
         def __init__(self) -> None:
             super().__init__(client=client, wait_for_workers_timeout=WORKERLESS_SECONDS)
             self._pending: dict[Future[Any], Callable[[Any], None]] = {}
+            self.error: Exception | None = None
+
+        def effective_n_jobs(self, n_jobs: int) -> int:
+            # With one job at a time joblib would compute here.
+            return max(2, int(super().effective_n_jobs(n_jobs)))
 
         def submit(self, func: Any, callback: Any = None) -> Any:
             job = super().submit(func, callback)
@@ -117,11 +138,13 @@ def _backend(client: Any) -> Any:
         def _done(self, job: Future[Any]) -> None:
             callback = self._pending.pop(job, None)
             error = job.exception()
-            if error is not None and callback is not None:
+            if isinstance(error, Exception) and callback is not None:
+                self.error = self.error or error
                 callback(_Failed(error))
 
         def fail(self, error: Exception) -> None:
             """End all that is waited for."""
+            self.error = self.error or error
             for callback in list(self._pending.values()):
                 callback(_Failed(error))
 
@@ -134,7 +157,7 @@ def _backend(client: Any) -> Any:
 
 
 class _Failed:
-    def __init__(self, error: BaseException) -> None:
+    def __init__(self, error: Exception) -> None:
         self.error = error
 
 

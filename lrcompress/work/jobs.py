@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .._version import __version__
-from ..factorize import Factorization, Point, Rank, Statistics, form
+from ..errors import PlanError
+from ..factorize import Factorization, Point, Rank, Refused, Statistics, form
 from ..files import canonical_json
 from ..model.stored import Reference
 from ..model.tensors import update_digest
@@ -98,10 +99,11 @@ class _WeightJob(Generic[R]):
 
 @dataclass(frozen=True)
 class Job(_WeightJob[Factorization]):
-    """Decompose a weight: `options` are arguments that the form takes beside rank and statistics."""
+    """Decompose a weight: `options` are arguments that the form takes beside rank and statistics; errors say `name`."""
 
     rank: Rank = 1
     options: Mapping[str, Any] = field(default_factory=dict)
+    name: str = "a layer"
 
     @property
     def settings(self) -> list[Any]:
@@ -109,7 +111,10 @@ class Job(_WeightJob[Factorization]):
 
     def compute(self, threads: int) -> Packed:
         torch.set_num_threads(threads)
-        found: Factorization = form(self.form).decompose(self._weight(), self.rank, self.statistics, **self.options)
+        try:
+            found: Factorization = form(self.form).decompose(self._weight(), self.rank, self.statistics, **self.options)
+        except Refused as e:
+            raise PlanError(f"{self.name}: {self.form}", e.expected, e.got, e.remedy) from e
         if found.extra:
             raise RuntimeError(f"{found.form} returned more than factors, which would be lost: {list(found.extra)}")
         if found.extra:

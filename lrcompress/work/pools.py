@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -44,6 +45,10 @@ def pool(workers: int | None = None, cluster: str | None = None) -> Iterator[Poo
     if workers is not None and cluster is not None:
         raise CommandError("--cluster", "one of --workers and --cluster", "both", "a cluster brings its own workers")
     if cluster is not None:
+        if re.fullmatch(r"(?:[a-z]+://)?[^\s/]+:\d{1,5}/?", cluster) is None:
+            raise CommandError(
+                "--cluster", "the address of a Dask scheduler", cluster, "for example tcp://10.0.0.1:8786"
+            )
         from .cluster import on_cluster
 
         with on_cluster(cluster) as found:
@@ -77,15 +82,18 @@ class Processes:
         from joblib.externals.loky.process_executor import TerminatedWorkerError
 
         guarded = Guarded(jobs)
-        with parallel_config(backend="loky", inner_max_num_threads=threads):
+        leave: dict[str, Any] = {"initializer": _leave_with, "initargs": (os.getpid(),)}
+        with parallel_config(backend="loky", inner_max_num_threads=threads, **leave):
             parallel = Parallel(
                 n_jobs=self._workers, batch_size=1, pre_dispatch=self._workers + 1, max_nbytes=None,
                 return_as="generator_unordered",
             )  # fmt: skip
-            calls = (delayed(_numbered)(n, job.for_process(), threads, os.getpid()) for n, job in guarded)
+            calls = (delayed(_numbered)(n, job.for_process(), threads) for n, job in guarded)
             answers = parallel(calls)
         try:
-            yield from answers
+            for answer in answers:
+                guarded.received += 1
+                yield answer
         except TerminatedWorkerError as e:
             raise HostError(
                 f"--workers {self._workers}", "workers that live", "one that was killed (out of memory?)",
@@ -109,17 +117,24 @@ class Guarded:
     def __init__(self, jobs: Iterable[Numbered]) -> None:
         self._jobs = jobs
         self._error: Exception | None = None
+        self._given = 0
+        self.received = 0
 
     def __iter__(self) -> Iterator[Numbered]:
         try:
-            yield from self._jobs
+            for job in self._jobs:
+                self._given += 1
+                yield job
         except Exception as e:  # joblib loses what its own threads raise, and waits for ever
             self._error = e
 
     def check(self) -> None:
-        """Raise what ended the jobs early."""
+        """Raise what ended the jobs, or the results, early."""
         if self._error is not None:
             raise self._error
+        if self.received != self._given:  # joblib may stop without a word when a worker is lost
+            got = f"{self.received} of {self._given}"
+            raise HostError("the workers", "a result of every job", got, "give the same command again: it continues")
 
 
 @contextlib.contextmanager
@@ -141,20 +156,12 @@ def compute(job: Any, threads: int) -> Packed:
         return found
 
 
-def _numbered(number: int, job: Any, threads: int, parent: int) -> Answer:
-    _leave_with(parent)
+def _numbered(number: int, job: Any, threads: int) -> Answer:
     return number, compute(job, threads)
-
-
-_watching = False
 
 
 def _leave_with(parent: int) -> None:
     """End this worker when the process that it works for is gone: a killed one cannot say so."""
-    global _watching
-    if _watching or os.getppid() != parent:
-        return
-    _watching = True
 
     def watch() -> None:
         while os.getppid() == parent:
