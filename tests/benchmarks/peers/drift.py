@@ -96,7 +96,11 @@ def drift(network: Network, changed: nn.Module, name: str) -> Drift:
         (clean,) = _rows(network, network.module, [name], inputs)
         (moved,) = _rows(network, changed, [name], inputs)
         products = [clean.T @ clean, clean.T @ moved, moved.T @ moved]
-        sums = [p.double() for p in products] if not sums else [s + p.double() for s, p in zip(sums, products, strict=True)]
+        sums = (
+            [p.double() for p in products]
+            if not sums
+            else [s + p.double() for s, p in zip(sums, products, strict=True)]
+        )
         count += len(clean)
     s, c, h = (x / count for x in sums)
     zero = torch.zeros(len(s), dtype=torch.float64)
@@ -117,7 +121,9 @@ def harm(network: Network, samples: int = MEASURED) -> Callable[[nn.Module], flo
         parts = []
         with torch.no_grad():
             for reference, inputs in zip(clean, batches, strict=True):
-                parts.append(_divergence(reference, answer(module, inputs), classes=network.profile.metric == "accuracy"))
+                parts.append(
+                    _divergence(reference, answer(module, inputs), classes=network.profile.metric == "accuracy")
+                )
         return float(torch.cat(parts).mean())
 
     return of

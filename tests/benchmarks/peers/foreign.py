@@ -53,6 +53,16 @@ def usable_torchvision() -> None:
                 del sys.modules[name]
 
 
+def ready(package: str) -> None:
+    """Import a foreign package, with what it expects of its own time."""
+    if package == "greenformer":
+        import transformers.modeling_utils
+        import transformers.pytorch_utils
+
+        transformers.modeling_utils.Conv1D = transformers.pytorch_utils.Conv1D  # where it was in 2021
+    importlib.import_module(package)
+
+
 def aimet(network: Network, kept: float) -> Made:
     """Compress with AIMET: greedy ratios per layer by accuracy on labelled training images, memory as the cost."""
     from aimet_torch.common.defs import CompressionScheme, CostMetric, GreedySelectionParameters
@@ -93,10 +103,6 @@ def _scope(network: Network) -> list[str]:
 
 def greenformer(network: Network, kept: float) -> Made:
     """Factorize with greenformer's SVD solver, at the largest fraction that keeps the budget."""
-    import transformers.modeling_utils
-    import transformers.pytorch_utils
-
-    transformers.modeling_utils.Conv1D = transformers.pytorch_utils.Conv1D  # where its 2021 self looks for it
     from greenformer import auto_fact
 
     def at(fraction: float, solver: str) -> nn.Module:
@@ -104,7 +110,9 @@ def greenformer(network: Network, kept: float) -> Made:
         whole = copy.deepcopy(network.module)
         path = _scope(network)
         part = whole.get_submodule(".".join(path))
-        changed = auto_fact(nn.Sequential(part), rank=fraction, solver=solver, deepcopy=True)[0]  # root layers are skipped
+        changed = auto_fact(nn.Sequential(part), rank=fraction, solver=solver, deepcopy=True)[
+            0
+        ]  # root layers are skipped
         if not path:
             return changed
         set_submodule(whole, ".".join(path), changed)

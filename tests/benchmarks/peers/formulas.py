@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,6 +77,23 @@ def shapes(network: Network) -> list[ranks.Shape]:
     return [(layer.shape[0], math.prod(layer.shape[1:])) for layer in network.layers]
 
 
+def spread(network: Network, kept: float, rule: Callable[[list[int], int], ranks.Ranks]) -> ranks.Ranks:
+    """Return the ranks of `rule` (layers by number, their budget); the first convolution and the classifier stay dense."""
+    spared = [i for i, layer in enumerate(network.layers) if layer.name in network.profile.spared]
+    core = [i for i in range(len(network.layers)) if i not in spared]
+    found: ranks.Ranks = [None] * len(network.layers)
+    left = network.budget(kept) - sum(network.layers[i].weight.numel() for i in spared)
+    for i, rank in zip(core, rule(core, left), strict=True):
+        found[i] = rank
+    return found
+
+
+def uniform(network: Network, kept: float) -> ranks.Ranks:
+    """Return the ranks of one share."""
+    sides = shapes(network)
+    return spread(network, kept, lambda core, budget: ranks.uniform([sides[i] for i in core], budget))
+
+
 def placed(network: Network, found: Sequence[Factorization | None]) -> nn.Module:
     """Return a copy of the network with the factors in place; None leaves a layer as it is."""
     module = copy.deepcopy(network.module)
@@ -88,7 +105,7 @@ def placed(network: Network, found: Sequence[Factorization | None]) -> nn.Module
 
 def svd(network: Network, kept: float) -> Made:
     """Truncate the weights alone, one share for all layers."""
-    chosen = ranks.uniform(shapes(network), network.budget(kept))
+    chosen = uniform(network, kept)
     return Made(placed(network, [_cut(n, r, None) for n, r in zip(network.layers, chosen, strict=True)]))
 
 
@@ -101,7 +118,7 @@ def _cut(layer: Layer, rank: int | None, statistics: Statistics | None) -> Facto
 
 def asvd(network: Network, kept: float) -> Made:
     """Scale input channels by E|x|^α before truncating."""
-    chosen, magnitudes = ranks.uniform(shapes(network), network.budget(kept)), drift.mean_magnitudes(network)
+    chosen, magnitudes = uniform(network, kept), drift.mean_magnitudes(network)
     found = []
     for layer, rank in zip(network.layers, chosen, strict=True):
         scale = magnitudes[layer.name].clamp_min(1e-6 * float(magnitudes[layer.name].max())) ** ALPHA
@@ -111,7 +128,7 @@ def asvd(network: Network, kept: float) -> Made:
 
 def svd_llm(network: Network, kept: float) -> Made:
     """Whiten by the input moments, one share for all layers."""
-    chosen, metric = ranks.uniform(shapes(network), network.budget(kept)), _whitening(network)
+    chosen, metric = uniform(network, kept), _whitening(network)
     return Made(placed(network, [_cut(n, r, metric[n.name]) for n, r in zip(network.layers, chosen, strict=True)]))
 
 
@@ -121,14 +138,18 @@ def _whitening(network: Network) -> dict[str, Statistics]:
 
 def svd_llm_v2(network: Network, kept: float) -> Made:
     """Whiten, and remove within each type of layer in proportion to 1 / log of its truncation loss."""
-    metric, sides, budget = _whitening(network), shapes(network), network.budget(kept)
-    losses = []
-    for layer, rank in zip(network.layers, ranks.uniform(sides, budget), strict=True):
+    metric, sides, losses = _whitening(network), shapes(network), []
+    for layer, rank in zip(network.layers, uniform(network, kept), strict=True):
         values = _spectrum(layer, metric[layer.name])
         tail = float(values[len(values) if rank is None else rank :].sum())
         # The published loss is the norm over all calibration rows, not their mean.
         losses.append(math.sqrt(tail * metric[layer.name].count))
-    chosen = ranks.inverse_log(sides, [_type(layer) for layer in network.layers], losses, budget)
+    types = [_type(layer) for layer in network.layers]
+
+    def rule(core: list[int], budget: int) -> ranks.Ranks:
+        return ranks.inverse_log([sides[i] for i in core], [types[i] for i in core], [losses[i] for i in core], budget)
+
+    chosen = spread(network, kept, rule)
     return Made(placed(network, [_cut(n, r, metric[n.name]) for n, r in zip(network.layers, chosen, strict=True)]))
 
 
@@ -152,7 +173,7 @@ def balf(network: Network, kept: float) -> Made:
 
 def aa_svd(network: Network, kept: float) -> Made:
     """Fit every layer, in depth order, to its clean output on the inputs that the compressed prefix delivers."""
-    chosen = dict(zip([n.name for n in network.layers], ranks.uniform(shapes(network), network.budget(kept)), strict=True))
+    chosen = dict(zip([n.name for n in network.layers], uniform(network, kept), strict=True))
     by_name, module = {n.name: n for n in network.layers}, copy.deepcopy(network.module)
     for names in drift.same_input(network):
         moved = drift.drift(network, module, names[0])
@@ -193,12 +214,12 @@ def _as(kind: type[Statistics], statistics: Statistics) -> Statistics:
 
 def tucker2(network: Network, kept: float) -> Made:
     """Decompose the convolutions' weights alone, both ranks at one share of the full ones."""
-    low, high = 0.0, 1.0
+    low, high, spared = 0.0, 1.0, network.profile.spared
     for _ in range(30):
         middle = (low + high) / 2
-        fits = sum(_tucker_cost(n, _pair(n, middle)) for n in network.layers) <= network.budget(kept)
+        fits = sum(_tucker_cost(n, _pair(n, middle, spared)) for n in network.layers) <= network.budget(kept)
         low, high = (middle, high) if fits else (low, middle)
-    return Made(placed(network, [_tucker(n, _pair(n, low)) for n in network.layers]))
+    return Made(placed(network, [_tucker(n, _pair(n, low, spared)) for n in network.layers]))
 
 
 def tucker2_evbmf(network: Network, kept: float) -> Made:
@@ -207,17 +228,17 @@ def tucker2_evbmf(network: Network, kept: float) -> Made:
     Source: Kim et al., arXiv 1511.06530.
     """
     del kept  # the noise model decides
-    pairs = []
+    found = []
     for layer in network.layers:
-        unfoldings = (layer.weight.movedim(axis, 0).flatten(1) for axis in (0, 1))
-        pairs.append((max(1, ranks.evbmf_rank(u.numpy())) for u in unfoldings) if len(layer.shape) > 2 else None)
-    chosen = [None if p is None else tuple(p) for p in pairs]
-    return Made(placed(network, [_tucker(n, p) for n, p in zip(network.layers, chosen, strict=True)]))
+        unfoldings = [layer.weight.movedim(axis, 0).flatten(1).numpy() for axis in (0, 1)]
+        pair = tuple(max(1, ranks.evbmf_rank(u)) for u in unfoldings)
+        found.append(_tucker(layer, pair if len(layer.shape) > 2 else None))
+    return Made(placed(network, found))
 
 
-def _pair(layer: Layer, share: float) -> tuple[int, int] | None:
+def _pair(layer: Layer, share: float, spared: Sequence[str]) -> tuple[int, int] | None:
     """Return ranks (out, in) at a share of the channels; None for what is no convolution or would not shrink."""
-    if len(layer.shape) < 3:
+    if len(layer.shape) < 3 or layer.name in spared:
         return None
     pair = max(1, round(share * layer.shape[0])), max(1, round(share * layer.shape[1]))
     return pair if form("tucker").n_params(layer.shape, pair) < layer.weight.numel() else None

@@ -34,7 +34,12 @@ def own_graph(network: Network, module: nn.Module, scratch: Path, quantize: str 
     """Export through the package and return the graph with its constants inside."""
     opened = replace(network.opened, module=module)
     api.export(
-        opened, slots=("none",), quantize=quantize, calib=network.calibration, name=network.name, output=scratch / "exported"
+        opened,
+        slots=("none",),
+        quantize=quantize,
+        calib=network.calibration,
+        name=network.name,
+        output=scratch / "exported",
     )
     return onnx.load(scratch / "exported" / "model.onnx")
 

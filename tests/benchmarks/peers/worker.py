@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import logging
 import os
@@ -23,7 +22,7 @@ from typing import Any
 
 import torch
 
-from .foreign import usable_torchvision
+from .foreign import ready, usable_torchvision
 
 
 def main() -> int:
@@ -62,8 +61,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     for batch in network.batches(8, 8):  # what the first pass allocates is no method's memory
         with torch.no_grad():
             network.opened.outputs(network.module, batch)
-    if row.package and importlib.util.find_spec(row.package) is not None:
-        importlib.import_module(row.package)
+    if row.package:
+        ready(row.package)
     module, notes, norms = network.module, "", "not asked for"
     started, before = time.perf_counter(), _mark()
     if row.make is not None:
