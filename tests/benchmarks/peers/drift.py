@@ -5,6 +5,7 @@ All through the package's `LayerView`, so that padding, patches and shared input
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -56,10 +57,8 @@ def _rows(network: Network, module: nn.Module, names: Sequence[str], inputs: Map
         if len(found) == len(names):
             raise _Reached
 
-    try:
+    with contextlib.suppress(_Reached):
         view.read(inputs, names, deliver)
-    except _Reached:
-        pass
     return [found[n] for n in names]
 
 
@@ -107,12 +106,19 @@ def drift(network: Network, changed: nn.Module, name: str) -> Drift:
     return Drift(clean=s, cross=c, drifted=h, clean_mean=zero, drifted_mean=zero)
 
 
-def harm(network: Network, samples: int = MEASURED) -> Callable[[nn.Module], float]:
-    """Return a function from a changed network to its loss: KL of the classes, or the squared distance of embeddings."""
-    batches = network.batches(samples)
+def harm(network: Network, *, squared: bool, samples: int = MEASURED) -> Callable[[nn.Module], float]:
+    """Return a function from a changed network to its loss per sample.
+
+    That is the KL divergence of the classes; with `squared`, and for embeddings, the squared distance of the answers,
+    whose mean (what a softmax does not see) is left out for classes.
+    """
+    batches, classes = network.batches(samples), network.profile.metric == "accuracy"
 
     def answer(module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        return telling_output(network.opened.outputs(module, inputs)).double()
+        found = telling_output(network.opened.outputs(module, inputs)).double()
+        if not classes:
+            return found
+        return found - found.mean(-1, keepdim=True) if squared else found.log_softmax(-1)
 
     with torch.no_grad():
         clean = [answer(network.module, b) for b in batches]
@@ -120,20 +126,12 @@ def harm(network: Network, samples: int = MEASURED) -> Callable[[nn.Module], flo
     def of(module: nn.Module) -> float:
         parts = []
         with torch.no_grad():
-            for reference, inputs in zip(clean, batches, strict=True):
-                parts.append(
-                    _divergence(reference, answer(module, inputs), classes=network.profile.metric == "accuracy")
-                )
+            for p, inputs in zip(clean, batches, strict=True):
+                q = answer(module, inputs)
+                parts.append((p.exp() * (p - q) if classes and not squared else (p - q).square()).sum(-1))
         return float(torch.cat(parts).mean())
 
     return of
-
-
-def _divergence(reference: Tensor, other: Tensor, *, classes: bool) -> Tensor:
-    if not classes:
-        return (reference - other).square().sum(-1)
-    p, q = reference.log_softmax(-1), other.log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1)
 
 
 def reestimate_norms(network: Network, module: nn.Module) -> bool:

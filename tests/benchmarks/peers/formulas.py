@@ -184,11 +184,11 @@ def aa_svd(network: Network, kept: float) -> Made:
     return Made(module)
 
 
-def lems(network: Network, kept: float) -> Made:
-    """Truncate in the two-sided metric; one measured loss per layer scales its error curve, a knapsack spends the budget."""
+def lems(network: Network, kept: float, *, squared: bool = False) -> Made:
+    """Truncate in the two-sided metric; one measured KL per layer scales its error curve, a knapsack spends the budget."""
     damped = Damped if network.profile.metric == "accuracy" else DampedText
     metric = {n: _as(damped, drift.uncentred(s)) for n, s in drift.moments(network, gradients=True).items()}
-    loss, options = drift.harm(network), []
+    loss, options = drift.harm(network, squared=squared), []
     for layer, sides in zip(network.layers, shapes(network), strict=True):
         values = _spectrum(layer, metric[layer.name])
         tails = values.sum() - values.cumsum()
@@ -205,6 +205,11 @@ def lems(network: Network, kept: float) -> Made:
         )
     chosen = [o.rank for o in ranks.knapsack(options, network.budget(kept))]
     return Made(placed(network, [_cut(n, r, metric[n.name]) for n, r in zip(network.layers, chosen, strict=True)]))
+
+
+def lems_squared(network: Network, kept: float) -> Made:
+    """Measure squared logits instead: the KL of a classifier that is sure of its training images says next to nothing."""
+    return lems(network, kept, squared=True)
 
 
 def _as(kind: type[Statistics], statistics: Statistics) -> Statistics:

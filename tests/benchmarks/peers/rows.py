@@ -59,6 +59,7 @@ _LIST = (
     Row("svd-llm-v2", "SVD-LLM v2", formulas.svd_llm_v2),
     Row("aa-svd", "AA-SVD", formulas.aa_svd),
     Row("lems", "LEMS", formulas.lems),
+    Row("lems-squared", "LEMS, squared logits", formulas.lems_squared, _CONVS),
     Row(BALF, "BALF", formulas.balf),
     Row(AIMET, "AIMET spatial SVD, greedy", foreign.aimet, _CONVS, package="aimet_torch"),
     Row("greenformer", "greenformer", foreign.greenformer, calibrated=False, package="greenformer"),
