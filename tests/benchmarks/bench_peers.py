@@ -22,41 +22,66 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lrcompress.errors import CommandError, LrcompressError
 from lrcompress.files import write_json
 
 from .peers import table
 from .peers.networks import PROFILES, ROOT
 from .peers.rows import ROWS, Row
 
+JSON, TEXT, PLOT = "peers.json", "peers.txt", "peers.png"
 _PEERS = ROOT / ".venv-peers" / "bin" / "python"
 #: One row never takes longer than this; AIMET's search is the longest.
 _MOST_SECONDS = 3600
+#: Rows measured under different ones do not stand in one table.
+_SETTINGS = ("threads", "quick", "bn")
 
 
 def main() -> int:
-    """Run the rows, print the table as it grows, write the files."""
+    """Run the rows, write the files as they come, print the table."""
     options = _options()
+    earlier = _earlier(options)
     results: list[dict[str, Any]] = []
+    lines: list[dict[str, Any]] = []
     for network, row, kept, seed in _runs(options):
         started = time.perf_counter()
-        result = _run(network, row, kept, seed, options)
+        result = earlier.get((network, row.name, kept, seed)) or _run(network, row, kept, seed, options)
         results.append(result)
         seconds = time.perf_counter() - started
         told = (
             f"not run: {result['error']}" if "error" in result else f"{result['value']:.4f}, {result['bytes']:,} bytes"
         )
         print(f"{network} {row.name} kept {kept} seed {seed}: {told} ({seconds:.0f} s)", file=sys.stderr, flush=True)
-    lines = table.summary(results)
-    text = table.text(lines) + "\n\n" + _fine_print(options)
-    print(text)
-    options.output.mkdir(parents=True, exist_ok=True)
-    about = {"machine": _machine(options.threads), "versions": _versions(), "options": _told(options)}
-    write_json(options.output / "peers.json", {**about, "summary": lines, "runs": results})
-    (options.output / "peers.txt").write_text(text + "\n")
+        lines = _write(options, results)
     if any("error" not in line for line in lines):
-        table.plot(lines, options.output / "peers.png")
+        table.plot(lines, options.output / PLOT)
+    print((options.output / TEXT).read_text(), end="")
     failed = [r for r in results if "error" in r]
     return 1 if any(options.strict or not ROWS[r["row"]].package for r in failed) else 0
+
+
+def _write(options: argparse.Namespace, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Write what there is: a run that is killed keeps its rows."""
+    lines = table.summary(results)
+    options.output.mkdir(parents=True, exist_ok=True)
+    about = {"machine": _machine(options.threads), "versions": _versions(), "options": _told(options)}
+    write_json(options.output / JSON, {**about, "summary": lines, "runs": results})
+    (options.output / TEXT).write_text(f"{table.text(lines)}\n\n{_fine_print(options)}\n")
+    return lines
+
+
+def _earlier(options: argparse.Namespace) -> dict[tuple[str, str, float, int], dict[str, Any]]:
+    """Return the rows that --continue finds; `CommandError` where they were measured under other settings."""
+    path = options.output / JSON
+    if not options.go_on or not path.is_file():
+        return {}
+    found = json.loads(path.read_text())
+    then, now = ({k: told[k] for k in _SETTINGS} for told in (found["options"], _told(options)))
+    if then != now or found["versions"] != _versions():
+        raise CommandError(
+            f"bench-peers --continue: {path}", f"the settings {now}", f"{then}", "run without --continue"
+        )
+    return {(r["network"], r["row"], r["kept"], r["seed"]): r for r in found["runs"] if "error" not in r}
 
 
 def _options() -> argparse.Namespace:
@@ -69,6 +94,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small calibration and test data: numbers mean nothing")
     parser.add_argument("--bn", action="store_true", help="re-estimate batch-norm in every row (default: in none)")
     parser.add_argument("--strict", action="store_true", help="fail where a foreign package could not run")
+    parser.add_argument("--continue", action="store_true", dest="go_on", help="keep the rows that --output has already")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "bench-peers")
     return parser.parse_args()
 
@@ -132,7 +158,8 @@ def _fine_print(options: argparse.Namespace) -> str:
             f"Calibration draws {options.seeds}; batch-norm statistics {norms}; no training; {options.threads} threads.",
             "params: share of the network's numbers (of the encoder's linear weights for minilm). file: one ONNX file, constants",
             "included, judged in ONNX Runtime. ±: binomial, or a bootstrap for spearman; spread: deviation over the draws.",
-            "seconds, peak: compression with its calibration, above what the process held before; not export or judging.",
+            "seconds, CPU s, peak: compression with its calibration, above what the process held before; not export or",
+            "judging. × BALF: ratio of CPU seconds, which other work on the machine does not change.",
             *(["--quick: small data, these numbers mean nothing."] if options.quick else []),
         ]
     )
@@ -157,4 +184,8 @@ def _told(options: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except LrcompressError as e:
+        print(e, file=sys.stderr)
+        sys.exit(e.exit_code)

@@ -6,7 +6,7 @@ All through the package's `LayerView`, so that padding, patches and shared input
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lrcompress.calibrate import collect, telling_output
 from lrcompress.factorize import Drift, Statistics
-from lrcompress.model.views import Reading, patches, view_of
+from lrcompress.model.views import Reading, Walk, patches, view_of
 
 from .networks import Network
 
@@ -76,7 +76,8 @@ def mean_magnitudes(network: Network) -> dict[str, Tensor]:
 
 def same_input(network: Network) -> list[list[str]]:
     """Return the layers in depth order, those together that read one tensor."""
-    view, groups = view_of(network.opened, network.module), {}
+    view = view_of(network.opened, network.module)
+    groups: dict[tuple[Hashable, Walk | None], list[str]] = {}
     held: list[Reading] = []
 
     def deliver(reading: Reading) -> None:

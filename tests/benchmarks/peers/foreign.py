@@ -29,6 +29,7 @@ from .networks import Network
 #: Images that AIMET's greedy search evaluates each candidate on (whole run, quick run), and candidates per layer.
 _AIMET_IMAGES, _AIMET_CANDIDATES = (500, 60), 10
 _HALVINGS = 12
+_LIVING: list[Any] = []
 
 
 def usable_torchvision() -> None:
@@ -38,11 +39,11 @@ def usable_torchvision() -> None:
     """
     if importlib.util.find_spec("torchvision") is None:
         return
-    library = torch.library.Library("torchvision", "FRAGMENT")
+    library: Any = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
     while True:
         try:
             importlib.import_module("torchvision")
-            usable_torchvision.library = library  # type: ignore[attr-defined]  # declared for as long as it lives
+            _LIVING.append(library)  # its declarations last as long as it does
             return
         except RuntimeError as e:
             missing = re.search(r"operator torchvision::(\w+) does not exist", str(e))
@@ -110,7 +111,7 @@ def greenformer(network: Network, kept: float) -> Made:
         whole = copy.deepcopy(network.module)
         path = _scope(network)
         part = whole.get_submodule(".".join(path))
-        changed = auto_fact(nn.Sequential(part), rank=fraction, solver=solver, deepcopy=True)[
+        changed: nn.Module = auto_fact(nn.Sequential(part), rank=fraction, solver=solver, deepcopy=True)[
             0
         ]  # root layers are skipped
         if not path:

@@ -219,11 +219,17 @@ def _as(kind: type[Statistics], statistics: Statistics) -> Statistics:
 
 def tucker2(network: Network, kept: float) -> Made:
     """Decompose the convolutions' weights alone, both ranks at one share of the full ones."""
-    low, high, spared = 0.0, 1.0, network.profile.spared
+    budget, spared = network.budget(kept), network.profile.spared
+
+    def stored(share: float) -> int:
+        return sum(_tucker_cost(n, _pair(n, share, spared)) for n in network.layers)
+
+    if stored(0.0) > budget:
+        raise ValueError(f"even Tucker ranks of 1 leave {stored(0.0)} numbers, more than {budget}")
+    low, high = 0.0, 1.0
     for _ in range(30):
         middle = (low + high) / 2
-        fits = sum(_tucker_cost(n, _pair(n, middle, spared)) for n in network.layers) <= network.budget(kept)
-        low, high = (middle, high) if fits else (low, middle)
+        low, high = (middle, high) if stored(middle) <= budget else (low, middle)
     return Made(placed(network, [_tucker(n, _pair(n, low, spared)) for n in network.layers]))
 
 

@@ -148,6 +148,24 @@ def _check(shapes: Sequence[Shape], ranks: Ranks, budget: int) -> None:
         raise ValueError(f"even the smallest ranks take {total(shapes, ranks)} numbers, more than {budget}")
 
 
+#: τ of the threshold is this times √α (the zero of the free energy's gain; exact for a square matrix).
+_TAU = 2.5129
+
+
+def evbmf_edge(alpha: float) -> float:
+    """Return the least x = σ² / (columns · noise variance) that empirical variational Bayes keeps, α = rows / columns."""
+    tau = _TAU * math.sqrt(alpha)
+    return (1 + tau) * (1 + alpha / tau)
+
+
+def evbmf_energies(x: np.ndarray, alpha: float, *, kept: bool) -> np.ndarray:
+    """Return the free energy of singular values x, as signal (`kept`) or as noise; at the edge the two are equal."""
+    if not kept:
+        return np.asarray(x - np.log(x))
+    t = (x - (1 + alpha) + np.sqrt(np.square(x - (1 + alpha)) - 4 * alpha)) / 2
+    return np.asarray(x - t + np.log((t + 1) / x) + alpha * np.log(t / alpha + 1))
+
+
 def evbmf_rank(matrix: np.ndarray) -> int:
     """Return how many singular values empirical variational Bayes keeps; the noise variance is estimated.
 
@@ -156,15 +174,12 @@ def evbmf_rank(matrix: np.ndarray) -> int:
     rows, columns = sorted(matrix.shape)
     squares = np.square(np.linalg.svd(matrix, compute_uv=False)).astype(np.float64)
     alpha = rows / columns
-    tau = 2.5129 * math.sqrt(alpha)
-    edge = (1 + tau) * (1 + alpha / tau)
+    edge = evbmf_edge(alpha)
 
     def free_energy(variance: float) -> float:
         x = np.maximum(squares / (columns * variance), 1e-300)
-        above, below = x[x > edge], x[x <= edge]
-        t = (above - (1 + alpha) + np.sqrt(np.square(above - (1 + alpha)) - 4 * alpha)) / 2
-        signal = above - t + np.log((t + 1) / above) + alpha * np.log(t / alpha + 1)
-        return float(np.sum(below - np.log(below)) + np.sum(signal))
+        noise, signal = (evbmf_energies(x[(x > edge) == kept], alpha, kept=kept) for kept in (False, True))
+        return float(noise.sum() + signal.sum())
 
     # At most this many values can be signal; the rest bounds the variance from below.
     most = min(math.ceil(rows / (1 + alpha)) - 1, rows - 1)

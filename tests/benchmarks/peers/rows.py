@@ -39,6 +39,7 @@ def ours(network: Network, kept: float) -> Made:
         network.opened, ratio=network.ratio(kept), method="auto", calib=network.calibration, seed=network.seed,
         exclude=network.profile.exclude,
     )  # fmt: skip
+    assert found.model is not None
     forms: dict[str, int] = {}
     for layer in found.data["layers"]:
         forms[layer["form"]] = forms.get(layer["form"], 0) + 1

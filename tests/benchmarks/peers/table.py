@@ -12,7 +12,7 @@ from .rows import AIMET, BALF, OURS
 Result = dict[str, Any]
 _HEAD = (
     f"{'row':27}{'kept':>6}{'params':>8}{'file MB':>9}  {'metric ± stderr':17}{'spread':>8}{'cosine':>8}"
-    f"{'seconds':>9}{'× BALF':>8}{'peak MB':>9}  notes"
+    f"{'seconds':>9}{'CPU s':>8}{'× BALF':>8}{'peak MB':>9}  notes"
 )
 
 
@@ -28,7 +28,17 @@ def summary(results: Sequence[Result]) -> list[Result]:
             lines.append(group[0])
             continue
         line = dict(good[0])
-        for key in ("value", "stderr", "bytes", "params_share", "scope_share", "seconds", "peak_rss_bytes", "cosine"):
+        for key in (
+            "value",
+            "stderr",
+            "bytes",
+            "params_share",
+            "scope_share",
+            "seconds",
+            "cpu_seconds",
+            "peak_rss_bytes",
+            "cosine",
+        ):
             values = [r[key] for r in good if r.get(key) is not None]
             line[key] = stats.fmean(values) if values else None
         line["spread"] = stats.stdev([r["value"] for r in good]) if len(good) > 1 else None
@@ -39,11 +49,11 @@ def summary(results: Sequence[Result]) -> list[Result]:
     return lines
 
 
-def _times(line: Result, lines: Sequence[Result], row: str) -> float | None:
+def _times(line: Result, lines: Sequence[Result], row: str, key: str = "cpu_seconds") -> float | None:
     other = next((n for n in lines if n["row"] == row and _same_place(n, line)), None)
-    if other is None or not other.get("seconds") or not line.get("seconds"):
+    if other is None or not other.get(key) or not line.get(key):
         return None
-    return float(line["seconds"] / other["seconds"])
+    return float(line[key] / other[key])
 
 
 def _same_place(a: Result, b: Result) -> bool:
@@ -57,11 +67,13 @@ def text(lines: Sequence[Result]) -> str:
         own = [line for line in lines if line["network"] == network]
         metric = next((n["metric"] for n in own if "metric" in n), "")
         out += ["", f"{network}: {metric}", _HEAD, *(_line(n) for n in own)]
-        for ours in (n for n in own if n["row"] == OURS and n.get("seconds")):
-            ratios = [(name, _times(ours, own, name)) for name in (BALF, AIMET)]
-            told = ", ".join(f"{ratio:.2f} × {name}" for name, ratio in ratios if ratio is not None)
-            if told:
-                out.append(f"time of {OURS} at {ours['kept']}: {told}")
+        for ours in (n for n in own if n["row"] == OURS and "error" not in n):
+            for name in (BALF, AIMET):
+                cpu, clock = _times(ours, own, name), _times(ours, own, name, "seconds")
+                if cpu is not None and clock is not None:
+                    out.append(
+                        f"{OURS} at {ours['kept']} takes {cpu:.2f} × the CPU seconds of {name}, {clock:.2f} × by the clock"
+                    )
     return "\n".join(out[1:])
 
 
@@ -72,7 +84,8 @@ def _line(r: Result) -> str:
     value = f"{r['value']:.4f} ± {r['stderr']:.4f}"
     cells = [
         f"{r['label']:27}{kept:>6}{r['scope_share' if r['partial'] else 'params_share']:8.3f}{r['bytes'] / 1e6:9.3f}",
-        f"  {value:17}{_number(r.get('spread'), 8, 4)}{_number(r.get('cosine'), 8, 3)}{_number(r['seconds'], 9, 1)}",
+        f"  {value:17}{_number(r.get('spread'), 8, 4)}{_number(r.get('cosine'), 8, 3)}{_number(r['seconds'], 9, 1)}"
+        f"{_number(r['cpu_seconds'], 8, 1)}",
         f"{_number(r['times_balf'], 8, 2)}{_number(r['peak_rss_bytes'], 9, 0, 1e6)}  {r['notes']}",
     ]
     return "".join(cells).rstrip()
