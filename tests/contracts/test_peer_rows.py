@@ -100,6 +100,28 @@ def test_without_drift_all_moments_are_those_of_calibration(network: Network) ->
     torch.testing.assert_close(found.clean, expected.gram, rtol=1e-4, atol=1e-6)
 
 
+def test_padding_counts_nowhere(network: Network) -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.fc = nn.Embedding(9, 6), nn.Linear(6, 3)
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            return (self.fc(self.embed(input_ids)) * attention_mask[..., None]).sum(1)
+
+    torch.manual_seed(0)
+    module = Tokens().eval()
+    specs = tuple(InputSpec(n, "int64", ("batch", "sequence")) for n in ("input_ids", "attention_mask"))
+    opened = open_model(module, inputs=specs)
+    ids = np.random.default_rng(0).integers(0, 9, (12, 5))
+    data = Data.of_arrays({"input_ids": ids, "attention_mask": (np.arange(5) < np.arange(12)[:, None] % 5 + 1) + 0})
+    layers = [layer for layer in find_layers(module) if layer.kind == "linear"]
+    net = replace(network, opened=opened, module=module, layers=layers, calibration=data)
+    expected = drift.uncentred(drift.moments(net)["fc"]).gram
+    assert expected is not None
+    torch.testing.assert_close(drift.drift(net, module, "fc").cross, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_drift_pairs_the_positions_of_both_networks(network: Network) -> None:
     cut = [formulas._cut(n, 4, None) if n.name in ("conv2", "mix") else None for n in network.layers]
     moved = formulas.placed(network, cut)
