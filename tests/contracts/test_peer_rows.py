@@ -93,7 +93,7 @@ def test_budgets_count_the_whole_network_or_the_scope(network: Network) -> None:
 
 
 def test_without_drift_all_moments_are_those_of_calibration(network: Network) -> None:
-    found = drift.drift(network, network.module, "conv2")
+    found = drift.paired(network, network.module, "conv2")
     expected = drift.uncentred(drift.moments(network)["conv2"])
     assert torch.equal(found.clean, found.drifted) and torch.equal(found.clean, found.cross)
     assert expected.gram is not None and expected.mean is None
@@ -119,13 +119,13 @@ def test_padding_counts_nowhere(network: Network) -> None:
     net = replace(network, opened=opened, module=module, layers=layers, calibration=data)
     expected = drift.uncentred(drift.moments(net)["fc"]).gram
     assert expected is not None
-    torch.testing.assert_close(drift.drift(net, module, "fc").cross, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(drift.paired(net, module, "fc").cross, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_drift_pairs_the_positions_of_both_networks(network: Network) -> None:
     cut = [formulas._cut(n, 4, None) if n.name in ("conv2", "mix") else None for n in network.layers]
     moved = formulas.placed(network, cut)
-    found = drift.drift(network, moved, "fc1")
+    found = drift.paired(network, moved, "fc1")
     x = torch.as_tensor(next(network.calibration.batches(96)).inputs["x"])
 
     def read(net: Any) -> torch.Tensor:

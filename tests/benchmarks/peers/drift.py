@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -88,23 +88,36 @@ def same_input(network: Network) -> list[list[str]]:
     return list(groups.values())
 
 
-def drift(network: Network, changed: nn.Module, name: str) -> Drift:
-    """Return the uncentred moments between the layer `name` of the network and its input in the `changed` one."""
-    sums: list[Tensor] = []
+@dataclass(frozen=True)
+class Paired:
+    """Uncentred moments of a layer's clean input x and of what a changed network delivers, x̂, all (n, n).
+
+    `clean` E[x xᵀ], `cross` E[x x̂ᵀ], `drifted` E[x̂ x̂ᵀ].
+    """
+
+    clean: Tensor
+    cross: Tensor
+    drifted: Tensor
+
+    def of(self, weight: Tensor) -> Drift:
+        """Return the drift of the answers of `weight`; no mean, so that no bias changes."""
+        zero = torch.zeros(len(self.clean), dtype=torch.float64)
+        return Drift.of_inputs(
+            weight, clean=self.clean, cross=self.cross, drifted=self.drifted, clean_mean=zero, drifted_mean=zero
+        )
+
+
+def paired(network: Network, changed: nn.Module, name: str) -> Paired:
+    """Return the moments between the layer `name` of the network and its input in the `changed` one."""
+    totals: list[Tensor] = []
     count = 0
     for inputs in network.batches(len(network.calibration)):
         (clean,) = _rows(network, network.module, [name], inputs)
         (moved,) = _rows(network, changed, [name], inputs)
-        products = [clean.T @ clean, clean.T @ moved, moved.T @ moved]
-        sums = (
-            [p.double() for p in products]
-            if not sums
-            else [s + p.double() for s, p in zip(sums, products, strict=True)]
-        )
+        products = [(a.T @ b).double() for a, b in ((clean, clean), (clean, moved), (moved, moved))]
+        totals = [t + p for t, p in zip(totals, products, strict=True)] if totals else products
         count += len(clean)
-    s, c, h = (x / count for x in sums)
-    zero = torch.zeros(len(s), dtype=torch.float64)
-    return Drift(clean=s, cross=c, drifted=h, clean_mean=zero, drifted_mean=zero)
+    return Paired(*(t / count for t in totals))
 
 
 def harm(network: Network, *, squared: bool, samples: int = MEASURED) -> Callable[[nn.Module], float]:

@@ -176,11 +176,11 @@ def aa_svd(network: Network, kept: float) -> Made:
     chosen = dict(zip([n.name for n in network.layers], uniform(network, kept), strict=True))
     by_name, module = {n.name: n for n in network.layers}, copy.deepcopy(network.module)
     for names in drift.same_input(network):
-        moved = drift.drift(network, module, names[0])
+        moved = drift.paired(network, module, names[0])
         for name in names:
             rank = chosen[name]
             if rank is not None:
-                replace_layer(module, name, anchored("svd", by_name[name].weight, rank, moved))
+                replace_layer(module, name, anchored("svd", by_name[name].weight, rank, moved.of(by_name[name].weight)))
     return Made(module)
 
 
