@@ -40,6 +40,7 @@ class BaseAdapter(nn.Module, abc.ABC):
         *,
         groups: int = 1,
         core: int = 0,
+        layer_kind: str = "",
         rslora: bool = False,
         **options: Any,
     ) -> None:
@@ -51,6 +52,7 @@ class BaseAdapter(nn.Module, abc.ABC):
         self.weight_shape, self.rank = tuple(weight_shape), rank
         self.alpha, self.rslora = float(rank if alpha is None else alpha), rslora
         self.groups, self.core = groups, core
+        self.layer_kind = layer_kind or ("linear" if len(weight_shape) == 2 else "conv")
         self.register_parameter("magnitude", None)
         for name, value in self.fresh(generator, **options).items():
             setattr(self, name, nn.Parameter(value))
@@ -58,6 +60,11 @@ class BaseAdapter(nn.Module, abc.ABC):
     @property
     def scaling(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def target(self) -> Target:
+        """The layer it was made for, as far as the adapter knows it: no geometry."""
+        return Target(self.weight_shape, self.layer_kind, groups=self.groups, core=self.core)
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -104,14 +111,15 @@ class BaseAdapter(nn.Module, abc.ABC):
     @property
     def magnitude_axis(self) -> int:
         assert self.magnitude is not None
-        shape = self.magnitude.shape
-        return next((i for i, d in enumerate(shape) if d > 1), 0) if max(shape) > 1 else 0
+        # A single number lies along an axis of length 1.
+        return next((i for i, d in enumerate(self.magnitude.shape) if d > 1), int(self.weight_shape[0] > 1))
 
     def gain(self, base: Base) -> Tensor:
         """Return m/‖W + ΔW‖, shaped to broadcast over the weight."""
         assert self.magnitude is not None
         total = base.weight.detach() + self.plain_delta().detach().to(base.weight.dtype)
-        return self.magnitude / _norms(total, self.magnitude_axis)
+        norms = _norms(total, self.magnitude_axis)
+        return self.magnitude / norms.clamp_min(torch.finfo(norms.dtype).tiny)  # a row of zeros has no direction
 
     def delta_weight(self, base: Base | None = None) -> Tensor:
         """Return W' − W in the shape of the weight. `base`: the layer, for kinds that depend on it (DoRA, core)."""
@@ -155,9 +163,8 @@ class BaseAdapter(nn.Module, abc.ABC):
         if extra:
             raise ValueError(f"unexpected tensor {extra[0]}")
         if magnitude is not None:
-            axes = [i for i, d in enumerate(magnitude) if d > 1]
-            fits = len(magnitude) == len(self.weight_shape) and len(axes) <= 1 and (not axes or axes[0] < 2)
-            if not fits or any(magnitude[i] != self.weight_shape[i] for i in axes):
+            axes = range(len(self.weight_shape))
+            if magnitude not in [tuple(d if i == axis else 1 for i, d in enumerate(self.weight_shape)) for axis in axes[:2]]:
                 raise ValueError(f"magnitude: expected one number per row or column of {self.weight_shape}, got {magnitude}")
         for name in self.tensor_names:
             self._parameters.pop(name, None)

@@ -91,7 +91,7 @@ class Adapter(BaseAdapter):
 
     @classmethod
     def n_params(cls, weight_shape: tuple[int, ...], rank: int, **options: Any) -> int:
-        if options.get("tucker"):
-            rows, columns, *kernel = weight_shape
+        rows, columns, *kernel = weight_shape
+        if options.get("tucker") and math.prod(kernel) > 1:
             return 2 * (rank * (rows + columns) + rank * rank * math.prod(kernel))
-        return 2 * rank * (weight_shape[0] + math.prod(weight_shape[1:]))
+        return 2 * rank * (rows + columns * math.prod(kernel))

@@ -27,7 +27,7 @@ MAX_FACTORS = 8
 
 
 def chain(rows: int) -> tuple[int, ...]:
-    """Return ascending factors of `rows`, none below 4 where that can be: the shortest columns that multiply up to it."""
+    """Return ascending factors of `rows`, none below 4 where two others are left; a prime is its own only factor."""
     found, rest, p = [], rows, 2
     while rest > 1:
         while rest % p == 0:
@@ -35,7 +35,7 @@ def chain(rows: int) -> tuple[int, ...]:
             rest //= p
         p = p + 1 if p * p <= rest else max(rest, p + 1)
     found.sort()
-    while len(found) > 1 and (found[0] < _SMALLEST or len(found) > MAX_FACTORS):
+    while len(found) > 2 and (found[0] < _SMALLEST or len(found) > MAX_FACTORS):
         first, second, *others = found
         found = sorted([first * second, *others])
     return tuple(found) or (1,)

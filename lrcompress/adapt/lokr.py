@@ -109,12 +109,12 @@ class Adapter(BaseAdapter):
         r, n2, k = b.shape
         if self._parameters.get("lokr_w1") is None and self.rank < min(m1, n1):
             u, v = self.scaling * self.lokr_w1_a, self.lokr_w1_b
-            left, right = torch.kron(u, a), torch.einsum("pb,rdk->prbdk", v, b)
+            left, right = _kron(u, a), torch.einsum("pb,rdk->prbdk", v, b)
         elif n1 <= m1:
-            left = torch.kron(w1, a)
+            left = _kron(w1, a)
             right = torch.einsum("pb,rdk->prbdk", torch.eye(n1, dtype=b.dtype, device=b.device), b)
         else:
-            left = torch.kron(torch.eye(m1, dtype=a.dtype, device=a.device), a)
+            left = _kron(torch.eye(m1, dtype=a.dtype, device=a.device), a)
             right = torch.einsum("pb,rdk->prbdk", w1, b)
         return right.reshape(left.shape[1], columns, *kernel), left
 
@@ -178,6 +178,10 @@ def structure(
     else:
         found |= {"lokr_w2_a": (m2, rank), "lokr_w2_b": (rank, n2 * math.prod(kernel))}
     return found
+
+
+def _kron(a: Tensor, b: Tensor) -> Tensor:
+    return torch.einsum("ab,cd->acbd", a, b).reshape(a.shape[0] * b.shape[0], -1)
 
 
 def _two(given: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, int]:

@@ -36,7 +36,7 @@ class Adapter(BaseAdapter):
         a_shape = (r, columns, *(1,) * len(kernel)) if tucker else (r, *self.weight_shape[1:])
         bound = 1 / math.sqrt(columns if tucker else n)
         found = {"lora_A": torch.empty(a_shape).uniform_(-bound, bound, generator=generator)}
-        found["lora_B"] = torch.zeros(rows, self._own_rank, *(1,) * len(kernel))
+        found["lora_B"] = torch.zeros(rows, r if tucker else self._own_rank, *(1,) * len(kernel))
         if tucker:
             std = 1 / math.sqrt(r * math.prod(kernel))
             found["lora_mid"] = torch.empty(r, r, *kernel).normal_(0, std, generator=generator)

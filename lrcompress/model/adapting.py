@@ -10,6 +10,7 @@ Per layer, ranks and alphas come from patterns: the first fnmatch pattern that f
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
@@ -32,14 +33,16 @@ def every_target(model: nn.Module) -> dict[str, Target]:
     Factorized layers, and plain linear, convolution (grouped, depthwise, transposed), and embedding layers whose
     weight is their own: a tied, computed, non-finite or integer one takes none.
     """
-    dense = {layer.name: layer for layer in find_layers(model)}
+    reasons = {layer.name: layer.reason or "" for layer in find_layers(model)}
+    uses = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, FactorizedLayer):
             found[name] = module.target
-        elif isinstance(module, nn.modules.conv._ConvTransposeNd) or (
-            name in dense and (dense[name].reason is None or dense[name].reason.startswith("depthwise"))  # type: ignore[union-attr]
-        ):
+        elif isinstance(module, nn.modules.conv._ConvTransposeNd):
+            if "weight" in module._parameters and uses[id(module.weight)] == 1 and module.weight.is_floating_point():
+                found[name] = plain_target(module)
+        elif name in reasons and (not reasons[name] or reasons[name].startswith("depthwise")):
             found[name] = plain_target(module)
     return found
 
@@ -48,6 +51,12 @@ def plain_target(module: nn.Module) -> Target:
     """Return the target that a plain layer of torch would be, without wrapping it."""
     holder = nn.ModuleDict({"layer": module})
     return wrap_dense(holder, "layer").target
+
+
+def layer_target(model: nn.Module, name: str) -> Target:
+    """Return the target of the layer called `name`, wrapped or not."""
+    module = model.get_submodule(name)
+    return module.target if isinstance(module, FactorizedLayer) else plain_target(module)
 
 
 def takes(kind: str, target: Target) -> bool:
@@ -71,7 +80,7 @@ def fresh(
     scaled = None if alpha is None else alpha * (own / rank) ** power
     return adapter(
         kind, weight_shape=target.shape, rank=own, alpha=scaled, generator=generator,
-        groups=target.groups, core=target.core, rslora=rslora, **options,
+        groups=target.groups, core=target.core, layer_kind=target.kind, rslora=rslora, **options,
     )  # fmt: skip
 
 
@@ -94,7 +103,8 @@ def merge(model: nn.Module) -> list[str]:
             raise ValueError(f"layer {name}: expected finite merged weights")
     for name, layer in layers:
         kept = {n: layer._parameters.get(n, layer._buffers.get(n)) for n in layer.factor_names}
-        state = (layer.form, layer.rank, layer.factor_names, kept, dict(layer.active))
+        order = (tuple(layer._parameters), tuple(layer._buffers))
+        state = (layer.form, layer.rank, layer.factor_names, kept, dict(layer.active), order)
         layer.become_dense(merged[name])
         layer.active = {}
         object.__setattr__(layer, _KEPT, state)
@@ -109,9 +119,9 @@ def unmerge(model: nn.Module) -> list[str]:
         if state is None:
             continue
         layer._parameters.pop("weight")
-        layer.form, layer.rank, layer.factor_names, kept, layer.active = state
-        for factor, value in kept.items():
-            (layer._parameters if isinstance(value, nn.Parameter) else layer._buffers)[factor] = value
+        layer.form, layer.rank, layer.factor_names, kept, layer.active, order = state
+        stored = {**layer._parameters, **layer._buffers, **kept}
+        layer._parameters, layer._buffers = ({n: stored[n] for n in names} for names in order)
         found.append(name)
     return found
 

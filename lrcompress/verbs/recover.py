@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from .. import metrics
-from ..adapt import BaseAdapter, adapter, adapter_class, kinds
+from ..adapt import BaseAdapter, adapter_class, kinds
 from ..adapt._files import MARKER, write_adapter
 from ..data import Data
 from ..errors import CommandError, DataError
 from ..files import check_output, staged_folder
 from ..model import OpenedModel
+from ..model.adapting import fresh, layer_target, takes
 from ..model.checkpoint import Compressed, load_compressed
-from ..model.surgery import adaptable_layers, attach
+from ..model.surgery import adaptable_layers, attach, wrap_dense
 from ..progress import Progress, Silent
 from ..recover import Outcome, Settings, train
 from ..recover.losses import LOSSES, auto
@@ -130,11 +131,13 @@ def _attached(
     """Attach a fresh adapter to every layer that can carry one; no layer gets a rank above its own."""
     generator = torch.Generator().manual_seed(seed)
 
-    def make(_: str, shape: tuple[int, ...]) -> BaseAdapter:
-        own = min(rank, shape[0], int(np.prod(shape[1:])))
-        return adapter(kind, weight_shape=shape, rank=own, alpha=_alpha(alpha, rank, shape), generator=generator)
+    def make(layer: str, _: tuple[int, ...]) -> BaseAdapter:
+        return fresh(kind, wrap_dense(module, layer).target, rank, alpha, generator=generator)
 
-    return attach(module, name, make, adaptable_layers(module))
+    layers = [n for n in adaptable_layers(module) if takes(kind, layer_target(module, n))]
+    if not layers:
+        raise CommandError("lrcompress recover --adapter", "a kind that these layers take", kind, "factorize them with svd")
+    return attach(module, name, make, layers)
 
 
 def _trained(outcome: Outcome, loss: str) -> dict[str, Any]:
@@ -160,11 +163,6 @@ def _check(kind: str, rank: int, name: str, loss: str, steps: int) -> None:
     if steps < 1:
         raise CommandError(f"{where} --steps", "a whole number of at least 1", steps)
     assert adapter_class(kind)
-
-
-def _alpha(alpha: float | None, rank: int, shape: tuple[int, ...]) -> float | None:
-    """Return alpha so that alpha/rank stays what the user asked for where a layer clips the rank."""
-    return None if alpha is None else alpha * min(rank, shape[0], int(np.prod(shape[1:]))) / rank
 
 
 def _split(data: Data, select: Data | None) -> tuple[Data, Data]:
