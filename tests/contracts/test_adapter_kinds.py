@@ -136,7 +136,7 @@ def test_the_expansion_is_exact(kind, layer, form_name, options):
     a, b = made.expand(base)
     assert a.shape[0] == b.shape[1] and a.shape[1:] == base.shape[1:] and b.shape[0] == base.shape[0]
     delta = made.delta_weight(base)
-    assert float(((b @ a.flatten(1)).reshape(delta.shape) - delta).norm() / delta.norm()) < 1e-12
+    assert float(((b @ a.flatten(1)).reshape(delta.shape) - delta).detach().norm() / delta.detach().norm()) < 1e-12
 
 
 @pytest.mark.parametrize(("kind", "layer", "form_name", "options"), CASES)
@@ -177,8 +177,6 @@ def test_weight_decomposition_keeps_norms_and_moves_directions(kind, layer, axis
     before = model(x)
     made = fresh(kind, base.target, 2, generator=generator()).double()
     made.decompose(base.weight, axis)
-    if base.weight.shape[axis] == 1:
-        axis = 0
     attach(model, "a", lambda *_: made, ["0"])
     torch.testing.assert_close(model(x), before, rtol=1e-12, atol=1e-13)
     with torch.no_grad():
@@ -244,7 +242,7 @@ def test_factorizations(dimension, factor, expected):
 def test_chains_multiply_up_to_the_rows(rows):
     sizes = lokh.chain(rows)
     assert torch.tensor(sizes).prod() == rows and list(sizes) == sorted(sizes) and len(sizes) <= lokh.MAX_FACTORS
-    assert len(sizes) == 1 or sizes[0] >= 4
+    assert len(sizes) <= 2 or sizes[0] >= 4
 
 
 def test_lokh_is_columnwise_kronecker_and_generically_of_full_rank():

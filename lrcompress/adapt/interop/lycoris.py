@@ -132,6 +132,8 @@ def _one(tensors: Mapping[str, Tensor], target: Target) -> BaseAdapter:
         raise ValueError(f"expected the tensors of one kind, got {' and '.join(kinds) or 'none'}")
     own = {_OWN[kinds[0]][n]: t for n, t in tensors.items() if n not in _SHARED}
     rank, whole = _rank(own)
+    if "alpha" in tensors and tensors["alpha"].numel() != 1:
+        raise ValueError(f"alpha: expected one number, got shape {tuple(tensors['alpha'].shape)}")
     alpha = float(tensors["alpha"]) if "alpha" in tensors and not whole else float(rank)
     if alpha == 0:  # LyCORIS's word for "no scaling"
         alpha = float(rank)
