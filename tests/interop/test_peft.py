@@ -34,7 +34,7 @@ MERGED = {"lora": ["reflect"], "loha": ["reflect"], "lokr": ["reflect"]}
 OPTIONS = {
     "lora": [{}, {"rslora": True}, {"tucker": True}],
     "loha": [{}, {"tucker": True}],
-    "lokr": [{}, {"factor": 2}, {"factor": 3, "decompose_both": True, "rank": 1}, {"factor": 2, "tucker": True, "rank": 1}],
+    "lokr": [{}, {"factor": 2}, {"factor": 3, "decompose_both": True, "rank": 1}, {"factor": 2, "tucker": True, "rank": 2}],
 }
 CASES = [(kind, options) for kind, several in OPTIONS.items() for options in several]
 
