@@ -40,7 +40,7 @@ def own_names(slot: Mapping[str, Any], kind: str, given: Tensors) -> frozenset[s
 def sides(slot: Mapping[str, Any]) -> tuple[int, int]:
     """Return (out, in·kernel) of what the slot corrects."""
     a, b = (t["shape"] for t in slot["tensors"])
-    return (b[0], math.prod(a[1:])) if slot["op"] == "conv" else (b[1], a[0])
+    return (int(b[0]), math.prod(a[1:])) if slot["op"] == "conv" else (int(b[1]), int(a[0]))
 
 
 def rank_of(slot: Mapping[str, Any], kind: str, given: Tensors) -> int:
@@ -88,8 +88,8 @@ def _lokr_rank(slot: Mapping[str, Any], own: Tensors, out: int, inner: int) -> i
     (m1, n1), m2, n2 = w1.shape, out // w1.shape[0], inner // w1.shape[1]
     if "lokr_w2" in own:
         _exactly(own, "lokr_w2", (m2, n2))
-        return min(m1, n1) * min(m2, n2)
-    return min(m1, n1) * _rank(own, [("lokr_w2_a", (m2, "r")), ("lokr_w2_b", ("r", n2))])
+        return int(min(m1, n1) * min(m2, n2))
+    return int(min(m1, n1)) * _rank(own, [("lokr_w2_a", (m2, "r")), ("lokr_w2_b", ("r", n2))])
 
 
 def _channels(slot: Mapping[str, Any]) -> int:
@@ -103,7 +103,9 @@ def _lokh_rank(own: Tensors, out: int, inner: int) -> int:
     if any(own[n].ndim != 3 for n in names):
         raise ValueError("lokh factors: three axes (terms, rows, columns)")
     if math.prod(own[n].shape[1] for n in names) != out or {own[n].shape[2] for n in names} != {inner}:
-        raise ValueError(f"lokh factors: {out} rows as a product, {inner} columns, not {[list(own[n].shape) for n in names]}")
+        raise ValueError(
+            f"lokh factors: {out} rows as a product, {inner} columns, not {[list(own[n].shape) for n in names]}"
+        )
     terms = {own[n].shape[0] for n in names}
     if len(terms) != 1:
         raise ValueError(f"lokh factors: one number of terms, not {sorted(terms)}")
@@ -114,9 +116,7 @@ def expand(slot: Mapping[str, Any], kind: str, given: Tensors) -> list[np.ndarra
     """Return [A, B] as the slot takes them. Call `rank_of` first: what it accepts always expands."""
     if kind == "lora":
         return [given[t["name"]] for t in slot["tensors"]]
-    own = {
-        n.removeprefix(f"{slot['layer']}."): np.asarray(given[n], np.float64) for n in own_names(slot, kind, given)
-    }
+    own = {n.removeprefix(f"{slot['layer']}."): np.asarray(given[n], np.float64) for n in own_names(slot, kind, given)}
     a, b = {"loha": _loha, "lokr": _lokr, "lokh": _lokh, "core": _core}[kind](own, *sides(slot))
     return as_slot(slot, a, b)
 

@@ -140,7 +140,8 @@ class BaseAdapter(nn.Module, abc.ABC):
         gain = self.gain(base).flatten()
         if target.kind == "conv":
             gain = gain.reshape(-1, *(1,) * (plain.dim() - 2))
-        return (gain - 1) * plain + gain * self(x, target)
+        correction: Tensor = self(x, target)
+        return (gain - 1) * plain + gain * correction
 
     # files ------------------------------------------------------------------------------------------------------------
 
@@ -164,8 +165,12 @@ class BaseAdapter(nn.Module, abc.ABC):
             raise ValueError(f"unexpected tensor {extra[0]}")
         if magnitude is not None:
             axes = range(len(self.weight_shape))
-            if magnitude not in [tuple(d if i == axis else 1 for i, d in enumerate(self.weight_shape)) for axis in axes[:2]]:
-                raise ValueError(f"magnitude: expected one number per row or column of {self.weight_shape}, got {magnitude}")
+            if magnitude not in [
+                tuple(d if i == axis else 1 for i, d in enumerate(self.weight_shape)) for axis in axes[:2]
+            ]:
+                raise ValueError(
+                    f"magnitude: expected one number per row or column of {self.weight_shape}, got {magnitude}"
+                )
         for name in self.tensor_names:
             self._parameters.pop(name, None)
         for name in (*expected, *(("magnitude",) if magnitude is not None else ())):
@@ -173,4 +178,5 @@ class BaseAdapter(nn.Module, abc.ABC):
 
 
 def _norms(weight: Tensor, axis: int) -> Tensor:
-    return torch.linalg.vector_norm(weight, dim=[i for i in range(weight.dim()) if i != axis], keepdim=True)
+    norms: Tensor = torch.linalg.vector_norm(weight, dim=[i for i in range(weight.dim()) if i != axis], keepdim=True)
+    return norms

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..factorize import form
 from ..factorize._linalg import convolve, pointwise
@@ -103,6 +103,9 @@ def core_size(form_name: str, factors: Mapping[str, Tensor]) -> int:
 
 class Adapter(BaseAdapter):
     """R (whole) or P is zero at init; Q is uniform within ±1/√r."""
+
+    core_P: nn.Parameter
+    core_Q: nn.Parameter
 
     kind = "core"
     tensor_names = ("core_R", "core_P", "core_Q")

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._base import BaseAdapter
 from ._target import Base, Target
@@ -23,6 +23,13 @@ from ._target import Base, Target
 
 class Adapter(BaseAdapter):
     """B₂ (w2_a) is zero at init, the others Gaussian."""
+
+    hada_w1_a: nn.Parameter
+    hada_w1_b: nn.Parameter
+    hada_w2_a: nn.Parameter
+    hada_w2_b: nn.Parameter
+    hada_t1: nn.Parameter
+    hada_t2: nn.Parameter
 
     kind = "loha"
     tensor_names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")

@@ -91,7 +91,7 @@ class Adapter(BaseAdapter):
         rest: Tensor = x
         product: Tensor | None = None
         for a in reversed(self.factors):
-            rows = F.embedding(rest % a.shape[1], a.transpose(0, 1).flatten(1)).unflatten(-1, (a.shape[0], -1))
+            rows = F.embedding(rest % a.shape[1], a.transpose(0, 1).flatten(1)).reshape(*rest.shape, a.shape[0], -1)
             product = rows if product is None else rows * product
             rest = rest // a.shape[1]
         assert product is not None

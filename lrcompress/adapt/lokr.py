@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..factorize import ConvGeometry
 from ..factorize._linalg import convolve
@@ -35,6 +35,11 @@ def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
 
 class Adapter(BaseAdapter):
     """W₂ (or its b) is zero at init, the others uniform within ±1/√columns."""
+
+    lokr_w1_a: nn.Parameter
+    lokr_w1_b: nn.Parameter
+    lokr_w2_a: nn.Parameter
+    lokr_w2_b: nn.Parameter
 
     kind = "lokr"
     tensor_names = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
@@ -127,7 +132,7 @@ class Adapter(BaseAdapter):
 
     def _linear(self, x: Tensor) -> Tensor:
         w1, second = self.scaling * self.first, self.second()
-        h = x.unflatten(-1, (w1.shape[1], -1))
+        h = x.reshape(*x.shape[:-1], w1.shape[1], -1)
         if isinstance(second, Tensor):
             return (w1 @ F.linear(h, second)).flatten(-2)
         return F.linear(w1 @ F.linear(h, second[1]), second[0]).flatten(-2)
@@ -147,13 +152,13 @@ class Adapter(BaseAdapter):
         w1, second = self.scaling * self.first, self.second()
         n1 = w1.shape[1]
         kernels = second if isinstance(second, Tensor) else second[1]
-        h = convolve(x.unflatten(1, (n1, -1)).flatten(0, 1), kernels, target.geometry)
-        h = h.unflatten(0, (-1, n1))
+        h = convolve(x.reshape(len(x) * n1, -1, *x.shape[2:]), kernels, target.geometry)
+        h = h.reshape(len(x), n1, *h.shape[1:])
         h = torch.einsum("ab,nbc...->nac...", w1, h)
         if not isinstance(second, Tensor):
             mix = second[0].reshape(*second[0].shape, *(1,) * (x.dim() - 2))
-            h = convolve(h.flatten(0, 1), mix, ConvGeometry.default(x.dim() - 2)).unflatten(0, (-1, len(w1)))
-        return h.flatten(1, 2)
+            h = convolve(h.flatten(0, 1), mix, ConvGeometry.default(x.dim() - 2))
+        return h.reshape(len(x), -1, *h.shape[-(x.dim() - 2) :])
 
     @classmethod
     def n_params(cls, weight_shape: tuple[int, ...], rank: int, **options: Any) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..factorize import ConvGeometry
 from ..factorize._linalg import convolve, pointwise
@@ -25,6 +25,10 @@ from ._target import Base, Target
 
 class Adapter(BaseAdapter):
     """B is zero at init, A uniform within ±1/√(columns·kernel)."""
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_mid: nn.Parameter
 
     kind = "lora"
     tensor_names = ("lora_A", "lora_B", "lora_mid")
@@ -96,9 +100,9 @@ class Adapter(BaseAdapter):
         g, spatial = target.groups, x.dim() - 2
         kernels, once = a.reshape(-1, *self.weight_shape[1:]), ConvGeometry.default(spatial)
         if target.kind == "conv":
-            mixed = (s * b).flatten(0, 1).unflatten(1, (-1, *(1,) * spatial))
+            mixed = (s * b).reshape(-1, b.shape[2], *(1,) * spatial)
             return convolve(target.apply(x, kernels, g), mixed, once, g)
-        turned = (s * b).transpose(1, 2).flatten(0, 1).unflatten(1, (-1, *(1,) * spatial))
+        turned = (s * b).transpose(1, 2).reshape(-1, b.shape[1], *(1,) * spatial)
         return target.apply(convolve(x, turned, once, g), kernels, g)
 
     @classmethod

@@ -94,7 +94,9 @@ def _native(slot: Mapping[str, Any], adapter: BaseAdapter, where: object) -> dic
     if adapter.kind == "lora":
         a, b = (t.flatten(1) for t in adapter.expand())
         pair = as_slot(slot, *(_array(t) for t in ((b.T, a.T) if turned else (a, b))))
-        return {t["name"]: np.ascontiguousarray(v.astype(t["dtype"])) for t, v in zip(slot["tensors"], pair, strict=True)}
+        return {
+            t["name"]: np.ascontiguousarray(v.astype(t["dtype"])) for t, v in zip(slot["tensors"], pair, strict=True)
+        }
     found: dict[str, Tensor] = {}
     if isinstance(adapter, LoHa):
         for i, (b, a) in enumerate(adapter.pairs(), 1):

@@ -50,11 +50,12 @@ class SlotAdapter(nn.Module):
         r = _TRACE_RANK
         if not kernel:
             # Of a linear layer (in, r) and (r, out); of an embedding, whose rows are looked up, (tokens, r) and (r, width).
-            a, b = ((columns, r), (r, rows)) if target.kind == "linear" else ((rows, r), (r, columns))
+            first, last = (columns, rows) if target.kind == "linear" else (rows, columns)
+            a, b = torch.zeros(first, r, dtype=dtype), torch.zeros(r, last, dtype=dtype)
         else:
-            a, b = (r, columns, *kernel), (rows, r, *(1,) * len(kernel))
-        self.lora_A = nn.Parameter(torch.zeros(a, dtype=dtype))
-        self.lora_B = nn.Parameter(torch.zeros(b, dtype=dtype))
+            a = torch.zeros(r, columns, *kernel, dtype=dtype)
+            b = torch.zeros(rows, r, *(1,) * len(kernel), dtype=dtype)
+        self.lora_A, self.lora_B = nn.Parameter(a), nn.Parameter(b)
 
     def correct(self, x: Tensor, target: Target, base: Base, plain: Tensor) -> Tensor:
         """Return what is added to the layer's output."""

@@ -200,9 +200,7 @@ class FactorizedConv(FactorizedLayer):
 
     @property
     def target(self) -> Target:
-        return Target(
-            self.shape, "conv", self._walk, self.groups, core=core_size(self.form, self.factors)
-        )
+        return Target(self.shape, "conv", self._walk, self.groups, core=core_size(self.form, self.factors))
 
     def to_plain(self) -> nn.Module:
         classes: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

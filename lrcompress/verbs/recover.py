@@ -136,7 +136,9 @@ def _attached(
 
     layers = [n for n in adaptable_layers(module) if takes(kind, layer_target(module, n))]
     if not layers:
-        raise CommandError("lrcompress recover --adapter", "a kind that these layers take", kind, "factorize them with svd")
+        raise CommandError(
+            "lrcompress recover --adapter", "a kind that these layers take", kind, "factorize them with svd"
+        )
     return attach(module, name, make, layers)
 
 

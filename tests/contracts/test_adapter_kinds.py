@@ -148,9 +148,7 @@ def test_tensors_come_back_bit_for_bit_and_wrong_ones_are_refused(kind, layer, f
     again = fresh(kind, base.target, 2, 3.0, rslora=made.rslora).double()
     again.load(made.tensors())
     assert torch.equal(again.delta_weight(base), made.delta_weight(base))
-    count = adapter_class(kind).n_params(
-        base.target.shape, made.rank, **_structure(kind, base.target, options)
-    )
+    count = adapter_class(kind).n_params(base.target.shape, made.rank, **_structure(kind, base.target, options))
     assert count == sum(p.numel() for p in made.parameters())
     kept = {n: t.clone() for n, t in again.tensors().items()}
     for name, value in made.tensors().items():
@@ -183,7 +181,9 @@ def test_weight_decomposition_keeps_norms_and_moves_directions(kind, layer, axis
         for i, p in enumerate(p for n, p in made.named_parameters() if n != "magnitude"):
             p.copy_(torch.randn(p.shape, generator=generator(i + 1), dtype=torch.float64) * 0.3)
     merged, dims = base.merged_weight(), [i for i in range(base.weight.dim()) if i != axis]
-    torch.testing.assert_close(torch.linalg.vector_norm(merged, dim=dims), torch.linalg.vector_norm(base.weight, dim=dims))
+    torch.testing.assert_close(
+        torch.linalg.vector_norm(merged, dim=dims), torch.linalg.vector_norm(base.weight, dim=dims)
+    )
     assert not torch.allclose(merged, base.weight)
     torch.testing.assert_close(to_dense(model)(x), model(x), rtol=1e-9, atol=1e-10)
     with torch.no_grad():
@@ -303,7 +303,10 @@ def test_cores_and_other_kinds_add_up_by_weight():
     model, x = case("linear", "svd")
     base = model[0]
     before = model(x)
-    made = {n: fresh(k, base.target, 2, generator=generator()).double() for n, k in (("a", "core"), ("b", "core"), ("c", "lokr"))}
+    made = {
+        n: fresh(k, base.target, 2, generator=generator()).double()
+        for n, k in (("a", "core"), ("b", "core"), ("c", "lokr"))
+    }
     for name, a in made.items():
         random_values(a)
         base.add_adapter(name, a, 0.5)
@@ -334,7 +337,12 @@ def test_every_layer_of_a_network_is_found_and_none_is_wrapped():
     assert found["depthwise"] == plain_target(model.depthwise) and found["depthwise"].groups == 6
     for target in found.values():
         back = Target.from_dict(target.as_dict())
-        assert (back.shape, back.kind, back.groups, back.core) == (target.shape, target.kind, target.groups, target.core)
+        assert (back.shape, back.kind, back.groups, back.core) == (
+            target.shape,
+            target.kind,
+            target.groups,
+            target.core,
+        )
 
 
 def test_a_merge_that_is_not_finite_changes_nothing():

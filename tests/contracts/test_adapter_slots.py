@@ -22,7 +22,12 @@ from lrcompress.runtime import Session
 OPTIONS = {
     "lora": [{}, {"rank": 3}, {"tucker": True}],
     "loha": [{}, {"tucker": True}],
-    "lokr": [{}, {"rank": 99}, {"decompose_both": True, "factor": 4, "rank": 1}, {"tucker": True, "factor": 2, "rank": 1}],
+    "lokr": [
+        {},
+        {"rank": 99},
+        {"decompose_both": True, "factor": 4, "rank": 1},
+        {"tucker": True, "factor": 2, "rank": 1},
+    ],
     "lokh": [{}],
     "core": [{}, {"rank": 99}],
 }
@@ -56,7 +61,12 @@ class Every(nn.Module):
 def network() -> Every:
     torch.manual_seed(1)
     model = Every().eval()
-    for name, form_name in {"factored": "svd", "tucker": "tucker", "spatial": "spatial_svd", "pivoted": "pivoted"}.items():
+    for name, form_name in {
+        "factored": "svd",
+        "tucker": "tucker",
+        "spatial": "spatial_svd",
+        "pivoted": "pivoted",
+    }.items():
         weight, chosen = model.get_submodule(name).weight.detach(), form(form_name)
         replace_layer(model, name, chosen.decompose(weight, chosen.clip(tuple(weight.shape), 5)))
     return model
@@ -142,9 +152,7 @@ def test_native_factors_travel_small_and_close(kind, encoding, exported, tmp_pat
     made = adapters(model, kind, {"rank": 1})
     write_adapter(tmp_path, made, maker="test", base=None, info={})
     _, tensors = payload_tensors(tmp_path, session.manifest)
-    exact, small = (
-        payload.build(tensors, manifest=session.manifest, kind=kind, encoding=e) for e in ("f32", encoding)
-    )
+    exact, small = (payload.build(tensors, manifest=session.manifest, kind=kind, encoding=e) for e in ("f32", encoding))
     assert encoding == "int8" or len(small) < len(exact)  # these factors are so small that scales outweigh codes
     results = []
     for data in (exact, small):
@@ -179,7 +187,9 @@ def test_a_kind_without_slots_is_refused_with_what_to_do(tmp_path):
     write_adapter(tmp_path / "a", adapters(network(), "lora", {}, ["line"]), maker="test", base=None, info={})
     with pytest.raises(PayloadError, match="--slots lora"):
         payload_tensors(tmp_path / "a", manifest)
-    dense = OpenedModel(None, "module", "", nn.Sequential(nn.Linear(4, 4)), inputs=(InputSpec("x", "float32", ("b", 4)),))
+    dense = OpenedModel(
+        None, "module", "", nn.Sequential(nn.Linear(4, 4)), inputs=(InputSpec("x", "float32", ("b", 4)),)
+    )
     with pytest.raises(CommandError, match="core"):
         lrcompress.export(dense, slots=("core",), output=tmp_path / "dense")
 
@@ -188,8 +198,16 @@ SLOT = {
     "layer": "fc", "kind": "lora", "op": "linear", "r_min": 0, "r_max": 256,
     "tensors": [{"name": "fc.lora_A", "shape": [6, "r"]}, {"name": "fc.lora_B", "shape": ["r", 8]}],
 }  # fmt: skip
-CONV = {**SLOT, "op": "conv", "tensors": [{"name": "fc.lora_A", "shape": ["r", 6, 3]}, {"name": "fc.lora_B", "shape": [8, "r", 1]}]}
-CORE = {**SLOT, "kind": "core", "tensors": [{"name": "fc.core_A", "shape": [5, "r"]}, {"name": "fc.core_B", "shape": ["r", 5]}]}
+CONV = {
+    **SLOT,
+    "op": "conv",
+    "tensors": [{"name": "fc.lora_A", "shape": ["r", 6, 3]}, {"name": "fc.lora_B", "shape": [8, "r", 1]}],
+}
+CORE = {
+    **SLOT,
+    "kind": "core",
+    "tensors": [{"name": "fc.core_A", "shape": [5, "r"]}, {"name": "fc.core_B", "shape": ["r", 5]}],
+}
 
 
 def zeros(**shapes) -> dict[str, np.ndarray]:

@@ -23,7 +23,12 @@ NAMES = [n for n in Layers.SHAPES if n != "reflect"]
 OPTIONS = {
     "lora": [{}, {"rslora": True}, {"tucker": True}],
     "loha": [{}, {"tucker": True}],
-    "lokr": [{}, {"factor": 3}, {"factor": 3, "decompose_both": True, "rank": 1}, {"factor": 2, "tucker": True, "rank": 1}],
+    "lokr": [
+        {},
+        {"factor": 3},
+        {"factor": 3, "decompose_both": True, "rank": 1},
+        {"factor": 2, "tucker": True, "rank": 1},
+    ],
 }
 CASES = [(kind, options) for kind, several in OPTIONS.items() for options in several]
 
@@ -83,7 +88,9 @@ def _configured(tensors, rank: int = 4, **options) -> nn.Module:
     """
     model = layers()
     named = {"use_tucker" if k == "tucker" else k: v for k, v in options.items()}
-    network = network_of("lokr", model, **{"linear_dim": rank, "conv_dim": rank, "linear_alpha": 6, "conv_alpha": 6}, **named)
+    network = network_of(
+        "lokr", model, **{"linear_dim": rank, "conv_dim": rank, "linear_alpha": 6, "conv_alpha": 6}, **named
+    )
     missing, unexpected = network.load_state_dict(tensors, strict=False)
     assert not unexpected and all("reflect" in m for m in missing)
     return model
@@ -91,7 +98,12 @@ def _configured(tensors, rank: int = 4, **options) -> nn.Module:
 
 def network_of(algo: str, base: nn.Module, **options) -> nn.Module:
     """Return LyCORIS's own network of `algo` on all layers of `base`, with random numbers, applied."""
-    preset = {"target_module": ["Linear", "Conv1d", "Conv2d", "Conv3d"], "enable_conv": True, "name_algo_map": {}, "module_algo_map": {}}
+    preset = {
+        "target_module": ["Linear", "Conv1d", "Conv2d", "Conv3d"],
+        "enable_conv": True,
+        "name_algo_map": {},
+        "module_algo_map": {},
+    }
     package.LycorisNetwork.apply_preset(preset)
     options = {"linear_dim": 4, "linear_alpha": 6, "conv_dim": 3, "conv_alpha": 2, **options}
     network = package.create_lycoris(base, 1.0, algo=algo, **options)

@@ -34,7 +34,12 @@ MERGED = {"lora": ["reflect"], "loha": ["reflect"], "lokr": ["reflect"]}
 OPTIONS = {
     "lora": [{}, {"rslora": True}, {"tucker": True}],
     "loha": [{}, {"tucker": True}],
-    "lokr": [{}, {"factor": 2}, {"factor": 3, "decompose_both": True, "rank": 1}, {"factor": 2, "tucker": True, "rank": 2}],
+    "lokr": [
+        {},
+        {"factor": 2},
+        {"factor": 3, "decompose_both": True, "rank": 1},
+        {"factor": 2, "tucker": True, "rank": 2},
+    ],
 }
 CASES = [(kind, options) for kind, several in OPTIONS.items() for options in several]
 
@@ -81,7 +86,9 @@ def test_what_we_write_they_run(kind, options, tmp_path):
     close(outputs(loaded, names), expected)
     assert any(float((expected[n] - v).abs().max()) > 0.05 for n, v in outputs(layers(), names).items())
     # The names in it are exact: nothing else was given an adapter.
-    there = {n for n, m in loaded.base_model.model.named_modules() if isinstance(m, peft.tuners.tuners_utils.BaseTunerLayer)}
+    there = {
+        n for n, m in loaded.base_model.model.named_modules() if isinstance(m, peft.tuners.tuners_utils.BaseTunerLayer)
+    }
     assert there == set(names)
     # And back: bit for bit where nothing had to be multiplied in.
     again = read_adapter(tmp_path)

@@ -84,7 +84,9 @@ def read(tensors: Mapping[str, Tensor], targets: Mapping[str, Target], *, where:
         try:
             found[layer] = _one(by_stem[stem], targets[layer])
         except ValueError as e:
-            raise ModelError(f"{where}: {stem}", f"tensors that fit the layer {layer}", e, "is it for another model?") from e
+            raise ModelError(
+                f"{where}: {stem}", f"tensors that fit the layer {layer}", e, "is it for another model?"
+            ) from e
     return {n: found[n] for n in sorted(found)}
 
 
@@ -95,7 +97,9 @@ def _by_stem(tensors: Mapping[str, Tensor], where: object) -> dict[str, dict[str
         name = next((n for n in names if key.endswith(f".{n}")), None)
         if name is None:
             known = "lora_up, lora_down, hada_*, lokr_*, alpha and dora_scale"
-            raise ModelError(where, f"tensors of LoRA, LoHa or LoKr ({known})", key, "another algorithm: train one of these")
+            raise ModelError(
+                where, f"tensors of LoRA, LoHa or LoKr ({known})", key, "another algorithm: train one of these"
+            )
         found.setdefault(key.removesuffix(f".{name}"), {})[name] = checked(value, f"{where}: {key}")
     return found
 
@@ -105,7 +109,7 @@ def _match(stems: Mapping[str, object], targets: Mapping[str, Target], where: ob
     flat: dict[str, list[str]] = {}
     for name in targets:
         flat.setdefault(re.sub(r"[.]", "_", name), []).append(name)
-    found = {}
+    found: dict[str, str] = {}
     for stem in stems:
         candidates = [
             layer
@@ -117,11 +121,15 @@ def _match(stems: Mapping[str, object], targets: Mapping[str, Target], where: ob
         chosen = list(dict.fromkeys(exact or candidates))
         if not chosen:
             near = ", ".join(list(targets)[:3])
-            raise ModelError(f"{where}: {stem}", "the name of a layer of the base", "none of that name", f"layers are {near}, …")
+            raise ModelError(
+                f"{where}: {stem}", "the name of a layer of the base", "none of that name", f"layers are {near}, …"
+            )
         if len(chosen) > 1:
             raise ModelError(f"{where}: {stem}", "the name of one layer", " or ".join(chosen), "rename a layer")
         if chosen[0] in found.values():
-            raise ModelError(f"{where}: {stem}", "one correction per layer", f"two for {chosen[0]}", "combine them first")
+            raise ModelError(
+                f"{where}: {stem}", "one correction per layer", f"two for {chosen[0]}", "combine them first"
+            )
         found[stem] = chosen[0]
     return found
 

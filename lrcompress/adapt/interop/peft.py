@@ -23,6 +23,7 @@ from torch import Tensor
 from ...errors import ModelError
 from .. import BaseAdapter, Target, adapter, adapter_class, kinds
 from ..lokh import as_full_rank
+from ..lokr import Adapter as LoKr
 
 PREFIX = "base_model.model."
 #: Kinds that PEFT knows by these names, and the layers it knows them on.
@@ -91,7 +92,10 @@ def _check_known(name: str, a: BaseAdapter) -> None:
         raise ModelError(where, "magnitudes per output of an ungrouped layer", "others", "merge it")
     if "lokr_w2" in a.tensors() and len(a.weight_shape) == 3:
         raise ModelError(
-            where, "a LoKr that PEFT multiplies as it should", "a whole W2 on a 1-D convolution", "expand it with --to lora"
+            where,
+            "a LoKr that PEFT multiplies as it should",
+            "a whole W2 on a 1-D convolution",
+            "expand it with --to lora",
         )
 
 
@@ -173,8 +177,16 @@ def _candidates(kind: str, adapters: Mapping[str, BaseAdapter]) -> list[dict[str
     if kind == "loha":
         return [{"use_effective_conv2d": cores}]
     split = any("lokr_w1_a" in a.tensors() for a in adapters.values())
-    firsts = {d for a in adapters.values() for d in a.first.shape}  # type: ignore[operator]
-    factors = [-1, *sorted(firsts | {a.weight_shape[0] // d for a in adapters.values() for d in firsts if a.weight_shape[0] % d == 0})]
+    firsts: set[int] = set()
+    for a in adapters.values():
+        assert isinstance(a, LoKr)
+        firsts |= set(a.first.shape)
+    factors = [
+        -1,
+        *sorted(
+            firsts | {a.weight_shape[0] // d for a in adapters.values() for d in firsts if a.weight_shape[0] % d == 0}
+        ),
+    ]
     return [{"decompose_both": split, "decompose_factor": f, "use_effective_conv2d": cores} for f in factors]
 
 
@@ -195,7 +207,9 @@ def _peft_shapes(kind: str, a: BaseAdapter, own: Mapping[str, Any]) -> dict[str,
     t_shape = (r, r, *kernel, *(1,) * (2 - len(kernel)))
     if kind == "loha":
         sides = ((r, rows), (r, columns)) if cores else ((rows, r), (r, columns * taps))
-        found: dict[str, tuple[int, ...]] = {f"hada_w{i}_{ab}": s for i in (1, 2) for ab, s in zip("ab", sides, strict=True)}
+        found: dict[str, tuple[int, ...]] = {
+            f"hada_w{i}_{ab}": s for i in (1, 2) for ab, s in zip("ab", sides, strict=True)
+        }
         return found | ({"hada_t1": t_shape, "hada_t2": t_shape} if cores else {})
     factor = own["decompose_factor"]
     (m1, m2), (n1, n2) = _peft_factorization(rows, factor), _peft_factorization(columns, factor)
@@ -232,7 +246,9 @@ def read(
     if targets is not None:
         unknown = sorted(set(by_layer) - set(targets))
         if unknown:
-            raise ModelError(f"{where}: layer {unknown[0]}", "a layer of the base", "none of that name", "is it for another model?")
+            raise ModelError(
+                f"{where}: layer {unknown[0]}", "a layer of the base", "none of that name", "is it for another model?"
+            )
     found = {}
     for layer in sorted(by_layer):
         target = None if targets is None else targets[layer]
@@ -256,7 +272,9 @@ def _refuse(config: Mapping[str, Any], where: object) -> None:
         if config.get(key):
             what = config[key]
             names = ", ".join(map(str, what)) if isinstance(what, list | dict) else what
-            raise ModelError(f"{where}: {key}", "corrections of weights, which a payload can ship", names, "train without it")
+            raise ModelError(
+                f"{where}: {key}", "corrections of weights, which a payload can ship", names, "train without it"
+            )
     if config.get("bias", "none") != "none":
         raise ModelError(f"{where}: bias", "none", config["bias"], "train without it: a payload ships no biases")
     init = str(config.get("init_lora_weights"))
@@ -309,7 +327,9 @@ def _setting(config: Mapping[str, Any], patterns: str, layer: str, default: Any)
     return default
 
 
-def _one(kind: str, config: Mapping[str, Any], layer: str, tensors: dict[str, Tensor], target: Target | None) -> BaseAdapter:
+def _one(
+    kind: str, config: Mapping[str, Any], layer: str, tensors: dict[str, Tensor], target: Target | None
+) -> BaseAdapter:
     rank = _setting(config, "rank_pattern", layer, config["r"])
     alpha = _setting(config, "alpha_pattern", layer, config.get("lora_alpha" if kind == "lora" else "alpha", rank))
     if type(rank) is not int or not isinstance(alpha, int | float) or not math.isfinite(alpha):
@@ -320,9 +340,15 @@ def _one(kind: str, config: Mapping[str, Any], layer: str, tensors: dict[str, Te
         target = guess(kind, tensors)
     if target is not None and len(target.shape) == 3:
         tensors = {n: t[..., 0] if n[-2:] in ("t1", "t2") and t.dim() == 4 else t for n, t in tensors.items()}
-    if kind == "lokr" and "lokr_w2" in tensors and len(target.shape) == 3 and tensors["lokr_w2"].dim() == 3 and not config.get("lrcompress"):
+    if (
+        kind == "lokr"
+        and "lokr_w2" in tensors
+        and len(target.shape) == 3
+        and tensors["lokr_w2"].dim() == 3
+        and not config.get("lrcompress")
+    ):
         return _misshapen_kron(rank, alpha, tensors, target)
-    options = {"groups": target.groups, "core": target.core, "layer_kind": target.kind}
+    options: dict[str, Any] = {"groups": target.groups, "core": target.core, "layer_kind": target.kind}
     rslora = bool(config.get("use_rslora")) and kind == "lora"
     made = adapter(kind, weight_shape=target.shape, rank=rank, alpha=alpha, rslora=rslora, **options)
     made.load(tensors)
@@ -357,7 +383,9 @@ def _own_channels(a: Tensor, groups: int) -> Tensor:
     blocks = a.reshape(groups, len(a) // groups, groups, -1, *a.shape[2:])
     own = torch.stack([blocks[g, :, g] for g in range(groups)])
     if int(torch.count_nonzero(blocks)) != int(torch.count_nonzero(own)):
-        raise ValueError("lora_A reads channels of other groups: no grouped kernel holds that, PEFT cannot merge it either")
+        raise ValueError(
+            "lora_A reads channels of other groups: no grouped kernel holds that, PEFT cannot merge it either"
+        )
     return own.flatten(0, 1)
 
 
