@@ -111,7 +111,6 @@ class Adapter(BaseAdapter):
                 eye = torch.eye(flat.shape[1], dtype=flat.dtype, device=flat.device)
                 second = flat, eye.reshape(-1, *second.shape[1:])
         a, b = second[0], second[1].flatten(2) if second[1].dim() > 2 else second[1][..., None]
-        r, n2, k = b.shape
         if self._parameters.get("lokr_w1") is None and self.rank < min(m1, n1):
             u, v = self.scaling * self.lokr_w1_a, self.lokr_w1_b
             left, right = _kron(u, a), torch.einsum("pb,rdk->prbdk", v, b)

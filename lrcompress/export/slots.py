@@ -145,7 +145,7 @@ def attach_slots(module: nn.Module, include: Sequence[str] = (), kinds: Sequence
     Without `include`, the linear layers and ungrouped convolutions; a pattern also reaches embeddings, grouped and
     transposed convolutions. A core slot goes to every such layer whose factors have a core.
     """
-    targets = every_target(module) if include else {n: None for n in adaptable_layers(module)}
+    targets = every_target(module) if include else dict.fromkeys(adaptable_layers(module))
     for pattern in include:
         if not any(fnmatchcase(n, pattern) for n in targets):
             raise CommandError(

@@ -161,10 +161,10 @@ def listing(folder: str | Path = "adapters") -> dict[str, Any]:
 def show(adapter: str | Path, base: BaseModel | None = None) -> dict[str, Any]:
     """Return what an adapter is, layer by layer."""
     found = load(adapter, base)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, a in found.adapters.items():
         layer = None if base is None else base.layer(name)
-        row = {
+        row: dict[str, Any] = {
             "name": name, "kind": a.kind, "layer": a.layer_kind, "shape": list(a.weight_shape), "groups": a.groups,
             "rank": a.rank, "alpha": a.alpha, "scaling": a.scaling, "params": sum(p.numel() for p in a.parameters()),
             "decomposed": a.magnitude is not None, "tensors": {n: list(t.shape) for n, t in a.tensors().items()},
@@ -176,7 +176,7 @@ def show(adapter: str | Path, base: BaseModel | None = None) -> dict[str, Any]:
                 "share": delta / float(layer.weight.detach().norm()) if layer is not None else None,
             }
         rows.append(row)
-    total = sum(r["params"] for r in rows)
+    total = sum(int(r["params"]) for r in rows)
     return {"path": str(found.path), "kind": found.kind, "base": found.base, "params": total, "layers": rows}
 
 
@@ -232,15 +232,15 @@ def combine(
         )
     names = sorted({n for a in several for n in a.adapters})
     parts = {n: [(a.adapters[n], w) for a, w in zip(several, weights, strict=True) if n in a.adapters] for n in names}
-    made, rows = {}, []
+    # A folder holds one kind, so where the parts are of several kinds all become LoRA.
+    same = len({a.kind for found in several for a in found.adapters.values()}) == 1
+    made: dict[str, BaseAdapter] = {}
+    rows: list[dict[str, Any]] = []
     for name in included(parts, include, "combine"):
         layer = base.layer(name) if base is not None else None
         try:
             whole, error = stacked(parts[name], layer), 0.0
-            if len({a.kind for several_ in parts.values() for a, _ in several_}) > 1 or (
-                whole.kind not in ("lora", "core")
-            ):
-                whole = expanded(whole, layer)
+            whole = whole if same and whole.kind in ("lora", "core") else expanded(whole, layer)
             if rank is not None:
                 whole, error = truncated(whole, rank, layer)
         except ValueError as e:

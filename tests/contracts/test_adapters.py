@@ -84,7 +84,7 @@ class TestEveryKind:
         rebuilt = (right @ left.flatten(1)).reshape(shape)
         assert float((rebuilt - a.delta_weight()).norm() / a.delta_weight().norm()) < 1e-12
         m1, n1 = lokr.factorization(shape[0])[0], lokr.factorization(shape[1])[0]
-        split = 3 < max(shape[0] // m1, shape[1] // n1) / 2
+        split = max(shape[0] // m1, shape[1] // n1) / 2 > 3
         small = min(m1, n1) * min(shape[0] // m1, 3 if split else math.prod(shape[1:]) // n1)
         expected = {"lora": 3, "loha": 9, "lokr": small, "lokh": min(a.sides)}[kind]
         assert left.shape[0] == right.shape[1] == expected

@@ -37,7 +37,19 @@ LAYERS: list[set[str]] = [
     {"__init__", "__main__"},
 ]
 ROW = {name: i for i, row in enumerate(LAYERS) for name in row}
-EDGE = {"errors", "files", "plugins", "progress", "_version", "manifest", "expansions", "payload", "golden", "runtime", "edge"}
+EDGE = {
+    "errors",
+    "files",
+    "plugins",
+    "progress",
+    "_version",
+    "manifest",
+    "expansions",
+    "payload",
+    "golden",
+    "runtime",
+    "edge",
+}
 EDGE_MAY_IMPORT = set(sys.stdlib_module_names) | {
     "click",
     "numpy",

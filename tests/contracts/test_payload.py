@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from lrcompress.errors import PayloadError
+from lrcompress.expansions import expand
 from lrcompress.files import sha256_bytes
 from lrcompress.manifest import Manifest, base_id, slots_id
-from lrcompress.expansions import expand
 from lrcompress.payload import build, parse
 from tests.support.graphs import cnn, run, write_exported
 from tests.support.payloads import GOLDEN, META, X, base, loha, lora, made, stored, taken_apart

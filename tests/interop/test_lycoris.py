@@ -88,9 +88,7 @@ def _configured(tensors, rank: int = 4, **options) -> nn.Module:
     """
     model = layers()
     named = {"use_tucker" if k == "tucker" else k: v for k, v in options.items()}
-    network = network_of(
-        "lokr", model, **{"linear_dim": rank, "conv_dim": rank, "linear_alpha": 6, "conv_alpha": 6}, **named
-    )
+    network = network_of("lokr", model, linear_dim=rank, conv_dim=rank, linear_alpha=6, conv_alpha=6, **named)
     missing, unexpected = network.load_state_dict(tensors, strict=False)
     assert not unexpected and all("reflect" in m for m in missing)
     return model

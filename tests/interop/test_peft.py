@@ -15,9 +15,9 @@ from torch import nn
 
 from lrcompress.adapt._files import read_adapter, write_adapter
 from lrcompress.errors import ModelError
+from lrcompress.factorize import form
 from lrcompress.model.adapting import every_target, fresh
 from lrcompress.model.surgery import attach, factorized_layers, replace_layer, to_dense, wrap_dense
-from lrcompress.factorize import form
 from tests.support.adapted import Layers, inputs, layers, randomized
 
 peft = pytest.importorskip("peft")
@@ -345,7 +345,7 @@ def test_names_are_exact_where_one_path_ends_as_another(tmp_path):
 
 
 def test_rslora_scales_by_the_root(tmp_path):
-    model, made = ours("lora", ["linear"], rslora=True)
+    _, made = ours("lora", ["linear"], rslora=True)
     assert made["linear"].scaling == pytest.approx(made["linear"].alpha / math.sqrt(2))
     write_adapter(tmp_path, made, maker="test", base=None, info={}, strict=True)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
