@@ -23,7 +23,7 @@ from ..adapt.core import Adapter as Core
 from .layers import FactorizedLayer
 from .surgery import factorized_layers, find_layers, wrap_dense
 
-_T = TypeVar("_T", int, float)
+_T = TypeVar("_T")
 _KEPT = "_before_merge"
 
 

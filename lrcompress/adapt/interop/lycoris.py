@@ -83,7 +83,7 @@ def read(tensors: Mapping[str, Tensor], targets: Mapping[str, Target], *, where:
     for stem, layer in layers.items():
         try:
             found[layer] = _one(by_stem[stem], targets[layer])
-        except ValueError as e:
+        except (ValueError, RuntimeError) as e:
             raise ModelError(
                 f"{where}: {stem}", f"tensors that fit the layer {layer}", e, "is it for another model?"
             ) from e
