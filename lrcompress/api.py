@@ -25,12 +25,13 @@ if TYPE_CHECKING:
     from .verbs.export import ExportResult, export
     from .verbs.factorize import FactorizeResult, factorize
     from .verbs.inspect import InspectResult, inspect
+    from .verbs.plan import PlanResult, plan
     from .verbs.recover import RecoverResult, recover
     from .verbs.validate import ValidateResult, validate
 
 __all__ = [
-    "Compressed", "ExportResult", "FactorizeResult", "InspectResult", "RecoverResult", "ValidateResult",
-    "export", "factorize", "inspect", "load", "recover", "to_dense", "validate",
+    "Compressed", "ExportResult", "FactorizeResult", "InspectResult", "PlanResult", "RecoverResult",
+    "ValidateResult", "export", "factorize", "inspect", "load", "plan", "recover", "to_dense", "validate",
 ]  # fmt: skip
 
 #: Name -> module that defines it: a verb loads what it needs when it is first named.
@@ -39,6 +40,7 @@ _HOME = {
     "ExportResult": "verbs.export", "export": "verbs.export",
     "FactorizeResult": "verbs.factorize", "factorize": "verbs.factorize",
     "InspectResult": "verbs.inspect", "inspect": "verbs.inspect",
+    "PlanResult": "verbs.plan", "plan": "verbs.plan",
     "RecoverResult": "verbs.recover", "recover": "verbs.recover",
     "ValidateResult": "verbs.validate", "validate": "verbs.validate",
 }  # fmt: skip

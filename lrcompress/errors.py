@@ -29,6 +29,10 @@ class LrcompressError(Exception):
             text += f"; {remedy}"
         super().__init__(text)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # An error of another process comes as it is, whatever arguments its class takes.
+        return _rebuilt, (type(self), self.args, self.__dict__)
+
     def as_dict(self) -> dict[str, object]:
         """The `error` object of `--json`."""
         return {
@@ -39,6 +43,13 @@ class LrcompressError(Exception):
             "got": self.got,
             "remedy": self.remedy,
         }
+
+
+def _rebuilt(kind: type[LrcompressError], args: tuple[object, ...], state: dict[str, object]) -> LrcompressError:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
 
 
 def _one_line(value: object, limit: int = 300) -> str:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..factorize import form
+from ..factorize import ConvGeometry, form, pivoted_spatial, pivoted_tucker, spatial_svd
 from ..factorize._linalg import convolve, pointwise
 from ._base import BaseAdapter
 from ._target import Base, Target
@@ -55,30 +55,47 @@ def _tucker_down(f: Mapping[str, Tensor], x: Tensor, t: Target) -> Tensor:
     return t.apply(pointwise(x, f["I"]), f["core"])
 
 
-def _spatial(f: Mapping[str, Tensor], x: Tensor, t: Target, second: bool) -> Tensor:
-    """One bank of the pair: an identity in the other's place leaves it to the form which axis each bank walks along."""
-    from ..factorize import spatial_svd
+def _pivoted_tucker_down(f: Mapping[str, Tensor], x: Tensor, t: Target) -> Tensor:
+    return pivoted_tucker.conv({k: v for k, v in f.items() if k not in ("T", "order")}, x, _walk(t))
 
-    assert t.geometry is not None
-    first, last = f["first"], f["second"]
+
+def _spatial_down(f: Mapping[str, Tensor], x: Tensor, t: Target) -> Tensor:
+    return pivoted_spatial.before(f, x, _walk(t))
+
+
+def _spatial_svd_down(f: Mapping[str, Tensor], x: Tensor, t: Target) -> Tensor:
+    first = f["first"]
     if first.dim() == 3:
-        from ..factorize import ConvGeometry
+        return convolve(x, first, _walk(t))
+    axis = 0 if first.shape[3] == 1 and (first.shape[2] > 1 or f["second"].shape[2] == 1) else 1
+    return convolve(x, first, spatial_svd.only(_walk(t), axis))
 
-        return convolve(x, last, ConvGeometry.default(1)) if second else convolve(x, first, t.geometry)
-    axis = 0 if first.shape[3] == 1 and (first.shape[2] > 1 or last.shape[2] == 1) else 1
-    return convolve(x, last if second else first, spatial_svd._only(t.geometry, 1 - axis if second else axis))
+
+def _spatial_up(f: Mapping[str, Tensor], z: Tensor, t: Target) -> Tensor:
+    if f["first"].dim() == 3:
+        return convolve(z, f["second"], ConvGeometry.default(1))
+    axis = 0 if f["first"].shape[3] == 1 and (f["first"].shape[2] > 1 or f["second"].shape[2] == 1) else 1
+    return convolve(z, f["second"], spatial_svd.only(_walk(t), 1 - axis))
+
+
+def _walk(t: Target) -> ConvGeometry:
+    assert t.geometry is not None
+    return t.geometry
+
+
+def _pivoted_down(f: Mapping[str, Tensor], x: Tensor, t: Target) -> Tensor:
+    return F.linear(x, f["P"]) if t.kind == "linear" else t.apply(x, f["P"])
 
 
 def _pivoted_up(f: Mapping[str, Tensor], z: Tensor, t: Target) -> Tensor:
+    """Both pivoted forms: [z; T z] in the order of the outputs."""
+    if "order" not in f:
+        return z
     axis = -1 if t.kind == "linear" else 1
     if not len(f["T"]):
         return z.index_select(axis, f["order"])
     others = F.linear(z, f["T"]) if t.kind == "linear" else pointwise(z, f["T"])
     return torch.cat([z, others], axis).index_select(axis, f["order"])
-
-
-def _pivoted_down(f: Mapping[str, Tensor], x: Tensor, t: Target) -> Tensor:
-    return F.linear(x, f["P"]) if t.kind == "linear" else t.apply(x, f["P"])
 
 
 _FACTORS = Position("V", _down, _up)
@@ -88,9 +105,9 @@ POSITIONS: dict[str, Position] = {
     "als": _FACTORS,
     "nmf": _FACTORS,
     "tucker": Position("core", _tucker_down, lambda f, z, t: pointwise(z, f["O"])),
-    "spatial_svd": Position(
-        "first", lambda f, x, t: _spatial(f, x, t, False), lambda f, z, t: _spatial(f, z, t, True)
-    ),
+    "pivoted_tucker": Position("core", _pivoted_tucker_down, _pivoted_up),
+    "spatial_svd": Position("first", _spatial_svd_down, _spatial_up),
+    "pivoted_spatial": Position("first", _spatial_down, lambda f, z, t: pivoted_spatial.after(f, z, _walk(t))),
     "pivoted": Position("P", _pivoted_down, _pivoted_up),
 }  # fmt: skip
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from .options import arch_arguments, compute_options, model_options, online_option
+from .options import arch_arguments, cache_option, compute_options, model_options, online_option, planning_options
 from .output import Result, Shell, common, human_bytes, table
 
 
@@ -23,13 +23,29 @@ from .output import Result, Shell, common, human_bytes, table
 @click.option(
     "--calib",
     metavar="DATA",
-    help="Inputs to weight errors by: .npz, .safetensors, .tsv, a folder, RECIPE.yaml:SPLIT, pkg.mod:callable.",
+    help="Inputs to weight errors by: .npz, .safetensors, .tsv, a folder, RECIPE.yaml:SPLIT, pkg.mod:callable, kept statistics.",
 )
+@click.option(
+    "--svd",
+    type=click.Choice(["auto", "full", "randomized"]),
+    default="auto",
+    show_default=True,
+    help="How the SVD is computed: auto takes the cheaper.",
+)
+@planning_options
+@click.option(
+    "--anchor/--no-anchor",
+    default=True,
+    help="With --calib: fit each layer to what those before it changed, in the order of depth (the default), or alone.",
+)
+@click.option("--workers", type=int, metavar="N", help="Spread the layers over N processes of this machine.")
+@click.option("--cluster", metavar="ADDRESS", help="Spread the layers over the workers of a Dask scheduler.")
 @click.option("--include", multiple=True, metavar="GLOB", help="Only layers whose path matches.")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="No layer whose path matches.")
 @click.option("-o", "--output", default="compressed", show_default=True, type=click.Path(), help="Folder to write.")
 @model_options
 @compute_options
+@cache_option
 @online_option
 @common
 def factorize(shell: Shell, model: str, inputs: tuple[str, ...], arch_args: tuple[str, ...], **options: Any) -> Result:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from .options import arch_arguments, compute_options, model_options, online_option
+from .options import arch_arguments, cache_option, compute_options, model_options, online_option
 from .output import Result, Shell, common, table
 
 
@@ -22,7 +22,7 @@ from .output import Result, Shell, common, table
 @click.option(
     "--calib",
     metavar="DATA",
-    help="Inputs to weight errors by: .npz, .safetensors, .tsv, a folder, RECIPE.yaml:SPLIT, pkg.mod:callable.",
+    help="Inputs to weight errors by: .npz, .safetensors, .tsv, a folder, RECIPE.yaml:SPLIT, pkg.mod:callable, kept statistics.",
 )
 @click.option(
     "--share",
@@ -46,6 +46,7 @@ from .output import Result, Shell, common, table
 @click.option("-o", "--output", type=click.Path(), help="Folder for the plots (PNG and SVG) and all singular values.")
 @model_options
 @compute_options
+@cache_option
 @online_option
 @common
 def inspect(

@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "inspect",
         "Look at the layers of a network, and at what the forms can represent.",
     ),
+    "plan": ("lrcompress.cli.plan", "plan", "Choose form and rank of every layer under a budget."),
     "factorize": ("lrcompress.cli.factorize", "factorize", "Make a pretrained network small."),
     "recover": ("lrcompress.cli.recover", "recover", "Train a correction that wins the accuracy back."),
     "adapter": ("lrcompress.cli.adapter", "adapter", "Convert, merge, check and combine adapters."),

@@ -58,6 +58,32 @@ def compute_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def planning_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --rank-multiple and --quick."""
+
+    @click.option(
+        "--rank-multiple", "multiple", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",
+        help="Budgets: ranks are multiples of N (what a device's kernels like), or whole.",
+    )  # fmt: skip
+    @click.option("--quick", is_flag=True, help="Budgets: predict losses only, measure nothing.")
+    @functools.wraps(function)
+    def wrapped(**options: Any) -> Any:
+        return function(**options)
+
+    return wrapped
+
+
+def cache_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --no-cache."""
+
+    @click.option("--no-cache", is_flag=True, help="Collect calibration statistics again, and keep none.")
+    @functools.wraps(function)
+    def wrapped(no_cache: bool, **options: Any) -> Any:
+        return function(cache=not no_cache, **options)
+
+    return wrapped
+
+
 def online_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add --online: without it the libraries that could call home are told not to, before they are imported."""
 

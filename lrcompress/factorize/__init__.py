@@ -7,13 +7,14 @@ A form is a module of this package (or of the entry-point group `lrcompress.fact
     full_rank(shape) -> Rank                                the rank at which it is exact
     clip(shape, n) -> Rank                                  the rank that `--rank n` means for this shape
     n_params(shape, rank) -> int                            stored numbers, without bias
-    decompose(weight, rank, statistics=None) -> Factorization
+    decompose(weight, rank, statistics=None) -> Factorization    `Refused` where it would lose accuracy
     curve(weight, statistics=None) -> list[Point]           (rank, numbers, loss) that an allocator may choose from
     to_tensor(factors, shape) -> Tensor
     linear(factors, x) | conv(factors, x, geometry) | embedding(factors, ids)     the forward pass, factor by factor
     n_macs(shape, rank, positions) -> int
     AUTO = False                                            optional: "auto" does not choose it, a user may
     INTEGER: frozenset[str]                                 optional: factors that are positions, stored as int32
+    PLAIN: str                                              optional, of a form that refuses: the form to take then
     DENSE_AT_RUN_TIME = True                                optional: small on disk, rebuilt when it is loaded
 
 Its key is its file name. The contract tests take every form from the directory listing.
@@ -29,9 +30,20 @@ from types import ModuleType
 
 from .. import plugins
 from ._anchor import Drift, anchored
-from ._types import ConvGeometry, Factorization, Point, Rank, Statistics
+from ._types import ConvGeometry, Factorization, Point, Rank, Refused, Statistics
 
-__all__ = ["ConvGeometry", "Drift", "Factorization", "Point", "Rank", "Statistics", "anchored", "form", "forms"]
+__all__ = [
+    "ConvGeometry",
+    "Drift",
+    "Factorization",
+    "Point",
+    "Rank",
+    "Refused",
+    "Statistics",
+    "anchored",
+    "form",
+    "forms",
+]
 
 
 def forms() -> tuple[str, ...]:

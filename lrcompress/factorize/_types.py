@@ -12,6 +12,16 @@ import torch
 from torch import Tensor
 
 Rank = int | tuple[int, ...]
+#: Numbers that are multiplied together at a time.
+_BLOCK = 4_000_000
+
+
+class Refused(ValueError):
+    """A form does not hold this weight at this rank accurately; its curve does not offer the rank."""
+
+    def __init__(self, expected: str, got: str, remedy: str) -> None:
+        self.expected, self.got, self.remedy = expected, got, remedy
+        super().__init__(f"expected {expected}, got {got}: {remedy}")
 
 
 class Point(NamedTuple):
@@ -105,7 +115,7 @@ class Statistics:
 
     def loss(self, error: Tensor) -> float:
         """Return the squared size of `error` (shaped like the weight) in the metric of these moments."""
-        return max(float((self.weighted(error) * error.double()).sum()), 0.0)
+        return max(_inner(self.weighted(error), error), 0.0)
 
     def weighted(self, error: Tensor) -> Tensor:
         """Return L E R, shaped like `error`: half the gradient of `loss`."""
@@ -165,6 +175,7 @@ class Factorization:
         exact = {k: v.double() if v.is_floating_point() else v for k, v in stored.items()}
         rebuilt = load(form).to_tensor(exact, tuple(weight.shape))
         error = weight.double() - rebuilt
+        del rebuilt  # as large as the error itself
         metric = statistics or Statistics()
         shift = None
         if metric.mean is not None:
@@ -179,7 +190,7 @@ class Factorization:
             norm=metric.norm,
             loss=loss,
             rel_error=relative(loss, metric.loss(weight)),
-            rel_error_frobenius=relative(float(error.square().sum()), float(weight.double().square().sum())),
+            rel_error_frobenius=relative(_inner(error, error), _inner(weight, weight)),
             bias_shift=shift,
         )
 
@@ -224,6 +235,12 @@ def _raised(moment: Tensor | None, damping: float) -> Tensor | None:
     # A group without input gets the identity: its weights cost what they are.
     damped = torch.where(scale > 0, damping * scale, 1.0)
     return value + damped[..., None, None] * eye
+
+
+def _inner(a: Tensor, b: Tensor) -> float:
+    """Return Σ a b in float64, in blocks: the product of two large weights is a third one."""
+    blocks = zip(torch.split(a.reshape(-1), _BLOCK), torch.split(b.reshape(-1), _BLOCK), strict=True)
+    return math.fsum(float((x.double() * y.double()).sum()) for x, y in blocks)
 
 
 def relative(loss: float, total: float) -> float:

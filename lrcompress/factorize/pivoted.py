@@ -4,21 +4,19 @@ With pivot rows p and the rest q, Ŵ_q = T Ŵ_p; stored are Ŵ_p (r, n), T (m �
 r(m + n) − r² numbers: the dimension of the set of rank-r matrices, and below dense for every r < min(m, n). The matrix
 itself is that of the SVD form, in the same metric. Embeddings are left to that form: r² is little beside their rows.
 
-Source: PIFA (ICML 2025) for the gauge; pivots by column-pivoted QR of Uᵀ, then exchanges until no entry of T exceeds
-2 (Gu & Eisenstat 1996), so that neither half precision nor quantization meets a large T.
+Source: PIFA (ICML 2025) for the gauge; `_gauge` for the pivots.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
-import scipy.linalg
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import svd
+from ._gauge import pivot_rows
 from ._linalg import convolve, pointwise, unfolded
 from ._types import ConvGeometry, Factorization, Point, Rank, Statistics
 
@@ -26,7 +24,6 @@ LAYERS = frozenset({"linear", "conv"})
 #: Factors that are positions, not numbers.
 INTEGER = frozenset({"order"})
 _NAME = __name__.rpartition(".")[2]
-_MAX_ENTRY = 2.0
 
 full_rank, clip = svd.full_rank, svd.clip
 
@@ -45,26 +42,9 @@ def decompose(weight: Tensor, rank: Rank, statistics: Statistics | None = None) 
     best = svd.decompose(weight.double(), rank, statistics)
     u, v = best.factors["U"], unfolded(best.factors["V"])
     assert isinstance(rank, int)
-    kept, others, order = _pivots(u, rank)
-    factors = {"P": (kept @ v).reshape(rank, *weight.shape[1:]), "T": others, "order": order}
+    kept, others, order = pivot_rows(u)
+    factors = {"P": (u[kept] @ v).reshape(rank, *weight.shape[1:]), "T": others, "order": order}
     return Factorization.of(_NAME, factors, weight, rank, statistics)
-
-
-def _pivots(u: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U_p (r, r), T = U_q U_p⁻¹ and, for every row, its place in [p; q]."""
-    q, _ = np.linalg.qr(u.numpy())
-    _, _, pivot = scipy.linalg.qr(q.T, mode="economic", pivoting=True)
-    chosen, rest = list(pivot[:rank]), sorted(pivot[rank:])
-    chosen.sort()
-    for _ in range(4 * len(pivot)):
-        t = np.linalg.solve(q[chosen].T, q[rest].T).T if rest else np.zeros((0, rank))
-        if not t.size or np.abs(t).max() <= _MAX_ENTRY:
-            break
-        i, j = np.unravel_index(np.abs(t).argmax(), t.shape)
-        rest[i], chosen[j] = chosen[j], rest[i]  # |det U_p| grows by that entry: this ends
-    place = np.empty(len(pivot), np.int32)
-    place[[*chosen, *rest]] = np.arange(len(pivot), dtype=np.int32)
-    return u[torch.tensor(chosen)], torch.from_numpy(np.ascontiguousarray(t)), torch.from_numpy(place)
 
 
 def curve(weight: Tensor, statistics: Statistics | None = None) -> list[Point]:

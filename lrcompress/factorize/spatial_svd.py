@@ -1,9 +1,8 @@
 """Spatial SVD of a 2-D convolution: k_h×1 to r channels, then 1×k_w, or the other way round, whichever errs less.
 
-The weight as a matrix with rows (out, w) and columns (in, h) has rank r. With moments, the first filters come from
-the SVD form under the covariance of one column of the patch, and the second are refitted to the whole patch:
-B = W S Φᵀ (Φ S Φᵀ)⁻¹ with Φ = A ⊗ I. The refit is the exact optimum for given first filters, whatever the output
-metric.
+The weight as a matrix with rows (out, w) and columns (in, h) has rank r; without moments the SVD of that matrix is the
+best. With them, the better of two SVDs in a product metric is where alternating least squares in the whole metric
+starts (`_filters`).
 
 Source: Jaderberg et al., arXiv 1405.3866 (the layer pair).
 """
@@ -15,15 +14,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from . import svd
-from ._curves import measured
-from ._linalg import convolve, fix_signs
+from ._curves import ranks_to
+from ._filters import Fit, View, fits
+from ._linalg import convolve
+from ._memo import Memo
 from ._types import ConvGeometry, Factorization, Point, Rank, Statistics
 
 LAYERS = frozenset({"conv"})
 _NAME = __name__.rpartition(".")[2]
-#: Shares of the full rank that the allocator may choose from.
-_GRID = (0.04, 0.08, 0.12, 0.16, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.85, 1.0)
 
 
 def serves(shape: tuple[int, ...]) -> bool:
@@ -68,75 +66,44 @@ def decompose(weight: Tensor, rank: Rank, statistics: Statistics | None = None) 
         raise ValueError(f"expected a rank in 1…{full_rank(shape)}, got {rank}")
     if statistics is not None:
         statistics.check(weight)
-    metric = statistics or Statistics()
-    best: tuple[float, dict[str, Tensor]] | None = None
-    w = weight.double().reshape(_axes(shape))
-    for swap in _orders(shape):
-        first, second = _pair(w, rank, metric, swap=swap)
-        factors = {"first": first, "second": second}
-        loss = metric.loss(weight.double() - to_tensor(factors, shape))
-        if best is None or loss < best[0]:
-            best = loss, factors
-    assert best is not None
-    factors = best[1]
-    if len(shape) == 3:
-        factors = {k: v[..., 0] for k, v in factors.items()}
-    return Factorization.of(_NAME, factors, weight, rank, statistics)
+    [fit] = fits(_views(weight, statistics or Statistics()), [rank])
+    return Factorization.of(_NAME, filters(fit, shape), weight, rank, statistics)
 
 
-def _orders(shape: tuple[int, ...]) -> tuple[bool, ...]:
+def _views(weight: Tensor, metric: Statistics) -> list[View]:
     """Vertical first; for square kernels (equal size both ways) also horizontal first."""
-    _, _, kh, kw = _axes(shape)
-    return (False, True) if kh == kw else (False,)
+    w = weight.double().reshape(_axes(tuple(weight.shape)))
+    return [View.of(w, metric, swap=swap) for swap in ((False, True) if w.shape[2] == w.shape[3] else (False,))]
 
 
-def _pair(w: Tensor, rank: int, metric: Statistics, *, swap: bool) -> tuple[Tensor, Tensor]:
-    """Return the two filter banks for one order; `swap` exchanges the roles of height and width."""
-    s = metric.s
-    out, inner, kh, kw = w.shape
-    if swap:
-        w = w.transpose(2, 3)
-        if s is not None:
-            s = s.reshape(inner, kh, kw, inner, kh, kw).permute(0, 2, 1, 3, 5, 4).reshape(len(s), -1)
-        kh, kw = kw, kh
-    rows = w.permute(0, 3, 1, 2).reshape(out * kw, inner * kh)
-    scaled = rows
-    if metric.g is not None:
-        left = torch.linalg.cholesky(metric.g)
-        scaled = torch.einsum("po,pwn->own", left, rows.reshape(out, kw, -1)).reshape(out * kw, -1)
-    column = None
-    if s is not None:
-        column = torch.einsum("iwjw->ij", s.reshape(inner * kh, kw, inner * kh, kw)) / kw
-    _, a, _ = svd._factors(scaled, rank, Statistics(gram=column))
-    a = a / a.norm(dim=1, keepdim=True).clamp_min(1e-300)
-    flat, _ = fix_signs(a.T)
-    a = flat.T
-    b = torch.linalg.lstsq(a.T, rows.T, driver="gelsd").solution.T.reshape(out, kw, rank)
-    b = b.permute(0, 2, 1).reshape(out, rank * kw)
-    if s is not None:
-        b = _refit(w.reshape(out, -1), a, b, s, kw)
-    first, second = a.reshape(rank, inner, kh, 1), b.reshape(out, rank, 1, kw)
-    return (first.transpose(2, 3), second.transpose(2, 3)) if swap else (first, second)
+def filters(fit: Fit, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    """Return the two banks of a fit as `first` and `second` for a weight of this shape."""
+    rank, (_, inner, kh, kw) = len(fit.a), _axes(shape)
+    first, second = fit.a.reshape(rank, inner, kw if fit.swap else kh, 1), fit.b[:, :, None]
+    if fit.swap:
+        first, second = first.transpose(2, 3), second.transpose(2, 3)
+    if len(shape) == 3:
+        first, second = first[..., 0], second[..., 0]
+    return {"first": first, "second": second}
 
 
-def _refit(w: Tensor, a: Tensor, b: Tensor, s: Tensor, kw: int) -> Tensor:
-    """Return the optimal second filters for given first ones; a small ridge keeps `b` where no input reaches."""
-    n = a.shape[1]
-    ws = (w @ s).reshape(len(w), n, kw)
-    right = torch.einsum("onw,rn->orw", ws, a).reshape(len(w), -1)
-    phi_s = torch.einsum("rn,nwm->rwm", a, s.reshape(n, kw, -1)).reshape(len(a), kw, n, kw)
-    normal = torch.einsum("rwnv,qn->rwqv", phi_s, a).reshape(len(a) * kw, -1)
-    ridge = 1e-9 * float(normal.diagonal().mean())
-    if not ridge > 0:
-        return b
-    raised = normal + ridge * torch.eye(len(normal), dtype=normal.dtype)
-    solved: Tensor = torch.linalg.solve(raised, (right + ridge * b).T)
-    return solved.T
+def _offered(weight: Tensor, metric: Statistics) -> list[Fit]:
+    """Return the fits of a grid of ranks: as long as the same kernel without redundancy is below dense."""
+    shape = tuple(weight.shape)
+    out, inner, kh, kw = _axes(shape)
+    # r·in·k_h + out·r(k_w − 1) < out·in·k_h·k_w, from `pivoted_spatial`
+    most = max(1, min(full_rank(shape), out * inner * kh * kw // (inner * kh + out * (kw - 1))))
+    return list(fits(_views(weight, metric), ranks_to(most)))
+
+
+#: The fits that the last curve was made of.
+offered = Memo(_offered)
 
 
 def curve(weight: Tensor, statistics: Statistics | None = None) -> list[Point]:
-    """Return a grid of ranks with their measured losses."""
-    return measured(_NAME, weight, statistics, shares=_GRID)
+    """Return a grid of ranks with the losses that `decompose` reaches."""
+    shape = tuple(weight.shape)
+    return [Point(len(f.a), n_params(shape, len(f.a)), f.loss) for f in offered(weight, statistics)]
 
 
 def to_tensor(factors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
@@ -152,10 +119,12 @@ def conv(factors: Mapping[str, Tensor], x: Tensor, geometry: ConvGeometry) -> Te
     if first.dim() == 3:
         return convolve(convolve(x, first, geometry), second, ConvGeometry.default(1))
     axis = 0 if first.shape[3] == 1 and (first.shape[2] > 1 or second.shape[2] == 1) else 1
-    return convolve(convolve(x, first, _only(geometry, axis)), second, _only(geometry, 1 - axis))
+    return convolve(convolve(x, first, only(geometry, axis)), second, only(geometry, 1 - axis))
 
 
-def _only(geometry: ConvGeometry, axis: int) -> ConvGeometry:
+def only(geometry: ConvGeometry, axis: int) -> ConvGeometry:
+    """Return the part of the walk that is along one axis."""
+
     def keep(values: tuple[int, ...], neutral: int) -> tuple[int, ...]:
         return tuple(v if i == axis else neutral for i, v in enumerate(values))
 

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._linalg import convolve, fix_signs, pointwise, top_eigenvectors, unfolded
+from ._memo import Memo
 from ._types import ConvGeometry, Factorization, Point, Rank, Statistics
 
 LAYERS = frozenset({"linear", "conv", "embedding"})
@@ -56,16 +57,18 @@ def n_macs(shape: tuple[int, ...], rank: Rank, positions: int) -> int:
     return n_params(shape, rank) * positions
 
 
-def decompose(weight: Tensor, rank: Rank, statistics: Statistics | None = None) -> Factorization:
+def decompose(
+    weight: Tensor, rank: Rank, statistics: Statistics | None = None, *, algorithm: str = "auto"
+) -> Factorization:
     """Return the best rank-`rank` factors of `weight` (out, in) or (out, in, *k) in the metric of `statistics`.
 
-    Factors: `U` (out, r) and `V` (r, in, *k). Raises `ValueError` for a rank outside 1…full.
+    Factors: `U` (out, r) and `V` (r, in, *k). `algorithm`: "full", "randomized", or "auto" for the cheaper. Raises `ValueError` for a rank outside 1…full.
     """
     if not isinstance(rank, int) or not 1 <= rank <= full_rank(tuple(weight.shape)):
         raise ValueError(f"expected a rank in 1…{full_rank(tuple(weight.shape))}, got {rank}")
     if statistics is not None:
         statistics.check(weight)
-    u, v, _ = _factors(unfolded(weight).double(), rank, statistics or Statistics())
+    u, v, _ = _factors(unfolded(weight).double(), rank, statistics or Statistics(), algorithm)
     u, flipped = fix_signs(u, v)
     assert flipped is not None
     # Equal norms on both sides keep half precision and training well conditioned.
@@ -88,11 +91,13 @@ def curve(weight: Tensor, statistics: Statistics | None = None) -> list[Point]:
 
 def spectrum(weight: Tensor, statistics: Statistics | None = None) -> Tensor:
     """Return the squared singular values of `weight` in the metric of `statistics`, descending: what each rank explains."""
-    _, _, values = _factors(unfolded(weight).double(), 0, statistics or Statistics())
-    return values
+    return _SPECTRUM(weight, statistics)
 
 
-def _factors(w: Tensor, rank: int, statistics: Statistics) -> tuple[Tensor, Tensor, Tensor]:
+_SPECTRUM = Memo(lambda weight, metric: _factors(unfolded(weight).double(), 0, metric)[2])
+
+
+def _factors(w: Tensor, rank: int, statistics: Statistics, algorithm: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
     """Return U, V and the squared singular values of W in the metric, descending."""
     if statistics.row_weights is not None:
         return _weighted_rows(w, rank, statistics)
@@ -100,7 +105,7 @@ def _factors(w: Tensor, rank: int, statistics: Statistics) -> tuple[Tensor, Tens
     m, n = w.shape
     left = None if g is None else torch.linalg.cholesky(g)
     lw = w if left is None else left.T @ w
-    if rank and prefers_randomized((m, n), rank):
+    if rank and (prefers_randomized((m, n), rank) if algorithm == "auto" else algorithm == "randomized"):
         values, p = randomized_eigenvectors(lambda x: lw @ (lw.T @ x if s is None else s @ (lw.T @ x)), m, rank)
         u = p if left is None else torch.linalg.solve_triangular(left.T, p, upper=True)
         return u, p.T @ lw, values

@@ -9,9 +9,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..factorize import Rank, Statistics, form, forms
+from ..factorize import Rank, Refused, Statistics, form, forms
 from ..model.surgery import Layer
-from ..plan.selection import serves
+from ..plan.options import serves
 from .spectra import Spectrum
 
 #: Multiply-adds of the largest matrix problem that a form may pose before it is left out: some seconds on one core.
@@ -38,7 +38,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A form that serves the layer but was not compared: for its `cost`, or its `size`."""
+    """A form that serves the layer but was not compared: for its `cost`, its `size` or its `accuracy`."""
 
     form: str
     cause: str
@@ -74,9 +74,12 @@ def compare(
         if not ranks:
             left_out.append(LeftOut(name, "size", f"its least rank takes more than {budget:,} numbers"))
             continue
-        found.append(
-            min((_measured(name, layer, r, statistics, spectrum) for r in ranks), key=lambda c: (c.loss, c.n_params))
-        )
+        try:
+            tried = [_measured(name, layer, r, statistics, spectrum) for r in ranks]
+        except Refused as e:
+            left_out.append(LeftOut(name, "accuracy", str(e)))
+            continue
+        found.append(min(tried, key=lambda c: (c.loss, c.n_params)))
     return sorted(found, key=lambda c: (c.loss, c.n_params, c.form)), left_out
 
 

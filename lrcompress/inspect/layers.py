@@ -16,7 +16,7 @@ import torch
 from ..factorize import Statistics, form
 from ..factorize._types import relative
 from ..model.surgery import Layer
-from ..plan.selection import bias_cost
+from ..plan.options import bias_cost
 from .comparing import Candidate, LeftOut, compare
 from .spectra import Spectrum
 

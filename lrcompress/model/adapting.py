@@ -129,6 +129,7 @@ def unmerge(model: nn.Module) -> list[str]:
 def merge_core(layer: FactorizedLayer, adapter: BaseAdapter, weight: float = 1.0) -> None:
     """Multiply I + R into the factors of `layer`: exact, and not one number more."""
     assert isinstance(adapter, Core)
+    factors = layer.factors
     for name, value in adapter.moved(layer, weight).items():
-        if name in layer._parameters:
+        if value is not factors[name]:  # the others stay the tensors they are: layers may share them
             layer._parameters[name] = nn.Parameter(value.detach())

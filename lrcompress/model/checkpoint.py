@@ -1,7 +1,7 @@
 """The compressed checkpoint: plain tensors and one JSON file, nothing that runs.
 
     compressed/  lrcompress.json   what the model is, what each layer became, from which source, by which versions
-                 model.safetensors factors, biases and everything that stayed, by module path
+                 model.safetensors factors, biases and everything that stayed, by module path; shards and an index if large
                  …                 the source's own config and tokenizer, or its graph without weights
 
 `digest` names the tensors and the per-layer spec: adapters and exports are bound to it.
@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -17,21 +18,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..factorize import Rank
 from ..files import made_by, sha256_json, write_json
 from . import OpenedModel, describe, open_model, skeleton
+from .folding import refold
 from .layers import FactorizedLayer
+from .stored import StoredTensors, described, open_index, open_stored, reader
 from .surgery import empty_layer, factorized_layers
 from .ties import bases_with, share_factors, shared_with
+from .writing import INDEX, SHARD_BYTES, TENSORS, weights_of, write_tensors
 
 MAKER = "lrcompress factorize"
 MARKER = "lrcompress.json"
-TENSORS = "model.safetensors"
 SCHEMA = 1
 
 
@@ -44,7 +45,7 @@ class Compressed:
     spec: dict[str, Any]
     opened: OpenedModel
     module: nn.Module | None
-    tensors: dict[str, Tensor] | None = None
+    tensors: Mapping[str, Tensor] | None = None
 
     def need_module(self, verb: str) -> nn.Module:
         """Return the module; `ModelError` where there is only a state dict."""
@@ -128,13 +129,18 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
 
 def tensors_digest(tensors: Mapping[str, Tensor], layers: Mapping[str, Any]) -> str:
     """Return the digest of named tensors (names, dtypes, shapes, bytes) and layer specs."""
-    import hashlib
+    read, hashes = reader(tensors), {}
+    for name in tensors:
+        t = read(name).detach().cpu().contiguous()
+        data = t.reshape(-1).view(torch.uint8).numpy().data if t.numel() else b""
+        hashes[name] = hashlib.sha256(data).hexdigest()
+        del t, data  # or they would be there beside the next one
+    return _digest(tensors, hashes, layers)
 
-    listed = {}
-    for name in sorted(tensors):
-        t = tensors[name].detach().cpu().contiguous()
-        data = t.reshape(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b""
-        listed[name] = [str(t.dtype), list(t.shape), hashlib.sha256(data).hexdigest()]
+
+def _digest(tensors: Mapping[str, Tensor], hashes: Mapping[str, str], layers: Mapping[str, Any]) -> str:
+    about = described(tensors)
+    listed = {n: [str(about[n].dtype), list(about[n].shape), hashes[n]] for n in sorted(about)}
     return sha256_json({"tensors": listed, "layers": layers})
 
 
@@ -146,12 +152,14 @@ def write_compressed(
     tensors: Mapping[str, Tensor],
     layers: Mapping[str, Any],
     report: Mapping[str, Any],
+    folded: Mapping[str, str] | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> str:
-    """Write a checkpoint into the folder `stage` that will become `dest`; return its digest."""
-    digest = tensors_digest(tensors, layers)
-    # One entry only: the order of several in the header is not fixed, and equal tensors must give equal bytes.
-    save_file({k: tensors[k] for k in sorted(tensors)}, stage / TENSORS, metadata={"format": "pt"})
-    (stage / TENSORS).chmod(0o644)  # safetensors makes it private
+    """Write a checkpoint into the folder `stage` that will become `dest`, tensor by tensor; return its digest.
+
+    `folded`: {normalization: the layer that it was folded into}.
+    """
+    digest = _digest(tensors, write_tensors(stage, tensors, shard_bytes=shard_bytes), layers)
     source = None if opened.path is None else os.path.relpath(opened.path.resolve(), dest.resolve())
     spec = {
         "schema": SCHEMA,
@@ -160,10 +168,16 @@ def write_compressed(
         "source": {"path": source, "digest": opened.digest, "kind": opened.kind},
         "model": describe(opened, stage),
         "layers": dict(layers),
+        **({"folded": dict(folded)} if folded else {}),
         **report,
     }
     write_json(stage / MARKER, spec)
     return digest
+
+
+def open_weights(path: Path) -> StoredTensors:
+    """Open the weights of a checkpoint: the one file, or what the index names beside it."""
+    return open_index(path) if path.name == INDEX else open_stored(path)
 
 
 def is_compressed(folder: Path) -> bool:
@@ -179,9 +193,9 @@ def load_compressed(folder: Path) -> Compressed:
         )
     try:
         spec = json.loads((folder / MARKER).read_text())
-        tensors = load_file(folder / TENSORS)
+        tensors = open_weights(weights_of(folder))
         layers, recorded = spec["layers"], spec["digest"]
-    except (OSError, ValueError, KeyError, SafetensorError) as e:
+    except (OSError, ValueError, KeyError, ModelError) as e:
         raise ModelError(folder, "an intact compressed checkpoint", str(e), "factorize again") from e
     digest = tensors_digest(tensors, layers)
     if digest != recorded:
@@ -192,6 +206,15 @@ def load_compressed(folder: Path) -> Compressed:
     if opened.module is None:
         return Compressed(folder, digest, spec, opened, None, tensors)
     module = opened.module
+    try:
+        refold(module, spec.get("folded", {}))
+    except AttributeError as e:
+        raise ModelError(
+            folder,
+            "an architecture with the layers it was made from",
+            str(e),
+            "the architecture changed: factorize again",
+        ) from e
     for name, layer in layers.items():
         rank = tuple(layer["rank"]) if isinstance(layer["rank"], list) else layer["rank"]
         shapes = {k: tuple(v) for k, v in layer["factors"].items()}

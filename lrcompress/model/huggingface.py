@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from ..errors import LrcompressWarning, ModelError
 from .opened import OpenedModel
-from .state_dicts import float32, read_index, read_tensors
+from .state_dicts import float32
+from .stored import open_index, open_stored
 from .tasks import inputs_of, task_of
-from .tensors import check_finite, check_floating, digest_tensors
+from .tensors import check_floating, examine
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _OFFLINE = {
@@ -59,14 +60,13 @@ def open_folder(folder: Path, *, trust_remote_code: bool = False) -> OpenedModel
     """Open a folder with its weights, in float32, with the class that `architectures` names."""
     config = read_config(folder, trust_remote_code=trust_remote_code)
     tensors = _read_weights(folder)
-    check_finite(tensors, folder)
     check_floating(tensors, folder)
     kept = b"".join(
         (folder / n).read_bytes()
         for n in ("config.json", "modules.json", "1_Pooling/config.json")
         if (folder / n).is_file()
     )
-    digest = digest_tensors(tensors, kept)
+    digest = examine(tensors, folder, kept)
     kind = _class(folder, config)
     with _loading(folder):
         module, report = kind.from_pretrained(
@@ -184,11 +184,11 @@ def _config(kind: Any, config: Mapping[str, Any]) -> Any:
     return kind.config_class.from_dict(plain)
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
+def _read_weights(folder: Path) -> Mapping[str, Tensor]:
     for name in WEIGHTS:
         path = folder / name
         if path.is_file():
-            return read_index(path) if name.endswith(".json") else read_tensors(path)
+            return open_index(path) if name.endswith(".json") else open_stored(path)
     raise ModelError(folder, f"one of {', '.join(WEIGHTS)}", "none of them", "fetch the weights too")
 
 

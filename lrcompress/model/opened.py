@@ -30,7 +30,7 @@ class OpenedModel:
     kind: str
     digest: str
     module: nn.Module | None
-    tensors: dict[str, Tensor] | None = None
+    tensors: Mapping[str, Tensor] | None = None
     inputs: tuple[InputSpec, ...] = ()
     arch: dict[str, Any] | None = None
     extra: dict[str, Any] = field(default_factory=dict)

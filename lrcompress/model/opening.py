@@ -20,8 +20,9 @@ from .inputs import InputSpec
 from .opened import OpenedModel
 from .pickles import load_pickle
 from .programs import open_program
-from .state_dicts import clean_state_dict, is_safetensors, read_index, read_safetensors
-from .tensors import check_finite, check_floating, check_present, digest_tensors, load_strictly
+from .state_dicts import is_safetensors
+from .stored import of_loaded, open_index, open_stored
+from .tensors import check_finite, check_floating, check_present, digest_tensors, examine, load_strictly
 from .torchscript import convert, open_torchscript
 
 TAKEN = (
@@ -115,7 +116,7 @@ def _from_folder(folder: Path, trust_remote_code: bool) -> OpenedModel:
         return open_folder(folder, trust_remote_code=trust_remote_code)
     indices = sorted(folder.glob("*.index.json"))
     if len(indices) == 1:
-        return _from_tensors(read_index(indices[0]), folder)
+        return _from_tensors(open_index(indices[0]), folder)
     inside = sorted(p.name for p in folder.iterdir())
     got = f"a folder with {', '.join(inside[:4])}{', …' if len(inside) > 4 else ''}" if inside else "an empty folder"
     raise ModelError(folder, "a folder with config.json and weights", got, f"give {TAKEN}")
@@ -134,11 +135,11 @@ def _from_file(path: Path, trust_pickle: bool, inputs: Sequence[InputSpec]) -> O
     if head[:2] == b"PK":
         raise ModelError(path, "a whole torch file", "a zip whose end is missing", "the file is cut: fetch it again")
     if is_safetensors(path):
-        return _from_tensors(read_safetensors(path), path)
+        return _from_tensors(open_stored(path), path)
     if head[:1] == b"{" and _is_index(path):
-        return _from_tensors(read_index(path), path)
+        return _from_tensors(open_index(path), path)
     if head[:1] == b"\x80":
-        return _from_pickled(load_pickle(path, trust=trust_pickle), path)
+        return _from_pickled(load_pickle(path, trust=trust_pickle), path, trusted=trust_pickle)
     raise ModelError(path, "a model", _foreign(head), f"give {TAKEN}")
 
 
@@ -163,21 +164,20 @@ def _from_zip(path: Path, trust_pickle: bool, inputs: Sequence[InputSpec]) -> Op
     if "data.pkl" not in tops:
         got = f"a zip with {', '.join(names[:3])}{', …' if len(names) > 3 else ''}" if names else "an empty zip"
         raise ModelError(path, "a model", got, f"give {TAKEN}")
-    return _from_pickled(load_pickle(path, trust=trust_pickle), path)
+    return _from_pickled(load_pickle(path, trust=trust_pickle), path, trusted=trust_pickle)
 
 
-def _from_pickled(obj: Any, path: Path) -> OpenedModel:
+def _from_pickled(obj: Any, path: Path, *, trusted: bool) -> OpenedModel:
     if isinstance(obj, nn.Module) and not isinstance(obj, torch.jit.ScriptModule):
         opened = _from_object(obj)
         opened.path, opened.kind = path, "pickled_module"
         return opened
-    return _from_tensors(clean_state_dict(obj, path), path)
+    return _from_tensors(of_loaded(path, obj, trusted=trusted), path)
 
 
-def _from_tensors(tensors: dict[str, Tensor], path: Path) -> OpenedModel:
+def _from_tensors(tensors: Mapping[str, Tensor], path: Path) -> OpenedModel:
     check_floating(tensors, path)
-    check_finite(tensors, path)
-    return OpenedModel(path, "state_dict", digest_tensors(tensors), None, tensors)
+    return OpenedModel(path, "state_dict", examine(tensors, path), None, tensors)
 
 
 def _is_index(path: Path) -> bool:

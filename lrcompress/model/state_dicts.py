@@ -1,19 +1,16 @@
-"""State dicts: find the dict of tensors, strip what a wrapper put before its names, read safetensors and shards."""
+"""State dicts: find the dict of tensors, and strip what a wrapper put before its names."""
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import LrcompressWarning, ModelError
-from .pickles import load_pickle
 
 NESTED_UNDER = ("state_dict", "model", "model_state_dict", "ema")
 _WRAPPERS = ("module.", "_orig_mod.")
@@ -63,50 +60,6 @@ def _strip(tensors: dict[str, Tensor], where: object) -> dict[str, Tensor]:
             f"{where}: all tensor names began with {stripped!r}; it was stripped", LrcompressWarning, stacklevel=4
         )
     return tensors
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file; `ModelError` if it is damaged."""
-    try:
-        with safe_open(path, framework="pt", device="cpu") as f:
-            return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, RuntimeError, ValueError) as e:
-        raise ModelError(path, "a whole safetensors file", str(e), "the file is cut or damaged: fetch it again") from e
-
-
-def read_index(path: Path) -> dict[str, Tensor]:
-    """Return the tensors that an index file spreads over shards beside it."""
-    try:
-        weight_map = json.loads(path.read_text())["weight_map"]
-        wanted = {str(name): str(shard) for name, shard in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ModelError(path, "an index with a weight_map", f"{type(e).__name__}: {e}", "fetch it again") from e
-    tensors: dict[str, Tensor] = {}
-    for shard in sorted(set(wanted.values())):
-        if Path(shard).name != shard:
-            raise ModelError(path, "shards beside the index", shard, "do not use this file")
-        file = path.parent / shard
-        if not file.is_file():
-            raise ModelError(path, f"the shard {shard} beside it", "no such file", "fetch all shards")
-        part = read_tensors(file)
-        for name, owner in wanted.items():
-            if owner == shard:
-                if name not in part:
-                    raise ModelError(
-                        file,
-                        f"the tensor {name} that the index promises",
-                        "none of that name",
-                        "fetch all shards again",
-                    )
-                tensors[name] = part[name]
-    if not tensors:
-        raise ModelError(path, "an index with a weight_map", "an empty one", "fetch it again")
-    return tensors
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of one weight file of a folder, by what its bytes are."""
-    return read_safetensors(path) if is_safetensors(path) else clean_state_dict(load_pickle(path), path)
 
 
 def is_safetensors(path: Path) -> bool:

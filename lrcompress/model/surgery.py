@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..adapt import BaseAdapter
-from ..factorize import ConvGeometry, Factorization, Rank, form
+from ..factorize import ConvGeometry, Factorization, Point, Rank, Statistics, form
 from .layers import FactorizedConv, FactorizedEmbedding, FactorizedLayer, FactorizedLinear
 from .overlaps import overlapping
 
@@ -59,6 +59,14 @@ class Layer:
     def columns(self) -> int:
         """How many inputs one output reads: in·kernel, of its own group."""
         return math.prod(self.shape[2:] if self.kind == "grouped" else self.shape[1:])
+
+    def curve(self, form_name: str, statistics: Statistics | None = None) -> list[Point]:
+        """Return what a form offers an allocator for this weight."""
+        return form(form_name).curve(self.weight, statistics)  # type: ignore[no-any-return]
+
+    def energy(self, statistics: Statistics | None = None) -> float:
+        """Return the squared size of the weight in the metric of the statistics: the loss of having nothing."""
+        return (statistics or Statistics()).loss(self.weight)
 
 
 def plain_shape(shape: tuple[int, ...], *, grouped: bool) -> tuple[int, ...]:

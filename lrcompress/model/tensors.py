@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..files import canonical_json
+from .stored import described, reader
 
 _SHOWN = 3
+#: Numbers that are looked at together.
+_BLOCK = 4_000_000
+
+
+class Hash(Protocol):
+    """What `hashlib.sha256()` returns."""
+
+    def update(self, data: bytes | memoryview, /) -> None: ...
+
+    def hexdigest(self) -> str: ...
 
 
 def digest_tensors(tensors: Mapping[str, Tensor], *extra: bytes) -> str:
@@ -20,34 +32,58 @@ def digest_tensors(tensors: Mapping[str, Tensor], *extra: bytes) -> str:
     One tensor is in memory at a time beyond what the mapping holds itself, and no container format takes part: the
     same weights have the same digest in a `.pt` and in a `.safetensors`.
     """
-    total = hashlib.sha256()
+    return _digest(tensors, extra, lambda name, value: None)
+
+
+def examine(tensors: Mapping[str, Tensor], where: object, *extra: bytes) -> str:
+    """Return the digest of `tensors`, each of which is read once, and checked to be finite on the way.
+
+    Raises `ModelError` naming the first tensor, by name, with NaN or infinity.
+    """
+    return _digest(tensors, extra, lambda name, value: _check_finite(name, value, where))
+
+
+def _digest(tensors: Mapping[str, Tensor], extra: Sequence[bytes], look: Callable[[str, Tensor], None]) -> str:
+    total, read = hashlib.sha256(), reader(tensors)
     for name in sorted(tensors):
-        value = tensors[name].detach().cpu()
-        total.update(canonical_json([name, str(value.dtype), list(value.shape)]))
-        if value.numel():
-            total.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        value = read(name).detach()
+        look(name, value)
+        update_digest(total, name, value)
+        del value  # or it would be there beside the next one
     for part in extra:
         total.update(len(part).to_bytes(8, "big"))
         total.update(part)
     return total.hexdigest()
 
 
+def update_digest(total: Hash, name: str, value: Tensor) -> None:
+    """Add a tensor to a hash: its name, dtype, shape and bytes."""
+    value = value.cpu()
+    total.update(canonical_json([name, str(value.dtype), list(value.shape)]))
+    if value.numel():
+        total.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
 def check_finite(tensors: Mapping[str, Tensor], where: object = None) -> None:
     """Raise `ModelError` naming the first tensor with NaN or infinity; an attention mask may hold infinities."""
     for name, value in tensors.items():
-        if not (value.is_floating_point() or value.is_complex()) or value.is_meta:
-            continue
-        value = value.detach()
-        if value.element_size() == 1:
-            value = value.float()
-        if bool(torch.isfinite(value).all()):
-            continue
-        nans, infinities = int(torch.isnan(value).sum()), int(torch.isinf(value).sum())
-        if nans == 0 and "mask" in name.rpartition(".")[2]:
-            continue
-        got = f"{nans} NaN and {infinities} infinite of {value.numel()}"
-        place = name if where is None else f"{where}: {name}"
-        raise ModelError(place, "finite weights", got, "take an earlier checkpoint: this one diverged or is damaged")
+        _check_finite(name, value, where)
+
+
+def _check_finite(name: str, value: Tensor, where: object) -> None:
+    if not (value.is_floating_point() or value.is_complex()) or value.is_meta:
+        return
+    nans = infinities = 0
+    # In blocks: what is compared takes memory too.
+    for block in torch.split(value.detach().reshape(-1), _BLOCK):
+        block = block.float() if block.element_size() == 1 else block
+        if not bool(torch.isfinite(block).all()):
+            nans, infinities = nans + int(torch.isnan(block).sum()), infinities + int(torch.isinf(block).sum())
+    if nans == infinities == 0 or (nans == 0 and "mask" in name.rpartition(".")[2]):
+        return
+    got = f"{nans} NaN and {infinities} infinite of {value.numel()}"
+    place = name if where is None else f"{where}: {name}"
+    raise ModelError(place, "finite weights", got, "take an earlier checkpoint: this one diverged or is damaged")
 
 
 def check_present(tensors: Mapping[str, Tensor], where: object) -> None:
@@ -61,8 +97,9 @@ def check_present(tensors: Mapping[str, Tensor], where: object) -> None:
 
 def check_floating(tensors: Mapping[str, Tensor], where: object) -> None:
     """Raise `ModelError` unless at least one tensor is floating point: integers alone cannot be factorized."""
-    if not any(v.is_floating_point() for v in tensors.values()):
-        kinds = sorted({str(v.dtype).removeprefix("torch.") for v in tensors.values()})
+    about = described(tensors).values()
+    if not any(v.is_floating_point() for v in about):
+        kinds = sorted({str(v.dtype).removeprefix("torch.") for v in about})
         raise ModelError(
             where,
             "floating-point weights",

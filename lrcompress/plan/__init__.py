@@ -1,5 +1,16 @@
-"""Which layer takes which form and rank."""
+"""Which layer takes which form and rank.
 
-from .selection import Choice, read_plan, select
+menus = menus_of(layers, "auto", statistics)                # options: what each layer can become
+allocation = within(menus, budget)                          # allocation: which option each takes
+plan = RankPlan.of(menus, chosen(menus, allocation.chosen), allocation, budget, model_digest=…, method="auto")
+"""
 
-__all__ = ["Choice", "read_plan", "select"]
+from .allocation import Allocation, allocate
+from .options import Menu, Option
+from .rankplan import RankPlan, read_plan, write_plan
+from .selection import Budget, Choice, chosen, menus_of, ratio_budget, select, within
+
+__all__ = [
+    "Allocation", "Budget", "Choice", "Menu", "Option", "RankPlan", "allocate", "chosen", "menus_of", "ratio_budget",
+    "read_plan", "select", "within", "write_plan",
+]  # fmt: skip

@@ -6,7 +6,6 @@ result = factorize(model, ratio=0.5, calib=data, output="compressed")
 
 from __future__ import annotations
 
-import copy
 import importlib.metadata
 import resource
 import warnings
@@ -21,17 +20,21 @@ from torch import Tensor, nn
 from .._version import __version__
 from ..data import Data
 from ..errors import CommandError, LrcompressWarning
-from ..factorize import Factorization, Statistics, form, forms
-from ..files import staged_folder
+from ..factorize import form, forms
+from ..files import check_output, staged_folder
 from ..model import InputSpec, OpenedModel, check_finite, open_model
-from ..model.checkpoint import MAKER, MARKER, layer_spec, module_layers, state_of, write_compressed
-from ..model.surgery import Layer, count_parameters, replace_layer
-from ..model.ties import for_member, lift_ties, place, share_factors, tied_tensors
+from ..model.checkpoint import MAKER, MARKER, state_of, write_compressed
+from ..model.stored import described
+from ..model.surgery import count_parameters
 from ..plan import Choice
 from ..progress import Progress, Silent
-from .sources import device_of, layers_of, statistics_of, with_inputs
-from .stacked import Stacks, choose_shared, decompose_stack, same_input
-from .tied import Ties, choose, planned, weighed
+from ..work import Pool, pool
+from .applying import apply_choices
+from .planning import Prepared, budget_of, plan_within, prepare, spread_over
+from .sources import device_of, no_network
+from .stacked import Stacks, choose_shared, same_input
+from .streamed import Asked, count, factorize_stored
+from .tied import choose, planned
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,12 @@ def factorize(
     energy: float | None = None,
     plan: str | Path | None = None,
     method: str | None = None,
+    svd: str = "auto",
+    multiple: int = 1,
     calib: str | Data | None = None,
+    select: Data | None = None,
+    quick: bool = False,
+    anchor: bool = True,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     arch: str | None = None,
@@ -61,74 +69,106 @@ def factorize(
     seed: int = 0,
     threads: int | None = None,
     compute: str = "auto",
+    cache: bool = True,
+    workers: int | None = None,
+    cluster: str | None = None,
     trust_pickle: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> FactorizeResult:
     """Make a pretrained network small: exactly one of `rank`, `ratio`, `energy`, `plan` says how small.
 
-    `method`: a form, or "auto" (the default with data; "svd" without). `include`/`exclude`: patterns on layer names.
+    `method`: a form, or "auto" (the default with data; "svd" without). `svd`: "full", "randomized", or "auto" for the
+    cheaper. `multiple`: of which ranks are multiples. `calib`: inputs to weigh errors by; with them layers are fitted in
+    the order of depth (`anchor`), and a ratio is planned by measurements on `select`, or on `calib` (not with `quick`).
+    `include`/`exclude`: patterns on layer names. `workers`, `cluster`: so many processes, or the address of a Dask
+    scheduler, that the layers are spread over. A killed run continues where the same is asked again.
     Raises `CommandError`, `ModelError`, `DataError`, `PlanError`, `BudgetError`.
     """
     progress = progress or Silent()
-    _check_options(rank, ratio, energy, plan, method)
+    _check_options(rank, ratio, energy, plan, method, svd)
+    if multiple < 1:
+        raise CommandError("lrcompress factorize --rank-multiple", "a whole number of at least 1", multiple)
     device = device_of(compute)
     if threads:
         torch.set_num_threads(threads)
     opened = model if isinstance(model, OpenedModel) else open_model(
         model, arch=arch, arch_args=arch_args, inputs=inputs, trust_pickle=trust_pickle, trust_remote_code=trust_remote_code
     )  # fmt: skip
-    check_finite(opened.module.state_dict() if opened.module is not None else opened.tensors or {}, opened.path)
-    layers = layers_of(opened, include, exclude, verb="factorize")
-    ties = tied_tensors(layers)
-    if opened.module is not None:
-        layers, ties = lift_ties(opened.module, layers)
-    statistics: dict[str, Statistics] = {}
-    if calib is not None:
-        opened = with_inputs(opened, calib)
-        statistics = statistics_of(opened, layers, calib, seed=seed, compute=device, progress=progress)
-    method = method or ("auto" if statistics else "svd")
-    priced = weighed(layers, ties, statistics)
-    stacks: Stacks = {}
-    if plan is not None:
-        choices = planned(Path(plan), layers, ties)
-    elif method == "shared":
-        stacks = same_input(layers, statistics)
-        how = {"rank": rank, "ratio": ratio, "energy": energy}
-        choices = choose_shared(layers, stacks, total=_total(opened), statistics=statistics, **how)
-    else:
-        choices = choose(
-            layers, ties, total=_total(opened), statistics=priced, method=method, rank=rank, ratio=ratio, energy=energy
-        )
-    made = _apply(opened, layers, choices, ties, stacks, statistics, priced, progress)
-    report = _report(opened, made, method, seed)
-    if all(row["form"] == "dense" for row in made.rows):
-        note = "no layer was factorized: every one would not shrink or was left out"
-        warnings.warn(note, LrcompressWarning, stacklevel=2)
+    if output is not None:  # hours of work must not end in a refusal
+        check_output(Path(output), maker=MAKER, marker=MARKER)
+    if opened.module is None:
+        if calib is not None:
+            raise no_network(opened)
+        asked = Asked(
+            rank, ratio, energy, Path(plan) if plan is not None else None, method or "svd", tuple(include), tuple(exclude), svd
+        )  # fmt: skip
+        with pool(workers, cluster) as where:
+            return _of_tensors(opened, asked, where, seed, None if output is None else Path(output), progress)
+    check_finite(opened.module.state_dict(), opened.path)
+    prepared = prepare(
+        opened, include=include, exclude=exclude, calib=calib, seed=seed, compute=device, cache=cache, progress=progress
+    )
+    method = method or ("auto" if prepared.statistics else "svd")
+    sizes = {"rank": rank, "ratio": ratio, "energy": energy}
+    choices, stacks = _chosen(
+        prepared, sizes, plan, method, multiple=multiple, quick=quick, select=select, progress=progress
+    )
+    made = apply_choices(prepared, choices, stacks, progress, anchor=anchor)
+    opened = prepared.opened
+    report = _report(opened, made.rows, method, seed, prepared.total, count_parameters(made.module))
     if output is None:
         return FactorizeResult(report, made.module)
     dest = Path(output)
-    _write(dest, opened, made, report)
+    _write(dest, opened, state_of(made.module), made.specs, report, prepared.folded)
     return FactorizeResult({**report, "bytes_after": _bytes(dest), "output": str(dest)}, made.module, dest)
 
 
-@dataclass(frozen=True)
-class _Made:
-    """What decomposing gave: the module, or the tensors of a bare state dict; layer specs and report rows."""
+def _chosen(
+    prepared: Prepared, sizes: Mapping[str, Any], plan: str | Path | None, method: str, *, multiple: int, quick: bool,
+    select: Data | None, progress: Progress,
+) -> tuple[list[Choice], Stacks]:  # fmt: skip
+    """Return one choice per layer, and the stacks of layers that share a basis."""
+    layers, ties = prepared.layers, prepared.ties
+    if plan is not None:
+        return planned(Path(plan), layers, ties, prepared.opened.digest), {}
+    if method == "shared":
+        stacks = same_input(layers, prepared.statistics)
+        total = prepared.total
+        return choose_shared(layers, stacks, total=total, statistics=prepared.statistics, **sizes), stacks
+    if sizes["ratio"] is None:
+        return choose(layers, ties, total=prepared.total, statistics=prepared.priced, method=method, **sizes), {}
+    budget = budget_of(prepared, ratio=sizes["ratio"])
+    found = plan_within(
+        prepared, budget, method=method, multiple=multiple, measure=not quick, select=select, progress=progress
+    )
+    return spread_over(prepared, found.choices), {}
 
-    module: nn.Module | None
-    tensors: dict[str, Tensor]
-    specs: dict[str, Any]
-    rows: list[dict[str, Any]]
+
+def _of_tensors(
+    opened: OpenedModel, asked: Asked, where: Pool, seed: int, dest: Path | None, progress: Progress
+) -> FactorizeResult:
+    """Factorize a bare state dict, tensor by tensor."""
+    with factorize_stored(opened, asked, pool=where, output=dest, progress=progress) as made:
+        report = _report(opened, made.rows, asked.method, seed, _total(opened), made.n_params)
+        if dest is None or made.tensors is None:
+            return FactorizeResult(report)
+        _write(dest, opened, made.tensors, made.specs, report)
+    return FactorizeResult({**report, "bytes_after": _bytes(dest), "output": str(dest)}, None, dest)
 
 
-def _report(opened: OpenedModel, made: _Made, method: str, seed: int) -> dict[str, Any]:
+def _report(
+    opened: OpenedModel, rows: list[dict[str, Any]], method: str, seed: int, before: int, after: int
+) -> dict[str, Any]:
+    if all(row["form"] == "dense" for row in rows):
+        note = "no layer was factorized: every one would not shrink or was left out"
+        warnings.warn(note, LrcompressWarning, stacklevel=3)
     return {
         "method": method,
         "seed": seed,
-        "layers": made.rows,
-        "params_before": _total(opened),
-        "params_after": count_parameters(made.module) if made.module is not None else _count(made.tensors),
+        "layers": rows,
+        "params_before": before,
+        "params_after": after,
         "bytes_before": _bytes(opened.path),
         "bytes_after": None,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -136,7 +176,10 @@ def _report(opened: OpenedModel, made: _Made, method: str, seed: int) -> dict[st
     }
 
 
-def _write(dest: Path, opened: OpenedModel, made: _Made, report: dict[str, Any]) -> None:
+def _write(
+    dest: Path, opened: OpenedModel, tensors: Mapping[str, Tensor], specs: Mapping[str, Any], report: dict[str, Any],
+    folded: Mapping[str, str] | None = None,
+) -> None:  # fmt: skip
     """Write the compressed checkpoint: complete, or not at all."""
     packages = {p: importlib.metadata.version(p) for p in ("torch", "tensorly", "numpy")}
     about = {
@@ -145,13 +188,11 @@ def _write(dest: Path, opened: OpenedModel, made: _Made, report: dict[str, Any])
         "versions": {"lrcompress": __version__, **packages},
     }
     with staged_folder(dest, maker=MAKER, marker=MARKER) as stage:
-        whole = {k: t.contiguous().clone() for k, t in made.tensors.items()}
-        stored = whole if made.module is None else state_of(made.module)
-        write_compressed(stage, dest, opened, tensors=stored, layers=made.specs, report=about)
+        write_compressed(stage, dest, opened, tensors=tensors, layers=specs, report=about, folded=folded)
 
 
 def _check_options(
-    rank: int | None, ratio: float | None, energy: float | None, plan: object, method: str | None
+    rank: int | None, ratio: float | None, energy: float | None, plan: object, method: str | None, svd: str
 ) -> None:
     where = "lrcompress factorize"
     given = [
@@ -169,6 +210,8 @@ def _check_options(
     for name, share in (("--ratio", ratio), ("--energy", energy)):
         if share is not None and not 0 < share <= 1:
             raise CommandError(f"{where} {name}", "a number above 0 and at most 1", share)
+    if svd not in ("auto", "full", "randomized"):
+        raise CommandError(f"{where} --svd", "auto, full or randomized", svd)
     if method is not None and method != "auto":
         try:
             form(method)
@@ -178,96 +221,10 @@ def _check_options(
             ) from e
 
 
-def _apply(
-    opened: OpenedModel, layers: Sequence[Layer], choices: Sequence[Choice], ties: Ties, stacks: Stacks,
-    statistics: Mapping[str, Statistics], priced: Mapping[str, Statistics], progress: Progress,
-) -> _Made:  # fmt: skip
-    """Decompose every chosen layer and put it in its place."""
-    module = None if opened.module is None else _copied(opened.module)
-    tensors = dict(opened.tensors or {})
-    leaders = {f: leader for leader, followers in ties.items() for f in followers}
-    by_name = {layer.name: layer for layer in layers}
-    made: dict[str, Factorization] = {}
-    parts: dict[str, Factorization] = {}
-    specs: dict[str, Any] = {}
-    rows: list[dict[str, Any]] = []
-    with progress.task("factorize", total=len(layers)) as advance:
-        for layer, choice in zip(layers, choices, strict=True):
-            found = None
-            if choice.form != "dense":
-                first = leaders.get(layer.name, layer.name)
-                found = made.get(first) or parts.get(layer.name)
-                if layer.name in stacks and isinstance(choice.rank, int):
-                    parts |= decompose_stack(layer.name, stacks, by_name, choice.rank, statistics)
-                    found = parts[layer.name]
-                if found is None:
-                    found = form(choice.form).decompose(by_name[first].weight, choice.rank, priced.get(first))
-                if first in ties:
-                    made[first] = found
-                    found = for_member(found, layer, statistics.get(layer.name))
-                if module is not None:
-                    replace_layer(module, layer.name, found)
-                else:
-                    specs[layer.name] = _replace_tensor(tensors, layer, found, leaders.get(layer.name))
-            rows.append(_row(layer, choice, found, tied=layer.name in leaders))
-            advance(1, layer.name)
-    if module is not None:
-        for leader in made:
-            share_factors(module, leader, ties[leader])
-        for first, others in stacks.items():
-            if first in parts:
-                share_factors(module, first, others, ["V"])
-        specs = module_layers(module)
-    return _Made(module, tensors, specs, rows)
-
-
-def _copied(module: nn.Module) -> nn.Module:
-    """Copy a module; a weight that a hook computes is copied as the number it is now."""
-    computed = [t for m in module.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
-    return copy.deepcopy(module, {id(t): t.detach().clone() for t in computed})
-
-
-def _replace_tensor(
-    tensors: dict[str, Tensor], layer: Layer, found: Factorization, leader: str | None
-) -> dict[str, Any]:
-    """Put factors in the place of a tensor; a tied one goes, and its spec says whose factors are its own."""
-    key = f"{layer.name}.weight" if f"{layer.name}.weight" in tensors else layer.name
-    prefix = key.removesuffix("weight")
-    del tensors[key]
-    if leader is None:
-        for name, factor in found.named_factors():
-            tensors[f"{prefix}{name}"] = factor
-    shapes = {k: tuple(v.shape) for k, v in found.factors.items()}
-    spec = layer_spec(layer.kind, found.form, found.shape, found.rank, shapes, bias=f"{prefix}bias" in tensors)
-    return spec if leader is None else {**spec, "tied": leader}
-
-
-def _row(layer: Layer, choice: Choice, found: Factorization | None, *, tied: bool) -> dict[str, Any]:
-    """Return the report of one layer; the numbers of a tied weight stand with its first layer."""
-    rank: Any = 0 if found is None else found.rank
-    return {
-        "name": layer.name,
-        "form": choice.form,
-        "shape": list(layer.plain_shape),
-        "rank": list(rank) if isinstance(rank, tuple) else rank,
-        "params_before": 0 if tied else layer.weight.numel(),
-        "params_after": choice.n_params,
-        "rel_error": 0.0 if found is None else found.rel_error,
-        "norm": "frobenius" if found is None else found.norm,
-        "rel_error_frobenius": 0.0 if found is None else found.rel_error_frobenius,
-        "reason": choice.reason,
-    }
-
-
 def _total(opened: OpenedModel) -> int:
     if opened.module is not None:
         return count_parameters(opened.module)
-    return _count(opened.tensors or {})
-
-
-def _count(tensors: Mapping[str, Tensor]) -> int:
-    """Return how many numbers named tensors hold, tied ones once."""
-    return sum(t.numel() for t in {place(t): t for t in tensors.values()}.values())
+    return count(described(opened.tensors or {}))
 
 
 def _bytes(path: Path | None) -> int | None:

@@ -69,6 +69,7 @@ def inspect(
     seed: int = 0,
     threads: int | None = None,
     compute: str = "auto",
+    cache: bool = True,
     trust_pickle: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -98,7 +99,7 @@ def inspect(
     layers = [layer for layer in every if left_out(layer.name, include, exclude) is None]
     statistics: dict[str, Statistics] = {}
     if calib is not None:
-        statistics = statistics_of(opened, layers, calib, seed=seed, compute=device, progress=progress)
+        statistics = statistics_of(opened, layers, calib, seed=seed, compute=device, progress=progress, cache=cache)
         statistics = weighed(layers, ties, statistics)
     leaders = {follower: leader for leader, followers in ties.items() for follower in followers}
     found = _look_at(layers, leaders, statistics, Terms(share, max_loss, all_forms), progress)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..calibrate import collect
+from ..calibrate import Cache, collect, is_statistics, read_statistics
 from ..data import Data, open_data
 from ..errors import CommandError, LrcompressWarning, ModelError
 from ..factorize import Statistics
@@ -43,6 +43,13 @@ def for_model(source: str | Path | Data, opened: OpenedModel) -> Data:
 def layers_of(opened: OpenedModel, include: Sequence[str], exclude: Sequence[str], *, verb: str) -> list[Layer]:
     """Return the layers of the model; those that the patterns leave out carry that as their reason."""
     layers = view_of(opened).layers if opened.module is not None else tensors_as_layers(opened.tensors or {})
+    return marked(opened, layers, include, exclude, verb=verb)
+
+
+def marked(
+    opened: OpenedModel, layers: Sequence[Layer], include: Sequence[str], exclude: Sequence[str], *, verb: str
+) -> list[Layer]:
+    """Return `layers` of a model; those that the patterns leave out carry that as their reason."""
     if not layers:
         raise ModelError(opened.path or "the model", "at least one linear, convolution or embedding layer", "none")
     for option, patterns in (("--include", include), ("--exclude", exclude)):
@@ -70,13 +77,22 @@ def statistics_of(
     seed: int,
     compute: str,
     progress: Progress,
+    cache: bool = True,
 ) -> dict[str, Statistics]:
-    """Run calibration data through the network; return the statistics of the layers that have no reason to stay dense."""
-    if opened.module is None:
-        raise ModelError(opened.path, "a network to run the calibration data through", "a state dict", "give --arch")
-    data = for_model(calib, opened)
+    """Return the statistics of the layers that have no reason to stay dense: kept ones, or of a pass over `calib`.
+
+    `cache`: whether a pass may be answered by, and kept in, the cache that the environment names.
+    """
     wanted = [layer for layer in layers if layer.reason is None]
-    statistics = collect(opened, opened.module, data, wanted, seed=seed, compute=compute, progress=progress)
+    if not isinstance(calib, Data) and is_kept(calib):
+        return read_statistics(calib, model=opened.digest, layers=wanted)
+    if opened.module is None:
+        raise no_network(opened)
+    data = for_model(calib, opened)
+    statistics = collect(
+        opened, opened.module, data, wanted, seed=seed, compute=compute, progress=progress,
+        cache=Cache.usual() if cache else None,
+    )  # fmt: skip
     few = [n.name for n in wanted if 0 < statistics[n.name].count < n.columns and n.kind != "embedding"]
     if few:
         warnings.warn(
@@ -84,6 +100,16 @@ def statistics_of(
             LrcompressWarning, stacklevel=3,
         )  # fmt: skip
     return statistics
+
+
+def is_kept(calib: str | Path | Data) -> bool:
+    """Return whether `calib` is a folder of statistics rather than data."""
+    return not isinstance(calib, Data) and is_statistics(calib)
+
+
+def no_network(opened: OpenedModel) -> ModelError:
+    """Return the error of calibrating a bare state dict."""
+    return ModelError(opened.path, "a network to run the calibration data through", "a state dict", "give --arch")
 
 
 def device_of(compute: str) -> str:
@@ -106,7 +132,7 @@ def with_inputs(opened: OpenedModel, calib: str | Path | Data) -> OpenedModel:
     The first axis is the batch; ids (whole numbers along one axis) may be of any length. A single array takes the name
     of forward's one argument.
     """
-    if opened.inputs or opened.module is None:
+    if opened.inputs or opened.module is None or is_kept(calib):
         return opened
     data = for_model(calib, opened)
     return replace(opened, inputs=_shown(data, opened)) if len(data) else opened

@@ -33,12 +33,12 @@ def choose(
     followers = {n for names in ties.values() for n in names}
     heads = [layer for layer in layers if layer.name not in followers]
     chosen = select(heads, statistics=statistics, fixed_params=total - sum(n.weight.numel() for n in heads), **how)
-    return _spread(layers, ties, {c.name: c for c in chosen})
+    return spread(layers, ties, {c.name: c for c in chosen})
 
 
-def planned(path: Path, layers: Sequence[Layer], ties: Ties) -> list[Choice]:
+def planned(path: Path, layers: Sequence[Layer], ties: Ties, model_digest: str | None = None) -> list[Choice]:
     """Return the choices of a plan file, which may name a tied weight by any of its layers. Raises `PlanError`."""
-    choices = {c.name: c for c in read_plan(path, layers)}
+    choices = {c.name: c for c in read_plan(path, layers, model_digest)}
     for leader, followers in ties.items():
         members = [leader, *followers]
         named = [choices[n] for n in members if choices[n].form != "dense"]
@@ -51,10 +51,10 @@ def planned(path: Path, layers: Sequence[Layer], ties: Ties) -> list[Choice]:
         if named:
             size = int(form(named[0].form).n_params(next(n.shape for n in layers if n.name == leader), named[0].rank))
             choices[leader] = Choice(leader, named[0].form, named[0].rank, size)
-    return _spread(layers, ties, choices)
+    return spread(layers, ties, choices)
 
 
-def _spread(layers: Sequence[Layer], ties: Ties, choices: Mapping[str, Choice]) -> list[Choice]:
+def spread(layers: Sequence[Layer], ties: Ties, choices: Mapping[str, Choice]) -> list[Choice]:
     """Let every tied layer become what its leader does, or stay dense with it."""
     by_name = {layer.name: layer for layer in layers}
     out = dict(choices)

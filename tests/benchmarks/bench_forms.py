@@ -6,6 +6,8 @@ The error is that of the layer's outputs on images and sentences that calibratio
     √( E‖W x + b − Ŵ x − b'‖² / E‖W (x − μ)‖² ),
 
 printed as the median over layers, beside the share of layers where the weighted form wins over its unweighted twin.
+With `--curves`: points and processor seconds of the curves of all forms that "auto" chooses from, layer by layer as an
+allocator asks for them.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import Any
 import torch
 
 from lrcompress.calibrate import collect
-from lrcompress.factorize import Factorization, Statistics, form, forms
+from lrcompress.factorize import Factorization, Refused, Statistics, form, forms
 from lrcompress.model import OpenedModel, open_model
 from lrcompress.model.surgery import Layer, find_layers
 from lrcompress.recipe import load, resolve
@@ -43,7 +45,10 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--all-forms", action="store_true", help="also the slow ones")
     parser.add_argument("--layers", type=int, default=0, help="only so many layers of each model")
+    parser.add_argument("--curves", action="store_true", help="time the curves instead")
     options = parser.parse_args()
+    if options.curves:
+        return _print_curves(options.models or list(MODELS), options.layers, as_json=options.json)
     rows = (row for name in options.models or MODELS for row in measure(name, options.all_forms, options.layers))
     if options.json:
         print(json.dumps({"rows": list(rows)}))
@@ -57,17 +62,37 @@ def main() -> int:
     return 0
 
 
+def _print_curves(models: list[str], most: int, *, as_json: bool) -> int:
+    rows = [row for name in models for row in curves(name, most)]
+    if as_json:
+        print(json.dumps({"rows": rows}))
+        return 0
+    print(f"{'model':10}{'form':18}{'points':>8}{'seconds':>9}")
+    for r in rows:
+        print(f"{r['model']:10}{r['form']:18}{r['points']:8d}{r['seconds']:9.2f}", flush=True)
+    return 0
+
+
+def curves(name: str, most: int) -> list[dict[str, Any]]:
+    """Return points and processor seconds of every form's curves under two-sided moments, and of all together."""
+    recipe, opened, layers = _opened(name, most)
+    seen = _moments(opened, layers, f"{recipe.path}:calibration", MODELS[name][1], gradients=True)
+    spent = {key: [0, 0.0] for key in forms() if getattr(form(key), "AUTO", True)}
+    for layer in layers:
+        for key, total in spent.items():
+            module = form(key)
+            if layer.kind in module.LAYERS and getattr(module, "serves", lambda shape: True)(layer.shape):
+                started = time.process_time()
+                total[0] += len(module.curve(layer.weight, seen[layer.name]))
+                total[1] += time.process_time() - started
+    spent["all"] = [sum(n for n, _ in spent.values()), sum(t for _, t in spent.values())]
+    return [{"model": name, "form": key, "points": n, "seconds": t} for key, (n, t) in spent.items()]
+
+
 def measure(name: str, all_forms: bool, most: int) -> Iterator[dict[str, Any]]:
     """Yield one row per form that serves some layer of the model."""
-    recipe_name, n_calibration, n_held_out = MODELS[name]
-    recipe = load(ROOT / "recipes" / f"{recipe_name}.yaml")
-    assert recipe.model.source is not None
-    arch = None if recipe.model.arch is None else resolve(recipe, recipe.model.arch)
-    opened = open_model(resolve(recipe, recipe.model.source), arch=arch, inputs=recipe.inputs)
-    assert opened.module is not None
-    layers = [n for n in find_layers(opened.module) if n.reason is None and n.kind in ("linear", "conv")]
-    layers = [n for n in layers if "embeddings" not in n.name and "pooler" not in n.name and n.weight.numel() > 500]
-    layers = layers[:most] if most else layers
+    recipe, opened, layers = _opened(name, most)
+    _, n_calibration, n_held_out = MODELS[name]
     seen = _moments(opened, layers, f"{recipe.path}:calibration", n_calibration, gradients=True)
     unseen = _moments(opened, layers, f"{recipe.path}:select", n_held_out, gradients=False)
     for key in forms():
@@ -76,6 +101,18 @@ def measure(name: str, all_forms: bool, most: int) -> Iterator[dict[str, Any]]:
         row = _row(key, layers, seen, unseen)
         if row is not None:
             yield {"model": name, **row}
+
+
+def _opened(name: str, most: int) -> tuple[Any, OpenedModel, list[Layer]]:
+    """Return the recipe of a model, the model, and the layers to look at."""
+    recipe = load(ROOT / "recipes" / f"{MODELS[name][0]}.yaml")
+    assert recipe.model.source is not None
+    arch = None if recipe.model.arch is None else resolve(recipe, recipe.model.arch)
+    opened = open_model(resolve(recipe, recipe.model.source), arch=arch, inputs=recipe.inputs)
+    assert opened.module is not None
+    layers = [n for n in find_layers(opened.module) if n.reason is None and n.kind in ("linear", "conv")]
+    layers = [n for n in layers if "embeddings" not in n.name and "pooler" not in n.name and n.weight.numel() > 500]
+    return recipe, opened, layers[:most] if most else layers
 
 
 def _moments(
@@ -100,8 +137,14 @@ def _row(
             continue
         full = seen[layer.name]
         one_sided = Statistics(gram=full.gram, mean=full.mean, count=full.count)
-        for label, metric in (("plain", None), ("activation", one_sided), ("two_sided", full)):
-            found = module.decompose(layer.weight, rank, metric)
+        try:
+            made = {
+                label: module.decompose(layer.weight, rank, metric)
+                for label, metric in (("plain", None), ("activation", one_sided), ("two_sided", full))
+            }
+        except Refused:
+            continue
+        for label, found in made.items():
             errors[label].append(output_error(layer.weight, found, unseen[layer.name]))
     if not errors["plain"]:
         return None

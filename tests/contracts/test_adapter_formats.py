@@ -60,7 +60,12 @@ def test_our_own_folder_keeps_every_bit(tmp_path_factory, case):
     folder = tmp_path_factory.mktemp("a")
     write_adapter(folder, {"some.layer": made}, maker="test", base=None, info={})
     back = read_adapter(folder).adapters["some.layer"]
-    assert (back.layer_kind, back.groups, back.rank, back.rslora) == (target.kind, target.groups, made.rank, made.rslora)
+    assert (back.layer_kind, back.groups, back.rank, back.rslora) == (
+        target.kind,
+        target.groups,
+        made.rank,
+        made.rslora,
+    )
     assert torch.equal(back.delta_weight(), made.delta_weight())
 
 
@@ -156,9 +161,13 @@ def test_no_tensors_do_anything_but_load_or_say_why_not(case, data):
         if fault == "shape":
             tensors[name] = torch.ones(data.draw(shapes))
         elif fault == "dtype":
-            tensors[name] = value.to(data.draw(st.sampled_from([torch.int8, torch.float16, torch.bool, torch.complex64])))
+            tensors[name] = value.to(
+                data.draw(st.sampled_from([torch.int8, torch.float16, torch.bool, torch.complex64]))
+            )
         elif fault == "rename":
-            tensors[data.draw(st.sampled_from([name + "x", "x." + name, name[1:], name.replace("layer", "other")]))] = value
+            tensors[data.draw(st.sampled_from([name + "x", "x." + name, name[1:], name.replace("layer", "other")]))] = (
+                value
+            )
         elif fault == "nan":
             tensors[name] = torch.full_like(value, torch.nan)
         try:

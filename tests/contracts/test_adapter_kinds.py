@@ -28,7 +28,7 @@ LAYERS = {
     "linear": (lambda: nn.Linear(14, 10), (3, 5, 14), ("svd", "pivoted")),
     "linear_no_bias": (lambda: nn.Linear(6, 9, bias=False), (2, 6), ()),
     "conv1d": (lambda: nn.Conv1d(6, 8, 5, stride=2, padding=3), (2, 6, 11), ("svd", "spatial_svd")),
-    "conv2d": (lambda: nn.Conv2d(6, 8, 3, padding=1), (2, 6, 7, 7), ("svd", "tucker", "spatial_svd", "pivoted", "cp")),
+    "conv2d": (lambda: nn.Conv2d(6, 8, 3, padding=1), (2, 6, 7, 7), ("svd", "tucker", "spatial_svd", "pivoted", "pivoted_tucker", "pivoted_spatial", "cp")),
     "pointwise": (lambda: nn.Conv2d(6, 8, 1), (2, 6, 5, 5), ("svd",)),
     "conv3d": (lambda: nn.Conv3d(4, 6, (1, 3, 2), padding=(0, 1, 1)), (2, 4, 3, 4, 4), ("svd", "tucker")),
     "dilated": (lambda: nn.Conv2d(4, 6, 3, dilation=2, padding=2, stride=(1, 2)), (2, 4, 8, 8), ("spatial_svd",)),

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrcompress.factorize import ConvGeometry, Statistics, form, forms
+from lrcompress.factorize import ConvGeometry, Refused, Statistics, form, forms
 from lrcompress.factorize._linalg import convolve
 from lrcompress.factorize.kronecker import blocks, rearrange
 from tests.support.weights import statistics, weight
@@ -65,7 +65,7 @@ class TestEveryForm:
             top = min(shape[0], math.prod(shape[1:]))
             ranks = list(dict.fromkeys(module.clip(shape, n) for n in range(1, top + 1, 2)))
             losses = [module.decompose(w, r, stats).loss for r in ranks]
-            slack = 1.02 if name in ("tucker", "kronecker") else 1.0
+            slack = 1.02 if name in ("tucker", "pivoted_tucker", "kronecker") else 1.0
             assert all(b <= a * slack + 1e-9 for a, b in itertools.pairwise(losses)), losses
 
     def test_statistics_never_hurt_in_their_metric(self, name, kind, shape):
@@ -114,7 +114,11 @@ class TestEveryForm:
         single[0, 0] = 1.0
         for w in (zero, one, weight(shape)):
             for stats in (None, dead, Statistics(gram=single, mean=torch.ones(n))):
-                f = module.decompose(w, rank, stats if kind != "embedding" else None)
+                try:
+                    f = module.decompose(w, rank, stats if kind != "embedding" else None)
+                except Refused:  # outputs that are all alike have no two independent values at one tap
+                    assert name == "pivoted_spatial" and torch.equal(w, one)
+                    continue
                 assert all(torch.isfinite(t).all() for _, t in f.named_factors())
                 assert math.isfinite(f.rel_error) and (w.any() or f.rel_error == 0)
 
@@ -126,9 +130,9 @@ class TestEveryForm:
                 assert point.n_params == f.n_params
                 if name == "kronecker" and stats is not None:  # the refit only lowers what the curve promises
                     continue
-                slack = 0.03 if name == "tucker" and stats is None else 1e-6
+                slack = 0.03 if name in ("tucker", "pivoted_tucker") and stats is None else 1e-6
                 assert f.loss <= point.loss * (1 + slack) + 1e-9
-                if name == "svd":
+                if getattr(module, "AUTO", True) and slack == 1e-6:
                     assert f.loss == pytest.approx(point.loss, rel=1e-6, abs=1e-9)
 
     def test_statistics_of_another_shape_are_refused(self, name, kind, shape):

@@ -27,6 +27,8 @@ LAYERS: list[set[str]] = [
     {"data"},
     {"metrics"},
     {"calibrate", "plan"},
+    {"fit"},
+    {"work"},
     {"recover", "export"},
     {"validate", "publish"},
     {"recipe", "report", "inspect"},

@@ -12,7 +12,8 @@ from lrcompress.errors import BudgetError, PlanError
 from lrcompress.factorize import Statistics, form
 from lrcompress.model.surgery import Layer, tensors_as_layers
 from lrcompress.plan import read_plan, select
-from lrcompress.plan.selection import _allocate, _Option, hull
+from lrcompress.plan import Option, allocate
+from lrcompress.plan.options import hull
 
 
 def layer(
@@ -109,14 +110,14 @@ def test_the_allocation_is_near_the_best_by_brute_force():
             losses = torch.rand(len(costs), generator=g).sort(descending=True).values
             losses[-1] = 0.0
             options.append(
-                [_Option(int(c), float(v), "dense" if v == 0 else "svd", 1) for c, v in zip(costs, losses, strict=True)]
+                [Option(int(c), float(v), "dense" if v == 0 else "svd", 1) for c, v in zip(costs, losses, strict=True)]
             )
         least, most = sum(o[0].n_params for o in options), sum(o[-1].n_params for o in options)
         budget = (least + most) // 2
         best = min(
             sum(o.loss for o in pick) for pick in itertools.product(*options) if sum(o.n_params for o in pick) <= budget
         )
-        chosen = _allocate(options, budget)
+        chosen = allocate(options, budget).chosen
         assert sum(o.n_params for o in chosen) <= budget
         loss = sum(o.loss for o in chosen)
         assert loss <= best * 1.35 + 0.12
@@ -126,10 +127,10 @@ def test_the_allocation_is_near_the_best_by_brute_force():
 
 def test_the_hull_is_convex_and_keeps_both_ends():
     options = [
-        _Option(1, 10.0, "svd", 1),
-        _Option(2, 9.5, "svd", 2),
-        _Option(3, 4.0, "svd", 3),
-        _Option(6, 0.0, "dense", 0),
+        Option(1, 10.0, "svd", 1),
+        Option(2, 9.5, "svd", 2),
+        Option(3, 4.0, "svd", 3),
+        Option(6, 0.0, "dense", 0),
     ]
     kept = hull(options)
     assert kept[0] is options[0] and kept[-1] is options[-1] and options[1] not in kept

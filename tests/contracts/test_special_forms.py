@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
+import weakref
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
-from lrcompress.factorize import ConvGeometry, Drift, Statistics, anchored, form
+from lrcompress.factorize import ConvGeometry, Drift, Refused, Statistics, anchored, form
 from lrcompress.factorize import als as als_form
 from lrcompress.factorize import nmf as nmf_form
 from lrcompress.factorize import svd as svd_form
+from lrcompress.factorize import tucker as tucker_form
+from lrcompress.factorize._curves import ranks_to
+from lrcompress.factorize._filters import View
 from lrcompress.factorize._linalg import convolve
-from lrcompress.factorize._refit import refit
+from lrcompress.factorize._memo import Memo
+from lrcompress.factorize._refit import refit, sweep
 from lrcompress.factorize.grouped_svd import apart
 from lrcompress.factorize.shared import decompose_group, group_params
 from lrcompress.factorize.tensor_train import _grid, _paired
@@ -495,3 +502,265 @@ def test_projections_of_one_input_share_a_basis_from_weights_to_the_runtime(tmp_
         assert torch.equal(back(torch.as_tensor(x)), expected)
     lrcompress.export(tmp_path / "c", output=tmp_path / "e")
     np.testing.assert_allclose(Session(tmp_path / "e").run({"x": x})["output"], expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+# pivoted gauges of a convolution --------------------------------------------------------------------------------------
+
+KERNELS = [(12, 8, 3, 3), (6, 9, 3, 3), (8, 8, 2, 2), (6, 5, 5, 5), (7, 6, 2, 3), (7, 6, 3, 2)]
+
+
+def some_ranks(name, shape):
+    top = form(name).full_rank(shape)
+    if isinstance(top, tuple):
+        return [(1, 1), (top[0] // 2, top[1]), (top[0], top[1] // 2), (top[0] - 1, top[1] - 2), top]
+    return sorted({1, shape[0] // 2, shape[0] - 1, shape[0], min(shape[0] + 1, top), min(2 * shape[0], top)})
+
+
+@pytest.mark.parametrize("shape", KERNELS)
+@pytest.mark.parametrize(("name", "plain"), [("pivoted_spatial", "spatial_svd"), ("pivoted_tucker", "tucker")])
+def test_the_gauge_is_the_plain_form_without_its_redundant_numbers(name, plain, shape):
+    w = randn(*shape)
+    for stats in (None, statistics(w, two_sided=True)):
+        for rank in some_ranks(name, shape):
+            f, g = form(name).decompose(w, rank, stats), form(plain).decompose(w, rank, stats)
+            torch.testing.assert_close(f.to_tensor(), g.to_tensor(), rtol=0, atol=1e-9)
+            assert f.loss == pytest.approx(g.loss, rel=1e-6, abs=1e-9)
+            redundant = sum(r * r for r in rank) if isinstance(rank, tuple) else rank * min(rank, shape[0])
+            assert f.n_params == form(name).n_params(shape, rank) == g.n_params - redundant
+            assert all(float(f.factors[k].abs().max()) <= 2.0 for k in ("S", "T") if k in f.factors)
+
+
+@pytest.mark.parametrize("shape", [(9, 6, 3, 3), (6, 9, 3, 3), (8, 8, 2, 2), (6, 5, 5, 5), (7, 6, 2, 3), (7, 6, 3, 2)])
+@pytest.mark.parametrize("name", ["pivoted_spatial", "pivoted_tucker"])
+def test_every_walk_over_every_tap(name, shape, monkeypatch):
+    """Any stride, padding and dilation, unlike along the two axes, whichever tap is the trivial one."""
+    from lrcompress.factorize import pivoted_spatial
+
+    w, x, seen = randn(*shape), randn(2, shape[1], 15, 14, seed=4), set()
+    every = pivoted_spatial._choices(max(shape[2:])) if name == "pivoted_spatial" else [None]
+    for i in range(len(every)):
+        monkeypatch.setattr(
+            pivoted_spatial, "_choices", lambda taps, i=i, f=pivoted_spatial._choices: f(taps)[i : i + 1] or f(taps)[:1]
+        )
+        for rank in some_ranks(name, shape):
+            f = form(name).decompose(w, rank)
+            seen |= set(f.factors)
+            for stride, padding, dilation in itertools.product(
+                ((1, 1), (2, 3)), ((0, 0), (1, 1), (2, 0), (0, 3)), ((1, 1), (1, 2))
+            ):
+                geometry = ConvGeometry(stride, padding, dilation)
+                torch.testing.assert_close(
+                    f.apply(x, geometry), convolve(x, f.to_tensor(), geometry), rtol=0, atol=1e-8
+                )
+        monkeypatch.undo()
+    if name == "pivoted_spatial":
+        assert {"before", "after", "T", "order"} <= seen and ("around" in seen) == (shape[3] == 3)
+
+
+def test_both_orders_of_the_filters_are_taken():
+    """A kernel of low rank with its height first, or with its width first, keeps that order, and its rank."""
+    for swap, axes in ((False, (2, 3)), (True, (3, 2))):
+        w = torch.einsum("rih,orw->oihw", randn(5, 8, 3), randn(12, 5, 3, seed=1))
+        w = w.transpose(2, 3).contiguous() if swap else w
+        f = form("pivoted_spatial").decompose(w, 5)
+        assert f.rel_error < 1e-6 and [f.factors["first"].shape[i] for i in axes] == [3, 1]
+
+
+@pytest.mark.parametrize("leak", [0.0, 1e-6, 0.1])
+def test_a_gauge_that_float32_would_feel_is_refused(leak):
+    """Terms that live at one tap each, but for a leak: no tap alone has the rank that all have together."""
+    second = randn(8, 4, 3)
+    second[:, :3] *= leak + (1 - leak) * torch.eye(3, dtype=torch.float64)
+    w = torch.einsum("rih,orw->oihw", randn(4, 6, 3, seed=1), second)
+    offered = {p.rank for p in form("pivoted_spatial").curve(w)}
+    assert form("spatial_svd").decompose(w, 4).rel_error < 1e-6
+    if leak > 0.01:
+        assert form("pivoted_spatial").decompose(w, 4).rel_error < 1e-6 and 4 in offered
+        return
+    with pytest.raises(Refused, match="use spatial_svd") as refusal:
+        form("pivoted_spatial").decompose(w, 4)
+    assert 4 not in offered and ("inf" in refusal.value.got) == (leak == 0)
+
+
+def test_what_is_accepted_holds_in_float32():
+    for seed in range(6):
+        w = randn(16, 12, 3, 3, seed=seed) * 0.5 ** torch.arange(3)
+        for rank in (5, 15, 16, 20):
+            plain = form("spatial_svd").decompose(w, rank).to_tensor()
+            f = form("pivoted_spatial").decompose(w.float(), rank)
+            assert float((f.to_tensor() - plain).abs().max()) < 1e-4 * float(w.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("method", "rank"), [("pivoted_spatial", 6), ("pivoted_spatial", 40), ("pivoted_tucker", 6), ("pivoted_tucker", 16)]
+)
+def test_the_gauge_from_weights_to_the_runtime(tmp_path, method, rank):
+    import lrcompress
+    from lrcompress.data import Data
+    from lrcompress.model import InputSpec
+    from lrcompress.model.checkpoint import load_compressed
+    from lrcompress.runtime import Session
+    from tests.support.nets import images, small
+
+    torch.save(small().state_dict(), tmp_path / "m.pt")
+    x, _ = images(120)
+    about = {"inputs": (InputSpec("x", "float32", ("batch", 3, 8, 8)),), "arch": "tests.support.nets:small"}
+    made = lrcompress.factorize(
+        tmp_path / "m.pt", rank=rank, method=method, calib=Data.of_arrays({"x": x}), output=tmp_path / "c", **about
+    )
+    rows = {r["name"]: r for r in made.data["layers"]}
+    assert rows["conv2"]["form"] == method and rows["conv2"]["params_after"] < rows["conv2"]["params_before"]
+    back = load_compressed(tmp_path / "c").module
+    with torch.no_grad():
+        expected = made.model(torch.as_tensor(x))
+        assert torch.equal(back(torch.as_tensor(x)), expected)
+        torch.testing.assert_close(lrcompress.to_dense(back)(torch.as_tensor(x)), expected, rtol=1e-4, atol=1e-5)
+    lrcompress.export(tmp_path / "c", output=tmp_path / "e")
+    have = {t.name for t in onnx.load(str(tmp_path / "e" / "model.onnx")).graph.initializer}
+    assert {f"conv2.{k}" for k in back.conv2.factors} <= have
+    for n in (1, 7):
+        np.testing.assert_allclose(
+            Session(tmp_path / "e").run({"x": x[:n]})["output"], expected[:n].numpy(), rtol=1e-4, atol=1e-5
+        )
+
+
+# curves and their fits ------------------------------------------------------------------------------------------------
+
+
+def test_a_memo_answers_for_the_same_weight_in_the_same_metric_only():
+    asked = []
+    memo = Memo(lambda w, s: asked.append(w) or float(w.sum()))
+    w, stats = randn(4, 5), statistics(weight((4, 5)))
+    assert memo(w, stats) == memo(w.clone(), stats) and len(asked) == 1
+    w += 1  # in place: the same tensor, another weight
+    assert memo(w, stats) == float(w.sum()) and len(asked) == 2
+    for other in (w.float(), w.reshape(5, 4)):
+        memo(other, stats)
+    memo(w, stats)
+    assert len(asked) == 5
+    memo(w, Statistics(gram=stats.gram)), memo(w, None), memo(w, None)
+    assert len(asked) == 8
+    memo(w, stats)
+    kept = weakref.ref(stats)
+    del stats
+    gc.collect()
+    assert kept() is None and memo._last is None, "nothing is kept alive"
+
+
+@pytest.mark.parametrize("two_sided", [False, True])
+@pytest.mark.parametrize("swap", [False, True])
+def test_both_banks_are_updated_to_where_no_neighbour_is_better(two_sided, swap):
+    """At the fixed point of the two updates the gradient in either bank is zero, and every update lowers the loss."""
+    w = randn(6, 5, 3, 3)
+    stats = statistics(w, two_sided=two_sided)
+    view = View.of(w, stats, swap=swap)
+    a = view.bases(4)[0]
+    b, loss = view.fitted(a)
+    losses = [loss]
+    for _ in range(400):
+        a = view.refined(a, b)
+        b, loss = view.fitted(a)
+        losses.append(loss)
+    assert all(y <= x * (1 + 1e-9) for x, y in itertools.pairwise(losses)) and losses[-1] < 0.999 * losses[0]
+
+    def measured(a, b):
+        kernel = torch.einsum("rn,orw->onw", a, b).reshape(6, 5, 3, 3)
+        return stats.loss(w - (kernel.transpose(2, 3) if swap else kernel))
+
+    assert measured(a, b) == pytest.approx(losses[-1], rel=1e-7)
+    for seed in range(4):
+        assert measured(a, b + 1e-4 * randn(*b.shape, seed=seed)) > measured(a, b)
+        assert measured(a + 1e-3 * randn(*a.shape, seed=seed), b) > measured(a, b) * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_heads_of_one_basis_have_the_losses_of_their_own_least_squares(swap):
+    w = randn(5, 4, 3, 3)
+    stats = statistics(w, two_sided=True)
+    view = View.of(w, stats, swap=swap)
+    for basis in view.bases(8):
+        torch.testing.assert_close(basis @ basis.T, torch.eye(8, dtype=torch.float64), rtol=0, atol=1e-9)
+        losses = view.losses(basis)
+        for r in (1, 3, 8):
+            build = lambda f, a=basis[:r]: rebuilt(a, f["b"], swap)  # noqa: E731
+            b = refit(build, {"b": torch.zeros(5, r, 3, dtype=torch.float64)}, "b", w, stats, 3000)
+            assert float(losses[r - 1]) == pytest.approx(stats.loss(w - build({"b": b})), rel=1e-5)
+
+
+def rebuilt(a, b, swap):
+    kernel = torch.einsum("rn,orw->onw", a, b).reshape(len(b), -1, 3, 3)
+    return kernel.transpose(2, 3) if swap else kernel
+
+
+def test_two_filter_banks_are_exact_for_a_product_metric():
+    """Where S is S₁ ⊗ S₂ over (in, height) and width, the SVD in that metric is the optimum: no update gains."""
+    w = randn(6, 4, 3, 3)
+    one, two, out = (m.T @ m / len(m) for m in (randn(40, 12), randn(30, 3, seed=1), randn(25, 6, seed=2)))
+    stats = Statistics(gram=torch.kron(one, two), output_gram=out)
+    left, l1, l2 = (torch.linalg.cholesky(m) for m in (stats.g, one, two))
+    scaled = torch.einsum("po,pnw,nm,wv->ovm", left, w.reshape(6, 12, 3), l1, l2).reshape(18, 12)
+    tail = float(torch.linalg.svdvals(scaled)[5:].square().sum())
+    f = form("spatial_svd").decompose(w, 5, stats)
+    assert tail * (1 - 1e-6) <= f.loss <= tail * 1.01
+    for seed in range(3):  # nor does any other pair of banks reach below
+        start = {"first": randn(5, 4, 3, 1, seed=seed), "second": randn(6, 5, 1, 3, seed=seed + 9)}
+        build = lambda f: form("spatial_svd").to_tensor(f, (6, 4, 3, 3))  # noqa: E731
+        found = sweep(build, start, w, stats, names=("second", "first"), sweeps=30, steps=60)
+        assert stats.loss(w - build(found)) >= tail * (1 - 1e-6)
+
+
+def test_tucker_is_the_better_of_two_input_bases_and_its_curve_knows():
+    w = randn(10, 8, 3, 3)
+    stats = statistics(w, two_sided=True)
+    losses = {p.rank: p.loss for p in form("tucker").curve(w, stats)}
+    assert len(losses) >= 8 * 9
+    for rank in ((3, 4), (8, 2), (10, 8)):
+        f = form("tucker").decompose(w, rank, stats)
+        assert f.loss == pytest.approx(losses[rank], rel=1e-6, abs=1e-9)
+        for basis in tucker_form._input_bases(w, rank[1], stats):
+            alone = tucker_form._Projected.of(w, basis, stats)
+            u_out, core = alone.fitted(rank[0])
+            kernel = torch.einsum("oa,aik,ji->ojk", u_out, core.reshape(rank[0], rank[1], 9), basis)
+            assert f.loss <= stats.loss(w - kernel.reshape(w.shape)) * (1 + 1e-9) + 1e-12
+
+
+@pytest.mark.parametrize("limit", [10, 1024])
+def test_the_curve_of_kronecker_terms_is_what_decompose_reaches(limit, monkeypatch):
+    """Whether all terms are refitted, or only the leading ones."""
+    from lrcompress.factorize import kronecker
+
+    monkeypatch.setattr(kronecker, "_REFIT_LIMIT", limit)
+    w = randn(12, 20)
+    for stats in (
+        statistics(w),
+        statistics(w, two_sided=True),
+        Statistics(output_gram=statistics(w, two_sided=True).output_gram),
+    ):
+        for point in kronecker.curve(w, stats):
+            assert kronecker.decompose(w, point.rank, stats).loss == pytest.approx(point.loss, rel=1e-6, abs=1e-9)
+    plain = kronecker.decompose(w, 3)
+    assert kronecker.decompose(w, 3, statistics(w)).loss < statistics(w).loss(w - plain.to_tensor())
+
+
+@pytest.mark.parametrize("most", [1, 7, 40, 57, 115, 128, 460, 4096])
+def test_ranks_offered_are_dense_and_round(most):
+    ranks = ranks_to(most)
+    steps = {b - a for a, b in itertools.pairwise(ranks[:-1])}
+    assert ranks[-1] == most and ranks[0] >= 1 and len(steps) <= 1 and len(ranks) <= 33
+    step = ranks[0]
+    assert step in (1, 2, 4) or step % 8 == 0
+    assert step <= max(1, 0.07 * most)
+
+
+@pytest.mark.parametrize("two_sided", [False, True])
+def test_tucker_with_all_outputs_is_the_input_tail_of_a_product_metric(two_sided):
+    """Where S is S_I ⊗ S_K, no U_in is better than the leading directions of the weight in that metric."""
+    w = randn(10, 8, 3, 3)
+    own, taps, out = (m.T @ m / len(m) for m in (randn(30, 8), randn(20, 9, seed=1), randn(25, 10, seed=2)))
+    stats = Statistics(gram=torch.kron(own, taps), output_gram=out if two_sided else None)
+    left = torch.linalg.cholesky(stats.g) if two_sided else torch.eye(10, dtype=torch.float64)
+    one, two = torch.linalg.cholesky(own), torch.linalg.cholesky(taps)
+    scaled = torch.einsum("po,pik,ij,kl->jol", left, w.reshape(10, 8, 9), one, two).reshape(8, -1)
+    for inner in (2, 5):
+        tail = float(torch.linalg.svdvals(scaled)[inner:].square().sum())
+        assert form("tucker").decompose(w, (10, inner), stats).loss == pytest.approx(tail, rel=1e-5)

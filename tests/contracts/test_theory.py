@@ -13,6 +13,7 @@ from lrcompress.inspect import theory
 from lrcompress.inspect.theory import Case, Page, Statement, hadamard, khatri_rao, svd
 from lrcompress.inspect.theory._statement import dimension, equal, jacobian_rank, random, rank_of
 
+GAUGES = ("pivoted", "pivoted_spatial", "pivoted_tucker")
 EVERY = [(page.name, i) for page in theory.pages("all") for i in range(len(page.statements))]
 
 
@@ -25,7 +26,7 @@ def test_the_statement_holds(name, i, seed):
 
 
 def test_every_form_that_users_ask_for_has_a_page():
-    wanted = {"hadamard", "kronecker", "khatri_rao", "svd", "pivoted", "lokr", "loha", "tensor_train"}
+    wanted = {"hadamard", "kronecker", "khatri_rao", "svd", "lokr", "loha", "tensor_train", *GAUGES}
     assert wanted <= set(theory.names())
     assert all(len(page.statements) >= 3 for page in theory.pages("all"))
 

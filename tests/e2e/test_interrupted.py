@@ -22,7 +22,7 @@ __all__ = ["here", "ready"]
 
 
 FULL_DISK = """
-    import resource, subprocess, sys
+    import resource, shutil, subprocess, sys
     from pathlib import Path
     from lrcompress.cli.main import run
     kind, disk = sys.argv[1], Path("disk")
@@ -41,6 +41,11 @@ FULL_DISK = """
             code = run([*argv, "-o", output, "--quiet", "--json"])
             if kind == "limit":
                 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            for store in list(disk.rglob(".compressed.work-*")):  # results that are whole stay, to continue with
+                names = [p.name for p in store.iterdir()]
+                assert any(n.endswith(".safetensors") for n in names) and not any(n.endswith(".tmp") for n in names), names
+                shutil.rmtree(store)
+                store.parent.rmdir()
             print(argv[0], size, code, [str(p) for p in disk.rglob("*")], flush=True)
             if kind == "tmpfs":
                 subprocess.run(["umount", "disk"], check=True)
@@ -103,6 +108,11 @@ def test_ctrl_c_leaves_nothing_half_written(here: Path, command: str) -> None:
     assert process.returncode == 130, (process.returncode, err)
     assert "Traceback" not in err and err.strip().splitlines()[-1].startswith("error: interrupted"), err
     assert json.loads(out)["error"]["code"] == 130 and out.count("\n") == 1
+    for store in Path("state").glob(".out.work-*"):  # results that are whole stay, to continue with
+        names = [p.name for p in store.iterdir()]
+        assert command == "factorize" and any(n.endswith(".safetensors") for n in names), names
+        assert not any(n.endswith(".tmp") for n in names), names
+        shutil.rmtree(store)
     assert (
         sha256_tree(Path("state")) == before and tree(Path("state"))[0] == "ok" and not list(Path("state").glob(".*"))
     )

@@ -10,7 +10,7 @@ from ._statement import Case, Size, Statement, dimension, distance, random, rank
 FORMULA = "W[o, i, h, w] = Σ_r A[r, i, h] B[o, r, w]"
 
 
-def _text(size: Size) -> str:
+def text(size: Size) -> str:
     o, i, kh, kw, r = size
     return f"{o}×{i}×{kh}×{kw}, r={r}"
 
@@ -24,12 +24,12 @@ def _unfolding(size: Size, g: torch.Generator) -> Case:
     o, i, kh, kw, r = size
     w = _draw(size, g)
     spatial, plain = rank_of(w.permute(1, 2, 0, 3).reshape(i * kh, o * kw)), rank_of(w.reshape(o, -1))
-    return Case(_text(size), f"{r}", f"{spatial} (as (out, in·kernel): {plain})", spatial == r)
+    return Case(text(size), f"{r}", f"{spatial} (as (out, in·kernel): {plain})", spatial == r)
 
 
 def _recovered(size: Size, g: torch.Generator) -> Case:
     w = _draw(size, g)
-    return same(_text(size), distance(form("spatial_svd").decompose(w, size[-1]).to_tensor(), w))
+    return same(text(size), distance(form("spatial_svd").decompose(w, size[-1]).to_tensor(), w))
 
 
 STATEMENTS = (
@@ -40,7 +40,7 @@ STATEMENTS = (
         shapes=lambda s: [(s[4], s[1], s[2]), (s[0], s[4], s[3])],
         build=lambda a, b: torch.einsum("rih,orw->oihw", a, b),
         count=lambda s: s[4] * (s[1] * s[2] + s[0] * s[3]) - s[4] ** 2,
-        text=_text,
+        text=text,
     ),
     Statement(
         "Its rank is that of the unfolding (in·height, out·width).",

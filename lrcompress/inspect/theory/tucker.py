@@ -11,7 +11,7 @@ from ._statement import Case, Size, Statement, dimension, random, rank_of
 FORMULA = "W = Z ×₀ U_out ×₁ U_in, Z R_o×R_i×k²"
 
 
-def _text(size: Size) -> str:
+def text(size: Size) -> str:
     o, i, k, ro, ri = size
     return f"{o}×{i}×{k}, R_o={ro}, R_i={ri}"
 
@@ -29,7 +29,7 @@ def _mode_ranks(size: Size, g: torch.Generator) -> Case:
     o, i, _, ro, ri = size
     w = _build(*(random(g, *s) for s in _shapes(size)))
     found = rank_of(w.reshape(o, -1)), rank_of(w.transpose(0, 1).reshape(i, -1))
-    return Case(_text(size), f"{ro} and {ri}", f"{found[0]} and {found[1]}", found == (ro, ri))
+    return Case(text(size), f"{ro} and {ri}", f"{found[0]} and {found[1]}", found == (ro, ri))
 
 
 def _bounds(size: Size, g: torch.Generator) -> Case:
@@ -42,7 +42,7 @@ def _bounds(size: Size, g: torch.Generator) -> Case:
     loss = form("tucker").decompose(w, (ro, ri)).loss
     slack = 1e-9 * sum(tails)
     return Case(
-        _text(size),
+        text(size),
         f"{max(tails):.4f} … {sum(tails):.4f}",
         f"{loss:.4f}",
         max(tails) - slack <= loss <= sum(tails) + slack,
@@ -57,7 +57,7 @@ STATEMENTS = (
         shapes=_shapes,
         build=_build,
         count=lambda s: s[0] * s[3] + s[1] * s[4] + s[3] * s[4] * s[2] - s[3] ** 2 - s[4] ** 2,
-        text=_text,
+        text=text,
     ),
     Statement(
         "The ranks of the two unfoldings are those of the bases.",

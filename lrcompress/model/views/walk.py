@@ -54,12 +54,18 @@ def walk_of(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Walk:
     return Walk(kernel, stride, dilation, pads, mode=layer.padding_mode, groups=layer.groups)
 
 
+def padded(x: Tensor, walk: Walk) -> Tensor:
+    """Return x (batch, in, *space) with what the convolution pads around it."""
+    around = walk.around(x.shape[2:])
+    if not any(a or b for a, b in around):
+        return x
+    flat = [n for pair in reversed(around) for n in pair]
+    return F.pad(x, flat, mode="constant" if walk.mode == "zeros" else walk.mode)
+
+
 def patches(x: Tensor, walk: Walk) -> Tensor:
     """Return the patches (positions, in·kernel) of x (batch, in, *space), ordered (channel, *kernel), padding included."""
-    around = walk.around(x.shape[2:])
-    if any(a or b for a, b in around):
-        flat = [n for pair in reversed(around) for n in pair]
-        x = F.pad(x, flat, mode="constant" if walk.mode == "zeros" else walk.mode)
+    x = padded(x, walk)
     for axis, (k, d, s) in enumerate(zip(walk.kernel, walk.dilation, walk.stride, strict=True)):
         # Positions of a dilated window stay on the axis; what it covers is appended as the last one.
         x = x.unfold(2 + axis, d * (k - 1) + 1, s)[..., ::d]

@@ -1,0 +1,100 @@
+"""`lrcompress plan`."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import click
+
+from .options import arch_arguments, cache_option, compute_options, model_options, online_option, planning_options
+from .output import Result, Shell, common, human_bytes, table
+
+_UNITS = {"": 1, "b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 1024, "mib": 1024**2, "gib": 1024**3}
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes as a person writes it: 6MB, 512 KiB, 1500000."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
+        if found is None or found[2].lower() not in _UNITS:
+            self.fail(f"{value!r} is no size; for example 6MB or 512KiB", param, ctx)
+        return int(float(found[1]) * _UNITS[found[2].lower()])
+
+
+@click.command(
+    epilog="Example: lrcompress plan model.safetensors --arch nets.py:resnet20 --calib images.npz --ratio 0.5 -o plan.json"
+)
+@click.argument("model")
+@click.option("--ratio", type=float, help="Parameters of the whole model, after divided by before.")
+@click.option("--max-params", type=int, metavar="N", help="Parameters of the whole model.")
+@click.option("--max-bytes", type=Size(), metavar="SIZE", help="Bytes of all its tensors, e.g. 6MB.")
+@click.option("--method", help="A decomposition (svd, tucker, kronecker, …), or auto: the default with --calib.")
+@click.option("--calib", metavar="DATA", help="Inputs to weigh errors by, and to measure on.")
+@planning_options
+@click.option("--include", multiple=True, metavar="GLOB", help="Only layers whose path matches.")
+@click.option("--exclude", multiple=True, metavar="GLOB", help="No layer whose path matches.")
+@click.option("-o", "--output", default="plan.json", show_default=True, type=click.Path(), help="File to write.")
+@model_options
+@compute_options
+@cache_option
+@online_option
+@common
+def plan(shell: Shell, model: str, inputs: tuple[str, ...], arch_args: tuple[str, ...], **options: Any) -> Result:
+    """Choose form and rank of every layer of MODEL under a budget.
+
+    The plan says for every layer what it becomes, what that should lose, and what was rejected and why. Edit it if you
+    know better, and apply it with `factorize --plan`.
+    """
+    from ..model import parse_input
+    from ..verbs.plan import plan as verb
+
+    found = verb(
+        model,
+        inputs=[parse_input(i) for i in inputs],
+        arch_args=arch_arguments(arch_args),
+        progress=shell.progress,
+        **options,
+    )
+    return Result(found.data, text=describe(found.data))
+
+
+def describe(data: dict[str, Any]) -> str:
+    """Return a plan as text: a row per layer, with the alternative that came nearest."""
+    rows = []
+    for layer in data["layers"]:
+        rank, dense = layer["rank"], layer["form"] == "dense"
+        nearest = next((r for r in layer["rejected"] if r["form"] != "dense"), None)
+        why = layer.get("reason") or ("" if nearest is None else f"{nearest['form']}: {nearest['why']}")
+        rows.append(
+            [
+                layer["name"], layer["form"],
+                "–" if dense else ("×".join(map(str, rank)) if isinstance(rank, list) else str(rank)),
+                f"{layer['params']:,}", human_bytes(layer["bytes"]), _loss(layer["predicted_loss"]),
+                _loss(layer["measured_loss"]), why,
+            ]
+        )  # fmt: skip
+    header = ["layer", "form", "rank", "params", "bytes", "loss", "alone", "rejected, or why dense"]
+    lines = [table(header, rows, left=2), ""]
+    [(unit, limit)] = data["budget"].items()
+    after = "" if data["params_after"] is None else f"; parameters {data['params_before']:,} → {data['params_after']:,}"
+    lines.append(f"budget {limit:,} {unit}{after}")
+    lines.append(
+        f"predicted loss {_loss(data['predicted_loss'])}, no plan of these options below {_loss(data['bound'])}"
+    )
+    if data["measured_loss"] is not None:
+        lines.append(
+            f"measured with all layers changed, before they are fitted to each other: {_loss(data['measured_loss'])}"
+        )
+    if data["output"]:
+        lines.append(f"written to {data['output']}")
+    return "\n".join(lines)
+
+
+def _loss(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"

@@ -1,0 +1,189 @@
+"""Put a plan into a network in the order of its depth, so that each layer makes up for what those before it changed.
+
+At every layer the network as it is and the copy stand side by side (`model.lockstep`). The layer is fitted to what it
+should answer on what now reaches it, blended with its own answer by the share β that loses least on held-out inputs,
+and the bias carries both means. A layer that the plan keeps dense is refitted alike: that costs no numbers.
+
+Source: the normal equations of `factorize._anchor`; arXiv 2604.02119 for anchoring in depth order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..calibrate import MAX_OUTPUTS
+from ..data import Data
+from ..factorize import Drift, Factorization, Refused, Statistics, anchored, form
+from ..model import OpenedModel
+from ..model.lockstep import Flow, Stop, at_stop, flow_of, lockstep
+from ..model.surgery import Layer, replace_layer
+from ..model.views import Walk
+from ..model.views.walk import walks_of
+from ..plan import Choice
+from ..progress import Progress, Silent
+from ._moments import JointMoments
+from .judge import read_batches
+
+#: Blends that are tried.
+BETAS = (0.0, 0.5, 0.75, 1.0)
+#: One batch in so many is held out for choosing the blend.
+_HELD_OUT = 8
+_BATCHES, _MOST_SAMPLES = 8, 128
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What became of one layer: its factors (None where it stays dense), the blend, and its error on held-out answers."""
+
+    factors: Factorization | None
+    beta: float
+    rel_error: float
+
+
+def fitting_layers(
+    opened: OpenedModel, module: nn.Module, inputs: Mapping[str, Tensor], layers: Sequence[Layer]
+) -> tuple[Flow, list[str]]:
+    """Return how values flow, and the layers that can be fitted one after the other: called once, without a tie."""
+    able = [
+        layer.name for layer in layers
+        if layer.reason is None and layer.kind in ("linear", "conv", "grouped") and layer.outputs <= MAX_OUTPUTS
+    ]  # fmt: skip
+    flow = flow_of(opened, module, inputs, able)
+    return flow, [n for n in flow.once if n in set(able)]
+
+
+def apply_in_depth(
+    opened: OpenedModel,
+    original: nn.Module,
+    copy: nn.Module,
+    layers: Sequence[Layer],
+    choices: Mapping[str, Choice],
+    statistics: Mapping[str, Statistics],
+    data: Data,
+    *,
+    betas: Sequence[float] = BETAS,
+    progress: Progress | None = None,
+) -> dict[str, Fitted]:
+    """Change `copy`, which is `original` but for layers changed already, into what `choices` say; return what was made.
+
+    `layers` are those to fit, each called once and read by no other part. `original` is left as it is.
+    """
+    progress = progress or Silent()
+    size = max(1, min(_MOST_SAMPLES, -(-len(data) // _BATCHES)))
+    batches = read_batches(data, size)
+    flow, order = fitting_layers(opened, original, _first_samples(batches[0]), layers)
+    by_name = {layer.name: layer for layer in layers}
+    walks = walks_of(original, order)
+    fitted = {}
+    with progress.task("fit in depth order", total=len(order)) as advance:
+        for stop in lockstep(opened, original, copy, batches, flow, order):
+            layer = by_name[stop.layer]
+            fitting, held = _joint(stop, batches, walks.get(stop.layer))
+            g = statistics.get(stop.layer, Statistics()).output_gram
+            fitted[stop.layer] = _fit(copy, layer, choices[stop.layer], fitting, held, g, betas)
+            advance(1, stop.layer)
+    return fitted
+
+
+def _first_samples(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v[:2] for k, v in batch.items()}
+
+
+def _joint(stop: Stop, batches: Sequence[Mapping[str, Tensor]], walk: Walk | None) -> tuple[JointMoments, JointMoments]:
+    """Return the moments of the batches to fit, and of those that are held out (none if there is one batch only)."""
+    fitting, held = JointMoments(), JointMoments()
+    for k, (pair, batch) in enumerate(zip(stop.pairs(), batches, strict=True)):
+        mask = batch.get("attention_mask")
+        wanted = pair.answer if pair.behind is None else pair.answer + pair.behind
+        mask = mask.bool() if mask is not None and mask.dim() == 2 else None
+        (held if k % _HELD_OUT == _HELD_OUT - 1 else fitting).add(wanted, pair.drifted, walk, mask)
+    return fitting, held
+
+
+def _fit(
+    copy: nn.Module,
+    layer: Layer,
+    choice: Choice,
+    fitting: JointMoments,
+    held: JointMoments,
+    output_gram: Tensor | None,
+    betas: Sequence[float],
+) -> Fitted:
+    """Fit one layer and put it in its place."""
+    path = at_stop(layer.name)
+    own_bias = getattr(copy.get_submodule(path), "bias", None)
+    bias = torch.zeros(layer.plain_shape[0]) if own_bias is None else own_bias.detach()
+    make = _maker(layer, choice, bias, output_gram)
+    beta = max(betas)
+    if held.read.count:
+        drift, trial = _without_bias(held.drift(), bias), _without_bias(fitting.drift(), bias)
+        losses = {b: _held_out(drift, *make(trial, b)[1:], output_gram) for b in betas}
+        beta = min(losses, key=lambda b: (losses[b], -b))
+        total = drift.total(Statistics(output_gram=output_gram).g)
+        error = (losses[beta] / total) ** 0.5 if total > 0 else 0.0
+        fitting.merge(held)
+    factors, rebuilt, shift = make(_without_bias(fitting.drift(), bias), beta)
+    if factors is not None:
+        replace_layer(copy, path, replace(factors, bias_shift=shift.to(layer.weight.dtype)))
+    else:
+        _refill(copy.get_submodule(path), rebuilt, shift)
+    return Fitted(factors, beta, error if held.read.count else (0.0 if factors is None else factors.rel_error))
+
+
+#: (drift, β) -> factors (None: dense), the weight they stand for, what to add to the bias.
+_Make = Callable[[Drift, float], tuple[Factorization | None, Tensor, Tensor]]
+
+
+def _maker(layer: Layer, choice: Choice, bias: Tensor, output_gram: Tensor | None) -> _Make:
+    def make(drift: Drift, beta: float) -> tuple[Factorization | None, Tensor, Tensor]:
+        if choice.form == "dense":
+            rebuilt = drift.target(layer.weight, beta)
+            return None, rebuilt, drift.blended(layer.weight, beta).shift(rebuilt)
+        try:
+            found = anchored(choice.form, layer.weight, choice.rank, drift, beta=beta, output_gram=output_gram)
+        except Refused:
+            name, rank = plainer(choice, layer)
+            found = anchored(name, layer.weight, rank, drift, beta=beta, output_gram=output_gram)
+        assert found.bias_shift is not None
+        return found, found.to_tensor(), found.bias_shift
+
+    return make
+
+
+def plainer(choice: Choice, layer: Layer) -> tuple[str, int]:
+    """Return the form in its plain gauge, at the largest rank that stores no more numbers: what a refused form becomes."""
+    plain = form(form(choice.form).PLAIN)
+    assert isinstance(choice.rank, int)
+    most = form(choice.form).n_params(layer.shape, choice.rank)
+    fitting = [r for r in range(1, choice.rank + 1) if plain.n_params(layer.shape, r) <= most]
+    return form(choice.form).PLAIN, max(fitting, default=1)
+
+
+def _without_bias(drift: Drift, bias: Tensor) -> Drift:
+    """Return the drift of answers without the layer's own bias, which stays where it is."""
+    return replace(drift, answer_mean=drift.answer_mean - bias.double().reshape(drift.answer_mean.shape))
+
+
+def _held_out(drift: Drift, rebuilt: Tensor, shift: Tensor, output_gram: Tensor | None) -> float:
+    return drift.loss(rebuilt, Statistics(output_gram=output_gram).g, shift)
+
+
+def _refill(module: nn.Module, weight: Tensor, shift: Tensor) -> None:
+    """Give a dense layer its refitted weight, as it stores it, and bias; without a bias the weight stays too."""
+    bias, stored = getattr(module, "bias", None), module.weight
+    if bias is None:
+        return
+    assert isinstance(stored, nn.Parameter)
+    with torch.no_grad():
+        matrix = weight.reshape(stored.shape) if weight.numel() and _as_stored(module, weight) else weight.T
+        module.weight = nn.Parameter(matrix.to(stored.dtype).contiguous())
+        module.bias = nn.Parameter((bias.double() + shift).to(bias.dtype))
+
+
+def _as_stored(module: nn.Module, weight: Tensor) -> bool:
+    """Transformers' Conv1D stores (in, out)."""
+    return type(module).__name__ != "Conv1D" or hasattr(module, "kernel_size")

@@ -1,0 +1,52 @@
+"""What a changed network loses against the original: the one number that everything measured is compared by.
+
+Embeddings: the squared difference of unit vectors (twice one minus the cosine). Logits and anything else: the squared
+difference of the answers up to a common shift of each, over its values, the quadratic form that statistics of the
+output side describe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..calibrate import telling_output
+from ..data import Data
+from ..model import OpenedModel, tensors_of
+
+
+class Judge:
+    """The original's answers to some inputs. `loss(network)` is the mean loss per sample (per token where each answers)."""
+
+    def __init__(self, opened: OpenedModel, original: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> None:
+        self._opened, self._batches = opened, batches
+        with torch.no_grad():
+            self._wanted = [self._answer(original, b) for b in batches]
+        self.evaluations = 0
+
+    def loss(self, network: nn.Module) -> float:
+        """Run `network` on all inputs and return what its answers lose."""
+        self.evaluations += 1
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for batch, wanted in zip(self._batches, self._wanted, strict=True):
+                found = self._answer(network, batch)
+                total += float((found - wanted).double().square().sum())
+                count += len(found)
+        return total / max(count, 1)
+
+    def _answer(self, network: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the telling output as rows (samples or tokens, values), centred where they are more than one."""
+        y = telling_output(self._opened.outputs(network, batch))
+        mask = batch.get("attention_mask")
+        if mask is not None and y.dim() == 3 and y.shape[:2] == mask.shape:
+            y = y[mask.bool()]
+        y = y.reshape(len(y), -1) if y.dim() != 3 else y.reshape(-1, y.shape[-1])
+        return y - y.mean(-1, keepdim=True) if y.shape[-1] > 1 else y
+
+
+def read_batches(data: Data, size: int) -> list[Mapping[str, Tensor]]:
+    """Return all samples as batches of tensors."""
+    return [tensors_of(b.inputs) for b in data.batches(size)]
