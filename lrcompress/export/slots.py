@@ -5,8 +5,7 @@
     y = after(z + (z @ A) @ B)           of kind core, z = before(x) between the factors: A (core, r), B (r, core)
 
 Branches are written as products of the activation, never as a rebuilt weight. Groups share the filters of A; a
-transposed convolution applies B first and A walks like the layer. Where the runtime takes no empty kernel (groups,
-transposed) the default has rank 1 and is zero.
+transposed convolution applies B first and A walks like the layer.
 """
 
 from __future__ import annotations
@@ -132,7 +131,7 @@ class SlotLayer:
             "tensors": tensors,
             "r_min": R_MIN,
             "r_max": max(R_MAX, min(rows, columns * int(np.prod(kernel)))),
-            "default_rank": int(self.kind == "lora" and (self.target.groups > 1 or "transpose" in self.target.kind)),
+            "default_rank": 0,
         }
         if self.target.kind in ("embedding", "conv_transpose") or self.target.groups > 1:
             entry |= {"layer_kind": self.target.kind, "groups": self.target.groups}

@@ -226,6 +226,8 @@ def test_lokr_is_the_kronecker_product_and_has_the_promised_rank():
     torch.testing.assert_close(made.delta_weight(), 1.5 * whole)
     (m1, n1), (a, b) = made.first.shape, made.expand()
     assert a.shape[0] == b.shape[1] == min(m1, n1) * 2 == torch.linalg.matrix_rank(whole)
+    tall = adapter("lokr", weight_shape=(64, 6), rank=1, generator=generator()).double()
+    assert tuple(tall.first.shape) == (8, 2) and tall.expand()[0].shape[0] == 2
     both = adapter("lokr", weight_shape=(144, 144), rank=2, decompose_both=True, generator=generator()).double()
     random_values(both)
     assert both.expand()[0].shape[0] == 4 == torch.linalg.matrix_rank(both.delta_weight())

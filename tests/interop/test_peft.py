@@ -363,6 +363,8 @@ BAD = {
     "rank": (lambda t: {k: torch.cat([v, v], 0 if "lora_A" in k else 1) for k, v in t.items()}, "expected shape"),
     "nan": (lambda t: {k: v * torch.nan for k, v in t.items()}, "finite"),
     "integers": (lambda t: {k: v.int() for k, v in t.items()}, "floating point"),
+    "scalars": (lambda t: {k: v.sum() for k, v in t.items()}, "a matrix or kernels"),
+    "empty": (lambda t: {k: v[:0] for k, v in t.items()}, "a matrix or kernels"),
     "nothing": (lambda t: {}, "at least one layer"),
     "unknown": (lambda t: {k.replace("linear", "nowhere"): v for k, v in t.items()}, "layer of the base"),
     "other": (lambda t: {k: v[..., :-1].contiguous() if "lora_A" in k else v for k, v in t.items()}, "expected shape"),
