@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check torch==2.13.0 -c constraints.txt
-	$(BIN)/pip install -q --disable-pip-version-check -e '.[build,dev]' -c constraints.txt
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[build,dev,interop-test]' -c constraints.txt
 	@touch $@
 
 demo: $(STAMP) ## from a small network to a device that takes two updates, in minutes

@@ -279,7 +279,7 @@ def _check(raw: Any, where: object) -> None:
         _check_slot(slot, f"{where}: slots[{i}]")
     names = [t["name"] for s in raw["slots"] for t in s["tensors"]]
     need(len(set(names)) == len(names), "slots", "different tensor names")
-    need(len({s["layer"] for s in raw["slots"]}) == len(raw["slots"]), "slots", "different layers")
+    need(len({(s["layer"], s["kind"]) for s in raw["slots"]}) == len(raw["slots"]), "slots", "different layers")
 
 
 def _check_files(raw: dict[str, Any], need: Any) -> None:
@@ -306,7 +306,7 @@ def _check_slot(slot: Any, where: str) -> None:
 
     need(isinstance(slot, dict) and set(_CONTRACT) <= slot.keys(), f"an object with {', '.join(_CONTRACT)}")
     need(isinstance(slot["layer"], str) and slot["layer"], "a layer name")
-    need(slot["kind"] == "lora" and slot["op"] in ("linear", "conv"), "kind lora and op linear or conv")
+    need(slot["kind"] in ("lora", "core") and slot["op"] in ("linear", "conv"), "kind lora or core, op linear or conv")
     need(_count(slot["r_min"]) and _count(slot["r_max"]) and slot["r_min"] <= slot["r_max"], "0 <= r_min <= r_max")
     need(_count(slot.get("default_rank", 0)) and slot.get("default_rank", 0) <= 1, "default_rank 0 or 1")
     tensors = slot["tensors"]

@@ -1,8 +1,8 @@
 """Adapter payloads: bytes to verified tensors and back. No IO, no network, and nothing is believed.
 
 A payload is a safetensors file with sorted names and one canonical header. Its tensors are an adapter's own factors
-with the scaling folded in, encoded as f32, f16, or int8 with scales that broadcast; LoHa travels as its four factors
-and is expanded here, exactly, to LoRA of rank r². Golden outputs (see `golden.project`) travel along.
+with the scaling folded in, encoded as f32, f16, or int8 with scales that broadcast; other kinds than LoRA travel as
+their own factors and are expanded here, exactly (see `expansions`). Golden outputs (see `golden.project`) travel along.
 
     payload = parse(data)            # PayloadError for anything malformed
     payload.verify(manifest)         # and for anything that does not fit this base
@@ -20,25 +20,25 @@ from typing import Any
 
 import numpy as np
 
+from . import expansions
 from .errors import PayloadError
 from .files import canonical_json, sha256_bytes
 from .manifest import Manifest, is_sha256, strict_json
 
 SCHEMA = "1"
-KINDS = ("lora", "loha")
+KINDS = tuple(expansions.KINDS)
 ENCODINGS = ("f32", "f16", "int8")
 GOLDEN = "golden/"
 MAX_HEADER_BYTES = 1 << 20
 MAX_TENSORS = 16_384
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "I8": np.dtype("i1")}
 _NAMES = {v: k for k, v in _DTYPES.items()}
-_LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _METADATA = {"schema", "slots_id", "base_ids", "kind", "encoding"}
 
 
 @dataclass(frozen=True)
 class Payload:
-    """A parsed payload. `tensors` are decoded to float32, by slot tensor (LoRA) or `<layer>.<factor>` (LoHa)."""
+    """A parsed payload. `tensors` are decoded to float32, by slot tensor (LoRA) or `<layer>.<factor>`."""
 
     kind: str
     encoding: str
@@ -61,67 +61,36 @@ class Payload:
                 ", ".join(self.base_ids),
                 "it was made for another base",
             )
-        slots = [s for s in manifest.slots if s["kind"] == "lora"]
-        expected = {name: template for s in slots for name, template in _templates(s, self.kind).items()}
-        missing, extra = sorted(set(expected) - set(self.tensors)), sorted(set(self.tensors) - set(expected))
+        slots = self._slots(manifest)
+        if not slots:
+            kind = expansions.KINDS[self.kind]
+            raise PayloadError("payload: kind", f"a base with {kind} slots", self.kind, f"export with --slots {kind}")
+        expected = {n for s in slots for n in expansions.own_names(s, self.kind, self.tensors)}
+        missing, extra = sorted(expected - set(self.tensors)), sorted(set(self.tensors) - expected)
         if missing or extra:
             got = f"{missing[0]} missing" if missing else f"{extra[0]} too many"
             raise PayloadError("payload: tensors", "exactly the slots of the base", got)
         for slot in slots:
-            self._verify_ranks(slot)
+            try:
+                rank = expansions.rank_of(slot, self.kind, self.tensors)
+            except ValueError as e:
+                raise PayloadError(f"payload: {slot['layer']}", "factors that fit the slot", e) from None
+            if not slot["r_min"] <= rank <= slot["r_max"]:
+                raise PayloadError(f"payload: {slot['layer']}", f"a rank in {slot['r_min']}…{slot['r_max']}", rank)
 
-    def _verify_ranks(self, slot: Mapping[str, Any]) -> None:
-        ranks = set()
-        for name, template in _templates(slot, self.kind).items():
-            shape = self.tensors[name].shape
-            if len(shape) != len(template) or any(
-                isinstance(t, int) and t != d for t, d in zip(template, shape, strict=True)
-            ):
-                raise PayloadError(f"payload: {name}", f"shape {list(template)}", list(shape))
-            ranks.add(next(d for t, d in zip(template, shape, strict=True) if isinstance(t, str)))
-        if len(ranks) != 1:
-            raise PayloadError(f"payload: {slot['layer']}", "one rank for all its factors", sorted(ranks))
-        rank = ranks.pop()
-        effective = rank if self.kind == "lora" else rank * rank
-        if not slot["r_min"] <= effective <= slot["r_max"]:
-            raise PayloadError(f"payload: {slot['layer']}", f"a rank in {slot['r_min']}…{slot['r_max']}", effective)
+    def _slots(self, manifest: Manifest) -> list[dict[str, Any]]:
+        return [s for s in manifest.slots if s["kind"] == expansions.KINDS[self.kind]]
 
     def feeds(self, manifest: Manifest) -> dict[str, np.ndarray]:
-        """Return every slot tensor of `manifest`, as the graph takes it. Call `verify` first."""
+        """Return every slot tensor of this kind in `manifest`, as the graph takes it. Call `verify` first."""
         out: dict[str, np.ndarray] = {}
-        for slot in manifest.slots:
-            pair = (
-                [self.tensors[t["name"]] for t in slot["tensors"]]
-                if self.kind == "lora"
-                else expand_loha(slot, self.tensors)
-            )
+        for slot in self._slots(manifest):
+            pair = expansions.expand(slot, self.kind, self.tensors)
             for spec, value in zip(slot["tensors"], pair, strict=True):
                 if 0 in value.shape and slot.get("default_rank", 0):
                     value = np.zeros([slot["default_rank"] if isinstance(d, str) else d for d in spec["shape"]])
                 out[spec["name"]] = np.ascontiguousarray(value, dtype=spec["dtype"])
         return out
-
-
-def expand_loha(slot: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-    """Return [A, B] of the LoRA that equals a LoHa: (B₁A₁)∘(B₂A₂) = (B₁ • B₂)(A₁ ⊙ A₂)."""
-    w1a, w1b, w2a, w2b = (np.asarray(tensors[f"{slot['layer']}.{n}"], np.float64) for n in _LOHA)
-    rank = w1a.shape[1] * w2a.shape[1]
-    b = np.einsum("or,os->ors", w1a, w2a).reshape(w1a.shape[0], rank)
-    a = np.einsum("rn,sn->rsn", w1b, w2b).reshape(rank, w1b.shape[1])
-    if slot["op"] == "linear":
-        return [a.T, b.T]
-    kernel = slot["tensors"][0]["shape"][1:]
-    return [a.reshape(rank, *kernel), b.reshape(*b.shape, *(1,) * (len(kernel) - 1))]
-
-
-def _templates(slot: Mapping[str, Any], kind: str) -> dict[str, tuple[int | str, ...]]:
-    """Return the tensors a kind brings for one slot: name -> shape, the rank as a word."""
-    if kind == "lora":
-        return {t["name"]: tuple(t["shape"]) for t in slot["tensors"]}
-    a, b = (t["shape"] for t in slot["tensors"])
-    out, inner = (b[0], math.prod(a[1:])) if slot["op"] == "conv" else (b[1], a[0])
-    shapes: tuple[tuple[int | str, ...], ...] = ((out, "r"), ("r", inner), (out, "r"), ("r", inner))
-    return {f"{slot['layer']}.{n}": s for n, s in zip(_LOHA, shapes, strict=True)}
 
 
 # writing --------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,10 @@ from .output import Result, Shell, common, human_bytes
 @click.argument("compressed", default="compressed", type=click.Path())
 @click.option("--target", default="onnx", show_default=True, help="What to write: onnx.")
 @click.option(
-    "--slots", default="lora", show_default=True, help="Adapter slots to wire: lora (which also serves LoHa), or none."
+    "--slots",
+    default="lora",
+    show_default=True,
+    help="Adapter slots to wire: lora (which also serves LoHa, LoKr, LoKH), core, both as lora,core, or none.",
 )
 @click.option("--slot-include", multiple=True, metavar="GLOB", help="Only layers whose path matches get a slot.")
 @click.option("--quantize", default="none", show_default=True, help="none or int8.")

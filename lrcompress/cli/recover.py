@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from ..errors import CommandError
 from .options import compute_options, online_option
 from .output import Result, Shell, common, human_bytes
 
@@ -15,9 +16,18 @@ from .output import Result, Shell, common, human_bytes
 @click.argument("compressed", default="compressed", type=click.Path())
 @click.option("--data", required=True, metavar="DATA", help="Inputs (and labels) to train on.")
 @click.option("--select", metavar="DATA", help="Held-out data that decides when to stop; default: a tenth of --data.")
-@click.option("--adapter", "adapter_kind", default="lora", show_default=True, metavar="KIND", help="lora or loha.")
+@click.option(
+    "--adapter",
+    "adapter_kind",
+    default="lora",
+    show_default=True,
+    metavar="KIND",
+    help="lora, loha, lokr, lokh or core.",
+)
 @click.option("--rank", type=int, default=8, show_default=True)
 @click.option("--alpha", type=float, help="Scaling is alpha/rank; default alpha = rank.")
+@click.option("--rank-pattern", multiple=True, metavar="GLOB=N", help="Another rank for layers whose path matches.")
+@click.option("--alpha-pattern", multiple=True, metavar="GLOB=A", help="Another alpha for layers whose path matches.")
 @click.option("--name", help="Name of the adapter; default: the output's name, or 'recover'.")
 @click.option(
     "--loss", default="auto", show_default=True, help="logits, embedding (both distil the original), labels, or auto."
@@ -34,7 +44,10 @@ from .output import Result, Shell, common, human_bytes
 @compute_options
 @online_option
 @common
-def recover(shell: Shell, compressed: str, name: str | None, output: str | None, **options: Any) -> Result:
+def recover(
+    shell: Shell, compressed: str, name: str | None, output: str | None, rank_pattern: tuple[str, ...],
+    alpha_pattern: tuple[str, ...], **options: Any,
+) -> Result:  # fmt: skip
     """Train a correction of the factorized model COMPRESSED that wins its accuracy back.
 
     The factors stay frozen; what is trained can be shipped later as a payload of a few kilobytes.
@@ -42,6 +55,7 @@ def recover(shell: Shell, compressed: str, name: str | None, output: str | None,
     from ..verbs.recover import recover as verb
 
     name = name or (Path(output).name if output else "recover")
+    options |= {"rank_pattern": _numbers(rank_pattern, int), "alpha_pattern": _numbers(alpha_pattern, float)}
     found = verb(compressed, name=name, output=output or f"adapters/{name}", progress=shell.progress, **options)
     d = found.data
 
@@ -55,3 +69,19 @@ def recover(shell: Shell, compressed: str, name: str | None, output: str | None,
         f"written to {d['output']}",
     ]
     return Result(d, text="\n".join(lines))
+
+
+def _numbers(pairs: tuple[str, ...], kind: type[int] | type[float]) -> dict[str, Any]:
+    """Return GLOB=NUMBER pairs as a dict in their order."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        glob, _, number = pair.rpartition("=")
+        try:
+            found[glob] = kind(number)
+        except ValueError:
+            found.pop(glob, None)
+        if not glob or not found.get(glob, 0) > 0:
+            raise CommandError(
+                "lrcompress recover", f"GLOB=NUMBER ({kind.__name__}, above 0)", pair, "for example 'fc*=4'"
+            )
+    return found

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..model import InputSpec, OpenedModel
 from .cleaning import drop_zero_biases
-from .slots import SLOT
+from .slots import CORE_SLOT, SLOT
 
 OPSET = 20
 _ROOT = "network."
@@ -131,7 +131,10 @@ def _rename(graph: onnx.GraphProto, first: Mapping[str, str]) -> None:
     used = {t.name for t in graph.initializer}
     # The exporter calls a tied tensor by any of its names.
     own = {n: first[n] if n in first and first[n] not in used else n for n in used}
-    names = {n: own[n].removeprefix(_ROOT).replace(f".adapters.{SLOT}.", ".") for n in used}
+    names = {
+        n: own[n].removeprefix(_ROOT).replace(f".adapters.{SLOT}.", ".").replace(f".adapters.{CORE_SLOT}.", ".")
+        for n in used
+    }
     taken = {o for n in graph.node for o in n.output} | {i.name for i in graph.input}
     clash = sorted(set(names.values()) & taken)
     if len(set(names.values())) != len(names) or clash:

@@ -7,72 +7,127 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from ..adapt import BaseAdapter
+from ..adapt import BaseAdapter, Target
 from ..adapt._files import read_adapter
+from ..adapt.core import Adapter as Core
+from ..adapt.loha import Adapter as LoHa
+from ..adapt.lokh import Adapter as LoKH
+from ..adapt.lokr import Adapter as LoKr
 from ..errors import PayloadError
+from ..expansions import KINDS, as_slot, sides
 from ..manifest import Manifest
 
 
 def payload_tensors(adapter_dir: Path, manifest: Manifest) -> tuple[str, dict[str, np.ndarray]]:
     """Return (kind, tensors by payload name) of the adapter in `adapter_dir`, scaling folded in.
 
-    Every slot gets its pair; a layer that the adapter does not touch gets one of rank 0. Raises `PayloadError` for an
-    adapter of another base, of a kind without slots, or of a layer without one.
+    Every slot of the kind gets its tensors; a layer that the adapter does not touch gets rank 0. Raises `PayloadError`
+    for an adapter of another base, of a kind without slots, or of a layer without one.
     """
     slots = {s["layer"]: s for s in manifest.slots if s["kind"] == "lora"}
-    shapes = {layer: _weight_shape(slot) for layer, slot in slots.items()}
-    folder = read_adapter(adapter_dir, shapes)
+    folder = read_adapter(adapter_dir, {n: _target(s) for n, s in slots.items()} or None)
     if folder.base is not None and folder.base != manifest.factors_digest:
         raise PayloadError(
             adapter_dir, f"an adapter for the base {manifest.factors_digest[:12]}", f"one for {folder.base[:12]}",
             "train it on this compressed model, or export the one it was trained on",
         )  # fmt: skip
-    homeless = sorted(set(folder.adapters) - set(slots))
+    return folder.kind, tensors_for(folder.adapters, manifest, where=adapter_dir)
+
+
+def tensors_for(adapters: Mapping[str, BaseAdapter], manifest: Manifest, *, where: object) -> dict[str, np.ndarray]:
+    """Return the payload tensors of `adapters`, which are of one kind."""
+    kind = next(iter(adapters.values())).kind
+    slots = {s["layer"]: s for s in manifest.slots if s["kind"] == KINDS[kind]}
+    homeless = sorted(set(adapters) - set(slots))
     if homeless:
-        raise PayloadError(
-            f"{adapter_dir}: layer {homeless[0]}", "a layer that has a slot", "none", "export with slots for it"
-        )
+        remedy = "export with slots for it" if slots else f"export with --slots {KINDS[kind]}"
+        raise PayloadError(f"{where}: layer {homeless[0]}", "a layer that has a slot", "none", remedy)
     tensors: dict[str, np.ndarray] = {}
     for layer, slot in slots.items():
-        adapter = folder.adapters.get(layer)
-        if adapter is not None and adapter.weight_shape != shapes[layer]:
+        adapter = adapters.get(layer)
+        if adapter is None:
+            tensors |= _nothing(slot, kind)
+            continue
+        if adapter.magnitude is not None:
             raise PayloadError(
-                f"{adapter_dir}: layer {layer}", f"a weight of shape {shapes[layer]}", adapter.weight_shape
-            )
-        tensors |= _lora(slot, adapter) if folder.kind == "lora" else _loha(slot, adapter, shapes[layer])
-    return folder.kind, tensors
+                f"{where}: layer {layer}", "a correction that does not depend on the weight", "a weight decomposition",
+                "bake it in with --merge",
+            )  # fmt: skip
+        expected = _target(slot).shape
+        shape = (adapter.core, adapter.core) if adapter.in_core else adapter.weight_shape
+        if shape != (expected[:2] if adapter.in_core else expected):
+            raise PayloadError(f"{where}: layer {layer}", f"a weight of shape {expected}", shape)
+        tensors |= _native(slot, adapter, where)
+    return tensors
 
 
-def _weight_shape(slot: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return (out, in, *k) of the weight that a slot corrects."""
+def _target(slot: Mapping[str, Any]) -> Target:
+    """Return the layer that a slot corrects, as it stores its weight."""
     a, b = (t["shape"] for t in slot["tensors"])
+    kind, groups = slot.get("layer_kind", slot["op"]), int(slot.get("groups", 1))
     if slot["op"] == "conv":
-        return (b[0], *a[1:])
-    return (b[1], a[0])
+        return Target((b[0], *a[1:]), kind, groups=groups)
+    return Target((a[0], b[1]) if kind == "embedding" else (b[1], a[0]), kind)
 
 
-def _lora(slot: Mapping[str, Any], adapter: BaseAdapter | None) -> dict[str, np.ndarray]:
-    a_spec, b_spec = slot["tensors"]
-    if adapter is None:
+def _nothing(slot: Mapping[str, Any], kind: str) -> dict[str, np.ndarray]:
+    """Return the tensors of a layer that is left alone."""
+    out, inner = sides(slot)
+    if kind == "lora":
+        empty = {t["name"]: [0 if isinstance(d, str) else d for d in t["shape"]] for t in slot["tensors"]}
+        return {n: np.zeros(s, t["dtype"]) for (n, s), t in zip(empty.items(), slot["tensors"], strict=True)}
+    flat = ((out, 0), (0, inner))
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {
+        "loha": {f"hada_w{i}_{ab}": s for i in (1, 2) for ab, s in zip("ab", flat, strict=True)},
+        "lokr": {"lokr_w1": (1, 1), "lokr_w2_a": flat[0], "lokr_w2_b": flat[1]},
+        "lokh": {"lokh_1": (0, out, inner)},
+        "core": {"core_P": flat[0], "core_Q": flat[1]},
+    }
+    return {f"{slot['layer']}.{n}": np.zeros(s, np.float32) for n, s in shapes[kind].items()}
+
+
+def _native(slot: Mapping[str, Any], adapter: BaseAdapter, where: object) -> dict[str, np.ndarray]:
+    """Return the adapter's own factors, of the transposed weight for an embedding (its slot looks rows up)."""
+    turned, s = slot.get("layer_kind") == "embedding", adapter.scaling
+    if adapter.kind == "lora":
+        a, b = (t.flatten(1) for t in adapter.expand())
+        pair = as_slot(slot, *(_array(t) for t in ((b.T, a.T) if turned else (a, b))))
         return {
-            t["name"]: np.zeros([0 if isinstance(d, str) else d for d in t["shape"]], t["dtype"])
-            for t in slot["tensors"]
+            t["name"]: np.ascontiguousarray(v.astype(t["dtype"])) for t, v in zip(slot["tensors"], pair, strict=True)
         }
-    a, b = (t.detach().double().numpy() for t in adapter.expand())
-    if slot["op"] == "linear":
-        a, b = a.T, b.T
+    found: dict[str, Tensor] = {}
+    if isinstance(adapter, LoHa):
+        for i, (b, a) in enumerate(adapter.pairs(), 1):
+            b = s * b if i == 1 else b
+            found |= {f"hada_w{i}_a": a.T if turned else b, f"hada_w{i}_b": b.T if turned else a}
+    elif isinstance(adapter, LoKr):
+        w1, second = s * adapter.first, adapter.second()
+        found["lokr_w1"] = w1.T if turned else w1
+        if isinstance(second, Tensor):
+            found["lokr_w2"] = second.T if turned else second.flatten(1)
+        else:
+            a, b = second[0], second[1].flatten(1)
+            found |= {"lokr_w2_a": b.T if turned else a, "lokr_w2_b": a.T if turned else b}
+    elif isinstance(adapter, LoKH):
+        if turned:
+            raise PayloadError(
+                f"{where}: layer {slot['layer']}", "a kind that an embedding's slot takes", "lokh",
+                "expand it with 'lrcompress adapter convert --to lora'",
+            )  # fmt: skip
+        found = {f"lokh_{i}": f if i > 1 else s * f for i, f in enumerate(adapter.factors, 1)}
+    elif isinstance(adapter, Core):
+        own = adapter.tensors()
+        if "core_R" in own:
+            found["core_R"] = s * (own["core_R"].T if turned else own["core_R"])
+        else:
+            p, q = s * own["core_P"], own["core_Q"]
+            found |= {"core_P": q.T if turned else p, "core_Q": p.T if turned else q}
     else:
-        b = b.reshape(*b.shape, *(1,) * (len(b_spec["shape"]) - 2))
-    return {spec["name"]: np.ascontiguousarray(v.astype(spec["dtype"])) for spec, v in ((a_spec, a), (b_spec, b))}
+        raise PayloadError(f"{where}: {adapter.kind}", f"a kind that payloads know ({', '.join(KINDS)})", adapter.kind)
+    return {f"{slot['layer']}.{n}": np.ascontiguousarray(_array(t).astype(np.float32)) for n, t in found.items()}
 
 
-def _loha(slot: Mapping[str, Any], adapter: BaseAdapter | None, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-    out, inner = shape[0], int(np.prod(shape[1:]))
-    names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-    if adapter is None:
-        empty = [np.zeros(s, np.float32) for s in ((out, 0), (0, inner), (out, 0), (0, inner))]
-        return {f"{slot['layer']}.{n}": v for n, v in zip(names, empty, strict=True)}
-    found = {n: t.double().numpy() for n, t in adapter.tensors().items()}
-    found["hada_w1_a"] = found["hada_w1_a"] * adapter.scaling
-    return {f"{slot['layer']}.{n}": np.ascontiguousarray(found[n].astype(np.float32)) for n in names}
+def _array(value: Tensor) -> np.ndarray:
+    return value.detach().double().numpy()

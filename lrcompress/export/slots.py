@@ -1,9 +1,11 @@
 """Adapter slots: graph inputs of symbolic rank whose default, an initializer of rank 0, is exactly the base model.
 
-    y = layer(x) + (x @ A) @ B           A (in, r), B (r, out)
-    y = conv(x) + conv₁ₓ₁(conv_A(x), B)  A (r, in, *k) walks like the layer, B (out, r, 1…)
+    y = layer(x) + (x @ A) @ B           A (in, r), B (r, out); an embedding looks up A, (tokens, r)
+    y = conv(x) + conv₁ₓ₁(conv_A(x), B)  A (r, in/groups, *k) walks like the layer, B (out, r, 1…)
+    y = after(z + (z @ A) @ B)           of kind core, z = before(x) between the factors: A (core, r), B (r, core)
 
-Branches are written as products of the activation, never as a rebuilt weight.
+Branches are written as products of the activation, never as a rebuilt weight. Groups share the filters of A; a
+transposed convolution applies B first and A walks like the layer.
 """
 
 from __future__ import annotations
@@ -17,61 +19,104 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+import torch.nn.functional as F
 from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
+from ..adapt import Base, Target
 from ..errors import CommandError
 from ..factorize import ConvGeometry
 from ..factorize._linalg import convolve
+from ..model.adapting import every_target
 from ..model.surgery import adaptable_layers, wrap_dense
 
-SLOT = "slot"
+SLOT, CORE_SLOT = "slot", "slot_core"
+KINDS = ("lora", "core")
 #: Rank while tracing: any number that no real dimension is likely to share.
 _TRACE_RANK = 3
-#: Ranks that a payload may bring.
+#: Ranks that a payload may bring; a layer of more than `R_MAX` rows and columns takes its full rank too.
 R_MIN, R_MAX = 0, 256
 
 
 class SlotAdapter(nn.Module):
     """The branch of one layer; its two tensors become graph inputs."""
 
-    def __init__(self, weight_shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight_shape = weight_shape
-        out, inner, *kernel = weight_shape
-        shape_a = (_TRACE_RANK, inner, *kernel) if kernel else (inner, _TRACE_RANK)
-        shape_b = (out, _TRACE_RANK, *(1,) * len(kernel)) if kernel else (_TRACE_RANK, out)
-        self.lora_A = nn.Parameter(torch.zeros(shape_a, dtype=dtype))
-        self.lora_B = nn.Parameter(torch.zeros(shape_b, dtype=dtype))
+    in_core = False
 
-    def forward(self, x: Tensor, geometry: ConvGeometry | None = None) -> Tensor:
-        if geometry is None:
+    def __init__(self, target: Target, dtype: torch.dtype) -> None:
+        super().__init__()
+        rows, columns, *kernel = target.shape
+        r = _TRACE_RANK
+        if not kernel:
+            # Of a linear layer (in, r) and (r, out); of an embedding, whose rows are looked up, (tokens, r) and (r, width).
+            first, last = (columns, rows) if target.kind == "linear" else (rows, columns)
+            a, b = torch.zeros(first, r, dtype=dtype), torch.zeros(r, last, dtype=dtype)
+        else:
+            a = torch.zeros(r, columns, *kernel, dtype=dtype)
+            b = torch.zeros(rows, r, *(1,) * len(kernel), dtype=dtype)
+        self.lora_A, self.lora_B = nn.Parameter(a), nn.Parameter(b)
+
+    def correct(self, x: Tensor, target: Target, base: Base, plain: Tensor) -> Tensor:
+        """Return what is added to the layer's output."""
+        if target.kind == "linear":
             return (x @ self.lora_A) @ self.lora_B
-        return convolve(convolve(x, self.lora_A, geometry), self.lora_B, ConvGeometry.default(x.dim() - 2))
+        if target.kind == "embedding":
+            return F.embedding(x, self.lora_A) @ self.lora_B
+        g, once = target.groups, ConvGeometry.default(x.dim() - 2)
+        # Tiled, not reshaped: a shape would be traced as the number it has now.
+        kernels = self.lora_A if g == 1 else self.lora_A.repeat(g, *(1,) * (x.dim() - 1))
+        if target.kind == "conv":
+            return convolve(target.apply(x, kernels, g), self.lora_B, once, g)
+        first = Target(target.shape, "conv_transpose", once, g, (0,) * (x.dim() - 2))
+        return target.apply(first.apply(x, self.lora_B, g), kernels, g)
+
+
+class CoreSlot(nn.Module):
+    """The branch between the factors of one layer."""
+
+    in_core = True
+
+    def __init__(self, target: Target, dtype: torch.dtype) -> None:
+        super().__init__()
+        n, r, ones = target.core, _TRACE_RANK, (1,) * (len(target.shape) - 2)
+        self.core_A = nn.Parameter(torch.zeros((r, n, *ones) if ones else (n, r), dtype=dtype))
+        self.core_B = nn.Parameter(torch.zeros((n, r, *ones) if ones else (r, n), dtype=dtype))
+
+    def shift(self, z: Tensor, target: Target) -> Tensor:
+        """Return what is added to the activation z between the factors."""
+        if target.kind in ("linear", "embedding"):
+            return (z @ self.core_A) @ self.core_B
+        once = ConvGeometry.default(z.dim() - 2)
+        return convolve(convolve(z, self.core_A, once), self.core_B, once)
 
 
 @dataclass(frozen=True)
 class SlotLayer:
-    """A layer that takes adapters, and how its two tensors look."""
+    """A layer that takes adapters of one kind, and how its two tensors look."""
 
     layer: str
-    op: str
-    weight_shape: tuple[int, ...]
+    kind: str
+    target: Target
     dtype: str
 
     @property
     def symbol(self) -> str:
-        return "r_" + re.sub(r"\W", "_", self.layer)
+        prefix = "r_" if self.kind == "lora" else "k_"
+        return prefix + re.sub(r"\W", "_", self.layer)
 
     def manifest(self) -> dict[str, Any]:
         """Return the entry of this layer in the manifest's `slots`."""
-        out, inner, *kernel = self.weight_shape
+        rows, columns, *kernel = self.target.shape
+        if self.kind == "core":
+            rows, columns, kernel = self.target.core, self.target.core, [1] * len(kernel)
+        elif self.target.kind == "embedding":
+            rows, columns = columns, rows
         r = self.symbol
-        shapes = ([r, inner, *kernel], [out, r, *(1,) * len(kernel)]) if kernel else ([inner, r], [r, out])
+        shapes = ([r, columns, *kernel], [rows, r, *(1,) * len(kernel)]) if kernel else ([columns, r], [r, rows])
         axes = (0, 1) if kernel else (1, 0)
         tensors = [
             {
-                "name": f"{self.layer}.lora_{ab}",
+                "name": f"{self.layer}.{self.kind}_{ab}",
                 "dtype": self.dtype,
                 "shape": list(shape),
                 "rank_symbol": r,
@@ -79,51 +124,61 @@ class SlotLayer:
             }
             for ab, shape, axis in zip("AB", shapes, axes, strict=True)
         ]
-        return {
+        entry = {
             "layer": self.layer,
-            "kind": "lora",
-            "op": self.op,
+            "kind": self.kind,
+            "op": "conv" if kernel else "linear",
             "tensors": tensors,
             "r_min": R_MIN,
-            "r_max": R_MAX,
+            "r_max": max(R_MAX, min(rows, columns * int(np.prod(kernel)))),
             "default_rank": 0,
         }
+        if self.target.kind in ("embedding", "conv_transpose") or self.target.groups > 1:
+            entry |= {"layer_kind": self.target.kind, "groups": self.target.groups}
+        return entry
 
 
-def attach_slots(module: nn.Module, include: Sequence[str] = ()) -> list[SlotLayer]:
-    """Attach a slot to every adaptable layer (of those that match `include`); return them in the module's order."""
-    names = adaptable_layers(module)
+def attach_slots(module: nn.Module, include: Sequence[str] = (), kinds: Sequence[str] = ("lora",)) -> list[SlotLayer]:
+    """Attach slots of `kinds` to the layers that take adapters; return them in the module's order.
+
+    Without `include`, the linear layers and ungrouped convolutions; a pattern also reaches embeddings, grouped and
+    transposed convolutions. A core slot goes to every such layer whose factors have a core.
+    """
+    targets = every_target(module) if include else dict.fromkeys(adaptable_layers(module))
     for pattern in include:
-        if not any(fnmatchcase(n, pattern) for n in names):
+        if not any(fnmatchcase(n, pattern) for n in targets):
             raise CommandError(
                 "lrcompress export --slot-include",
                 "a pattern that matches a layer",
                 pattern,
-                f"layers are {', '.join(names[:4])}, …",
+                f"layers are {', '.join(list(targets)[:4])}, …",
             )
     found = []
-    for name in names:
+    for name in targets:
         if include and not any(fnmatchcase(name, p) for p in include):
             continue
         layer = wrap_dense(module, name)
-        dtype = next(iter(layer.factors.values())).dtype
-        layer.adapters[SLOT] = SlotAdapter(layer.shape, dtype)
-        layer.active[SLOT] = 1.0
-        found.append(
-            SlotLayer(
-                name, "conv" if len(layer.shape) > 2 else "linear", layer.shape, str(dtype).removeprefix("torch.")
-            )
+        target, dtype = layer.target, next(iter(layer.factors.values())).dtype
+        for kind, key, made in (("lora", SLOT, SlotAdapter), ("core", CORE_SLOT, CoreSlot)):
+            if kind in kinds and (kind == "lora" or target.core):
+                layer.adapters[key] = made(target, dtype)
+                layer.active[key] = 1.0
+                found.append(SlotLayer(name, kind, target, str(dtype).removeprefix("torch.")))
+    if "core" in kinds and not any(s.kind == "core" for s in found):
+        raise CommandError(
+            "lrcompress export --slots", "a layer whose factors have a core", "none", "leave core out, or factorize"
         )
     return found
 
 
 def make_inputs(graph: onnx.GraphProto, slots: Sequence[dict[str, Any]]) -> None:
-    """Turn the traced slot tensors of `graph` into inputs of symbolic rank with a rank-0 default."""
+    """Turn the traced slot tensors of `graph` into inputs of symbolic rank with a default that changes nothing."""
     for slot in slots:
         for tensor in slot["tensors"]:
             for old in [t for t in graph.initializer if t.name == tensor["name"]]:
                 graph.initializer.remove(old)
-            default = np.zeros([0 if isinstance(d, str) else d for d in tensor["shape"]], tensor["dtype"])
+            empty = [slot["default_rank"] if isinstance(d, str) else d for d in tensor["shape"]]
+            default = np.zeros(empty, tensor["dtype"])
             graph.initializer.append(numpy_helper.from_array(default, tensor["name"]))
             kind = helper.np_dtype_to_tensor_dtype(default.dtype)
             graph.input.append(helper.make_tensor_value_info(tensor["name"], kind, tensor["shape"]))

@@ -180,11 +180,20 @@ def _axis(first: Tensor) -> int:
 
 
 def conv(factors: Mapping[str, Tensor], x: Tensor, geometry: ConvGeometry) -> Tensor:
-    """First filters, then the trivial tap as slices of what they give, the other taps as a convolution beside it."""
+    """First filters, then the second ones on what they give."""
+    return after(factors, before(factors, x, geometry), geometry)
+
+
+def before(factors: Mapping[str, Tensor], x: Tensor, geometry: ConvGeometry) -> Tensor:
+    """Return what the first filters give."""
     first = factors["first"]
-    axis = _axis(first)
-    z = convolve(x, first, spatial_svd.only(geometry, axis) if first.dim() == 4 else geometry)
-    along, (c, others) = 1 - axis, _others(factors)
+    return convolve(x, first, spatial_svd.only(geometry, _axis(first)) if first.dim() == 4 else geometry)
+
+
+def after(factors: Mapping[str, Tensor], z: Tensor, geometry: ConvGeometry) -> Tensor:
+    """Take the trivial tap as slices of z, the other taps as a convolution beside it."""
+    first = factors["first"]
+    along, (c, others) = 1 - _axis(first), _others(factors)
     if others is None:
         kept = _strided(z, along, geometry, 0, 0) if first.dim() == 4 else z
     else:

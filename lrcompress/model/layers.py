@@ -7,13 +7,15 @@ stays dense but takes adapters is one of these with the form "dense", whose only
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapt import BaseAdapter
+from ..adapt import BaseAdapter, Target
+from ..adapt.core import POSITIONS, core_size
+from ..adapt.core import Adapter as Core
 from ..factorize import ConvGeometry, Rank, form
 
 
@@ -56,6 +58,9 @@ class FactorizedLayer(nn.Module):
         """Attach an adapter under `name` and make it take part with `weight`."""
         if adapter.weight_shape != self.shape:
             raise ValueError(f"adapter {name!r}: expected shape {self.shape}, got {adapter.weight_shape}")
+        if adapter.in_core and adapter.core != core_size(self.form, self.factors):
+            got = core_size(self.form, self.factors)
+            raise ValueError(f"adapter {name!r}: expected a layer with a core of {adapter.core}, got {got or 'none'}")
         self.adapters[name] = adapter
         self.active[name] = weight
 
@@ -79,15 +84,39 @@ class FactorizedLayer(nn.Module):
         """Return the dense weight with the active adapters added."""
         total = self.weight
         for name, weight in self.active.items():
-            total = total + weight * self._adapter(name).delta_weight()
+            total = total + weight * self._adapter(name).delta_weight(self)
         return total
+
+    @property
+    def target(self) -> Target:
+        """The layer as its adapters see it."""
+        return Target(self.shape, self.layer_kind, core=core_size(self.form, self.factors))
 
     def _adapter(self, name: str) -> BaseAdapter:
         return self.adapters[name]  # type: ignore[return-value]
 
-    def _corrected(self, y: Tensor, x: Tensor, geometry: ConvGeometry | None) -> Tensor:
+    def _cored(self, x: Tensor) -> Tensor | None:
+        """Return the layer's product with what its core adapters add between the factors; None where there are none."""
+        found = [(self._adapter(n), w) for n, w in self.active.items() if self._adapter(n).in_core]
+        if not found:
+            return None
+        position, target = POSITIONS[self.form], self.target
+        z = position.before(self.factors, x, target)
+        moved = z
+        for adapter, weight in found:
+            step = cast(Core, adapter).shift(z, target)
+            moved = moved + (step if weight == 1.0 else weight * step)
+        return position.after(self.factors, moved, target)
+
+    def _corrected(self, y: Tensor, x: Tensor, plain: Tensor) -> Tensor:
+        """Add what the active adapters add to `y`; `plain` is the product without bias."""
+        target = self.target if self.active else None
         for name, weight in self.active.items():
-            correction = self._adapter(name)(x, geometry)
+            adapter = self._adapter(name)
+            if adapter.in_core:
+                continue
+            assert target is not None
+            correction = adapter.correct(x, target, self, plain)
             y = y + (correction if weight == 1.0 else weight * correction)
         return y
 
@@ -122,9 +151,10 @@ class FactorizedLinear(FactorizedLayer):
         return self.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        y = form(self.form).linear(self.factors, x)
-        y = y if self.bias is None else y + self.bias
-        return self._corrected(y, x, None)
+        plain = self._cored(x)
+        if plain is None:
+            plain = form(self.form).linear(self.factors, x)
+        return self._corrected(plain if self.bias is None else plain + self.bias, x, plain)
 
     def to_plain(self) -> nn.Module:
         weight = self.merged_weight().detach()
@@ -159,14 +189,18 @@ class FactorizedConv(FactorizedLayer):
     def forward(self, x: Tensor) -> Tensor:
         if self._pad is not None:
             x = F.pad(x, self._pad, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
-        chosen = form(self.form)
-        if self.form == "dense":
-            y = chosen.conv(self.factors, x, self._walk, self.groups)
-        else:
-            y = chosen.conv(self.factors, x, self._walk)
+        plain = self._cored(x)
+        if plain is None:
+            groups = (self.groups,) if self.form == "dense" else ()
+            plain = form(self.form).conv(self.factors, x, self._walk, *groups)
+        y = plain
         if self.bias is not None:
             y = y + self.bias.reshape(-1, *(1,) * (len(self.shape) - 2))
-        return self._corrected(y, x, self._walk)
+        return self._corrected(y, x, plain)
+
+    @property
+    def target(self) -> Target:
+        return Target(self.shape, "conv", self._walk, self.groups, core=core_size(self.form, self.factors))
 
     def to_plain(self) -> nn.Module:
         classes: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -196,8 +230,10 @@ class FactorizedEmbedding(FactorizedLayer):
         return self.shape[1]
 
     def forward(self, ids: Tensor) -> Tensor:
-        rows: Tensor = form(self.form).embedding(self.factors, ids)
-        return rows if self.bias is None else rows + self.bias
+        rows = self._cored(ids)
+        if rows is None:
+            rows = form(self.form).embedding(self.factors, ids)
+        return self._corrected(rows if self.bias is None else rows + self.bias, ids, rows)
 
     def to_plain(self) -> nn.Module:
         plain = nn.Embedding(self.shape[0], self.shape[1], padding_idx=self.padding_idx)

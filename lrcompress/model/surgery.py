@@ -197,6 +197,12 @@ def wrap_dense(model: nn.Module, name: str) -> FactorizedLayer:
     if _is_conv1d_of_transformers(module):
         weight = nn.Parameter(weight.detach().T.contiguous(), weight.requires_grad)
     bias = getattr(module, "bias", None)
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        from .transposed import wrapped
+
+        new: FactorizedLayer = wrapped(module, weight, bias).train(module.training)
+        set_submodule(model, name, new)
+        return new
     return _install(model, name, "dense", {"weight": weight}, tuple(weight.shape), 0, bias)
 
 

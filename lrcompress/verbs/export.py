@@ -29,6 +29,7 @@ from ..export.gates import outputs_agree
 from ..export.graph import example_inputs
 from ..export.merging import merge_adapter
 from ..export.payloads import payload_tensors
+from ..export.slots import KINDS as SLOT_KINDS
 from ..export.targets import Request, Written
 from ..export.targets import target as find_target
 from ..files import check_output, sha256_file, staged_folder, write_json
@@ -126,9 +127,10 @@ def _check(target: str, slots: Sequence[str], quantize: str) -> ModuleType:
     where, exporter = "lrcompress export", find_target(target)
     if quantize not in exporter.QUANTIZE:
         raise CommandError(f"{where} --quantize", " or ".join(exporter.QUANTIZE), quantize)
-    unknown = sorted(set(slots) - {"lora", "none"})
+    unknown = sorted(set(slots) - {*SLOT_KINDS, "none"})
     if unknown or ("none" in slots and len(slots) > 1):
-        raise CommandError(f"{where} --slots", "lora (which also serves LoHa) or none", ",".join(slots))
+        expected = "lora (which also serves LoHa, LoKr and LoKH), core, both, or none"
+        raise CommandError(f"{where} --slots", expected, ",".join(slots))
     return exporter
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from .. import metrics
-from ..adapt import BaseAdapter, adapter, adapter_class, kinds
+from ..adapt import BaseAdapter, adapter_class, kinds
 from ..adapt._files import MARKER, write_adapter
 from ..data import Data
 from ..errors import CommandError, DataError
 from ..files import check_output, staged_folder
 from ..model import OpenedModel
+from ..model.adapting import by_pattern, fresh, layer_target, takes
 from ..model.checkpoint import Compressed, load_compressed
-from ..model.surgery import adaptable_layers, attach
+from ..model.surgery import adaptable_layers, attach, wrap_dense
 from ..progress import Progress, Silent
 from ..recover import Outcome, Settings, train
 from ..recover.losses import LOSSES, auto
@@ -46,6 +48,8 @@ def recover(
     adapter_kind: str = "lora",
     rank: int = 8,
     alpha: float | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
     name: str = "recover",
     output: str | Path | None = None,
     select: str | Data | None = None,
@@ -65,6 +69,7 @@ def recover(
 ) -> RecoverResult:
     """Train an adapter of `adapter_kind` and `rank` on the compressed model; keep its best state on `select`.
 
+    `rank_pattern`, `alpha_pattern`: other ranks and alphas by fnmatch pattern on the layer's path, the first that fits.
     `loss`: logits or embedding (distilled from the original), labels, or auto. Without `select` a tenth of `data` is
     held out for it. `name` must be a plain name. Raises `CommandError`, `ModelError`, `DataError`.
     """
@@ -87,7 +92,7 @@ def recover(
     elif loss != "labels" or original is not None:
         teacher_model = base.open_original(None if original is None else Path(original), **trust)
     device = device_of(compute)
-    adapters = _attached(module, name, adapter_kind, rank, alpha, seed)
+    adapters = _attached(module, name, adapter_kind, rank, alpha, seed, rank_pattern or {}, alpha_pattern or {})
     module.to(device)
     student = _answering(base.opened, module)
     teacher = student if teacher_model is None else _answering(teacher_model, _on(teacher_model, device))
@@ -125,16 +130,26 @@ def recover(
 
 
 def _attached(
-    module: nn.Module, name: str, kind: str, rank: int, alpha: float | None, seed: int
-) -> dict[str, BaseAdapter]:
+    module: nn.Module, name: str, kind: str, rank: int, alpha: float | None, seed: int, ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+) -> dict[str, BaseAdapter]:  # fmt: skip
     """Attach a fresh adapter to every layer that can carry one; no layer gets a rank above its own."""
     generator = torch.Generator().manual_seed(seed)
 
-    def make(_: str, shape: tuple[int, ...]) -> BaseAdapter:
-        own = min(rank, shape[0], int(np.prod(shape[1:])))
-        return adapter(kind, weight_shape=shape, rank=own, alpha=_alpha(alpha, rank, shape), generator=generator)
+    def make(layer: str, _: tuple[int, ...]) -> BaseAdapter:
+        r, a = by_pattern(layer, ranks, rank), by_pattern(layer, alphas, alpha)
+        return fresh(kind, wrap_dense(module, layer).target, r, a, generator=generator)
 
-    return attach(module, name, make, adaptable_layers(module))
+    layers = [n for n in adaptable_layers(module) if takes(kind, layer_target(module, n))]
+    if not layers:
+        raise CommandError(
+            "lrcompress recover --adapter", "a kind that these layers take", kind, "factorize them with svd"
+        )
+    for pattern in (*ranks, *alphas):
+        if not any(fnmatchcase(n, pattern) for n in layers):
+            where, near = "lrcompress recover --rank-pattern, --alpha-pattern", ", ".join(layers[:4])
+            raise CommandError(where, "a pattern that matches a layer", pattern, f"layers are {near}, …")
+    return attach(module, name, make, layers)
 
 
 def _trained(outcome: Outcome, loss: str) -> dict[str, Any]:
@@ -160,11 +175,6 @@ def _check(kind: str, rank: int, name: str, loss: str, steps: int) -> None:
     if steps < 1:
         raise CommandError(f"{where} --steps", "a whole number of at least 1", steps)
     assert adapter_class(kind)
-
-
-def _alpha(alpha: float | None, rank: int, shape: tuple[int, ...]) -> float | None:
-    """Return alpha so that alpha/rank stays what the user asked for where a layer clips the rank."""
-    return None if alpha is None else alpha * min(rank, shape[0], int(np.prod(shape[1:]))) / rank
 
 
 def _split(data: Data, select: Data | None) -> tuple[Data, Data]:

@@ -127,7 +127,7 @@ def test_a_frame_that_breaks_one_rule_is_refused_by_it(name: str) -> None:
     ("key", "value", "word"),
     [
         ("schema", ..., "metadata"), ("kind", ..., "metadata"), ("extra", "1", "metadata"), ("schema", 1, "metadata"), ("base_ids", ["cd" * 32], "metadata"),
-        ("schema", "2", "update lrcompress"), ("kind", "lokr", "kind"), ("kind", "", "kind"), ("encoding", "int4", "encoding"),
+        ("schema", "2", "update lrcompress"), ("kind", "oft", "kind"), ("kind", "", "kind"), ("encoding", "int4", "encoding"),
         ("base_ids", "[", "base_ids"), ("base_ids", "[]", "base_ids"), ("base_ids", '{"a": 1}', "base_ids"), ("base_ids", '["CD"]', "base_ids"),
         ("base_ids", "[[]]", "base_ids"), ("base_ids", "[" * 5000, "base_ids"), ("slots_id", "ab", "slots_id"),
     ],

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "lrcompress"
 LAYERS: list[set[str]] = [
     {"_version", "errors", "progress"},
     {"files", "plugins"},
-    {"manifest", "golden"},
+    {"manifest", "golden", "expansions"},
     {"payload"},
     {"runtime"},
     {"edge"},
@@ -39,7 +39,19 @@ LAYERS: list[set[str]] = [
     {"__init__", "__main__"},
 ]
 ROW = {name: i for i, row in enumerate(LAYERS) for name in row}
-EDGE = {"errors", "files", "plugins", "progress", "_version", "manifest", "payload", "golden", "runtime", "edge"}
+EDGE = {
+    "errors",
+    "files",
+    "plugins",
+    "progress",
+    "_version",
+    "manifest",
+    "expansions",
+    "payload",
+    "golden",
+    "runtime",
+    "edge",
+}
 EDGE_MAY_IMPORT = set(sys.stdlib_module_names) | {
     "click",
     "numpy",

@@ -114,7 +114,7 @@ HOSTILE: list[tuple[tuple[str | int, ...], Any, str]] = [
     (("inputs", 0, "shape", 1), -3, "inputs"), (("inputs", 0, "shape", 1), 1.0, "inputs"), (("outputs",), {}, "outputs"),
     (("outputs", 0, "dtype"), ..., "outputs"), (("slots",), {}, "slots"), (("slots", 0), "c0", "slots[0]"),
     (("slots", 1, "layer"), "c0", "different layers"), (("slots", 1, "tensors", 0, "name"), "c0.lora_A", "different tensor names"),
-    (("slots", 0, "kind"), "core", "kind lora"), (("slots", 0, "op"), "einsum", "linear or conv"), (("slots", 0, "op"), ["conv"], "linear or conv"),
+    (("slots", 0, "kind"), "loha", "kind lora"), (("slots", 0, "op"), "einsum", "linear or conv"), (("slots", 0, "op"), ["conv"], "linear or conv"),
     (("slots", 0, "r_min"), 65, "r_min"), (("slots", 0, "r_max"), -1, "r_max"), (("slots", 0, "r_max"), 4.0, "r_max"), (("slots", 0, "r_max"), ..., "r_max"),
     (("slots", 0, "default_rank"), 2, "default_rank"), (("slots", 0, "default_rank"), 1.0, "default_rank"), (("slots", 0, "default_rank"), "1", "default_rank"),
     (("slots", 0, "tensors"), [], "two tensors"), (("slots", 0, "tensors", 1), ..., "two tensors"), (("slots", 0, "tensors", 0, "rank_axis"), ..., "rank_axis"),

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from lrcompress.errors import PayloadError
+from lrcompress.expansions import expand
 from lrcompress.files import sha256_bytes
 from lrcompress.manifest import Manifest, base_id, slots_id
-from lrcompress.payload import build, expand_loha, parse
+from lrcompress.payload import build, parse
 from tests.support.graphs import cnn, run, write_exported
 from tests.support.payloads import GOLDEN, META, X, base, loha, lora, made, stored, taken_apart
 
@@ -121,7 +122,7 @@ def test_loha_is_expanded_exactly(manifest: Manifest, rank: int) -> None:
             tensors[f"{slot['layer']}.hada_{p}"].astype(np.float64) for p in ("w1_a", "w1_b", "w2_a", "w2_b")
         )
         expected = (w1a @ w1b) * (w2a @ w2b)
-        a, b = expand_loha(slot, tensors)
+        a, b = expand(slot, "loha", tensors)
         shapes = [[rank**2 if isinstance(d, str) else d for d in t["shape"]] for t in slot["tensors"]]
         assert [list(a.shape), list(b.shape)] == shapes
         if slot["op"] == "conv":
@@ -137,7 +138,7 @@ def test_the_graph_with_a_loha_is_the_graph_with_its_lora(manifest: Manifest) ->
     feeds = payload.feeds(manifest)
     assert {n: v.shape for n, v in feeds.items()}.keys() == manifest.slot_tensors.keys()
     assert all(v.dtype == np.float32 and v.flags.c_contiguous for v in feeds.values())
-    pairs = {s["layer"]: expand_loha(s, payload.tensors) for s in manifest.slots}
+    pairs = {s["layer"]: expand(s, "loha", payload.tensors) for s in manifest.slots}
     expected = {
         f"{layer}.lora_{'AB'[i]}": v.astype(np.float32) for layer, pair in pairs.items() for i, v in enumerate(pair)
     }
@@ -224,7 +225,7 @@ def test_a_least_rank_is_held_too(manifest: Manifest, tmp_path: Path) -> None:
         build(lora(strict, 1), manifest=strict, kind="lora", encoding="f32")
 
 
-@pytest.mark.parametrize(("kind", "encoding"), [("lokr", "f32"), ("lora", "bf16"), ("", "")])
+@pytest.mark.parametrize(("kind", "encoding"), [("oft", "f32"), ("lora", "bf16"), ("", "")])
 def test_unknown_kinds_and_encodings_are_not_built(manifest: Manifest, kind: str, encoding: str) -> None:
     with pytest.raises(PayloadError, match="kind"):
         build(lora(manifest), manifest=manifest, kind=kind, encoding=encoding)

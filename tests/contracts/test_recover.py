@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lrcompress.adapt import kinds
+from lrcompress.adapt import adapter_class, kinds
 from lrcompress.adapt._files import read_adapter
 from lrcompress.data import Data
 from lrcompress.errors import CommandError, DataError, ModelError
@@ -52,7 +52,8 @@ def run(base, **options):
 def test_distillation_lowers_the_loss_and_ships_what_it_says(base, kind, tmp_path):
     found = run(base, adapter_kind=kind, output=tmp_path / "a").data
     assert found["loss"]["kind"] == "logits"
-    assert found["loss"]["after"] < 0.9 * found["loss"]["before"]
+    # A core cannot leave what the factors span.
+    assert found["loss"]["after"] < (0.97 if adapter_class(kind).in_core else 0.9) * found["loss"]["before"]
     folder = read_adapter(tmp_path / "a")
     assert folder.kind == kind and folder.n_params == found["trainable_params"]
     assert found["payload_bytes"] == 4 * found["trainable_params"]
@@ -103,7 +104,7 @@ def test_labels_and_metric(base):
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"adapter_kind": "lokx"}, CommandError, "one of loha, lora"),
+        ({"adapter_kind": "lokx"}, CommandError, "one of core, loha, lokh, lokr, lora"),
         ({"rank": 0}, CommandError, "at least 1"),
         ({"name": "a/b"}, CommandError, "letters"),
         ({"loss": "hinge"}, CommandError, "auto or one of"),

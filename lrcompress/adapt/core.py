@@ -1,0 +1,194 @@
+"""Core: W' = U(I + s·R)V, a correction between the factors of a layer: r² numbers, merged without any more.
+
+It acts where the activation has passed the first factors and not yet the last: after V of an SVD, the core of
+Tucker-2, the first filters of a spatial pair, the kept rows of a pivoted layer. R is whole, (r, r), or R = P Q with
+P (r, k) and Q (k, r); at rank k ≥ r it is whole. R has no meaning on other factors: bind it to a digest of them.
+
+Source: the maths is that of LoRA-XS, Bałazy et al., arXiv 2405.17604, with the layer's own factors as the frozen sides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..factorize import ConvGeometry, form, pivoted_spatial, pivoted_tucker, spatial_svd
+from ..factorize._linalg import convolve, pointwise
+from ._base import BaseAdapter
+from ._target import Base, Target
+from .lokh import as_full_rank
+
+_Step = Callable[[Mapping[str, Tensor], Tensor, Target], Tensor]
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a form has its core: `tail` names the factor whose first axis it is; the layer is after(before(x)).
+
+    On an embedding the looked-up row is the activation, and the core acts on it from the right.
+    """
+
+    tail: str
+    before: _Step
+    after: _Step
+
+
+def _down(f: Mapping[str, Tensor], x: Tensor, t: Target) -> Tensor:
+    if t.kind == "embedding":
+        return F.embedding(x, f["U"])
+    return F.linear(x, f["V"]) if t.kind == "linear" else t.apply(x, f["V"])
+
+
+def _up(f: Mapping[str, Tensor], z: Tensor, t: Target) -> Tensor:
+    if t.kind == "embedding":
+        return z @ f["V"]
+    return F.linear(z, f["U"]) if t.kind == "linear" else pointwise(z, f["U"])
+
+
+def _tucker_down(f: Mapping[str, Tensor], x: Tensor, t: Target) -> Tensor:
+    return t.apply(pointwise(x, f["I"]), f["core"])
+
+
+def _pivoted_tucker_down(f: Mapping[str, Tensor], x: Tensor, t: Target) -> Tensor:
+    return pivoted_tucker.conv({k: v for k, v in f.items() if k not in ("T", "order")}, x, _walk(t))
+
+
+def _spatial_down(f: Mapping[str, Tensor], x: Tensor, t: Target) -> Tensor:
+    return pivoted_spatial.before(f, x, _walk(t))
+
+
+def _spatial_svd_down(f: Mapping[str, Tensor], x: Tensor, t: Target) -> Tensor:
+    first = f["first"]
+    if first.dim() == 3:
+        return convolve(x, first, _walk(t))
+    axis = 0 if first.shape[3] == 1 and (first.shape[2] > 1 or f["second"].shape[2] == 1) else 1
+    return convolve(x, first, spatial_svd.only(_walk(t), axis))
+
+
+def _spatial_up(f: Mapping[str, Tensor], z: Tensor, t: Target) -> Tensor:
+    if f["first"].dim() == 3:
+        return convolve(z, f["second"], ConvGeometry.default(1))
+    axis = 0 if f["first"].shape[3] == 1 and (f["first"].shape[2] > 1 or f["second"].shape[2] == 1) else 1
+    return convolve(z, f["second"], spatial_svd.only(_walk(t), 1 - axis))
+
+
+def _walk(t: Target) -> ConvGeometry:
+    assert t.geometry is not None
+    return t.geometry
+
+
+def _pivoted_down(f: Mapping[str, Tensor], x: Tensor, t: Target) -> Tensor:
+    return F.linear(x, f["P"]) if t.kind == "linear" else t.apply(x, f["P"])
+
+
+def _pivoted_up(f: Mapping[str, Tensor], z: Tensor, t: Target) -> Tensor:
+    """Both pivoted forms: [z; T z] in the order of the outputs."""
+    if "order" not in f:
+        return z
+    axis = -1 if t.kind == "linear" else 1
+    if not len(f["T"]):
+        return z.index_select(axis, f["order"])
+    others = F.linear(z, f["T"]) if t.kind == "linear" else pointwise(z, f["T"])
+    return torch.cat([z, others], axis).index_select(axis, f["order"])
+
+
+_FACTORS = Position("V", _down, _up)
+POSITIONS: dict[str, Position] = {
+    "svd": _FACTORS,
+    "shared": _FACTORS,
+    "als": _FACTORS,
+    "nmf": _FACTORS,
+    "tucker": Position("core", _tucker_down, lambda f, z, t: pointwise(z, f["O"])),
+    "pivoted_tucker": Position("core", _pivoted_tucker_down, _pivoted_up),
+    "spatial_svd": Position("first", _spatial_svd_down, _spatial_up),
+    "pivoted_spatial": Position("first", _spatial_down, lambda f, z, t: pivoted_spatial.after(f, z, _walk(t))),
+    "pivoted": Position("P", _pivoted_down, _pivoted_up),
+}  # fmt: skip
+
+
+def core_size(form_name: str, factors: Mapping[str, Tensor]) -> int:
+    """Return r of a layer whose form has a core, else 0."""
+    position = POSITIONS.get(form_name)
+    return 0 if position is None else factors[position.tail].shape[0]
+
+
+class Adapter(BaseAdapter):
+    """R (whole) or P is zero at init; Q is uniform within ±1/√r."""
+
+    core_P: nn.Parameter
+    core_Q: nn.Parameter
+
+    kind = "core"
+    tensor_names = ("core_R", "core_P", "core_Q")
+    in_core = True
+
+    def fresh(self, generator: torch.Generator | None) -> dict[str, Tensor]:
+        if self.core < 1:
+            raise ValueError("expected a layer whose factors have a core, got none")
+        r, k = self.core, self.rank
+        if k >= r:
+            return {"core_R": torch.zeros(r, r)}
+        bound = 1 / math.sqrt(r)
+        return {"core_P": torch.zeros(r, k), "core_Q": torch.empty(k, r).uniform_(-bound, bound, generator=generator)}
+
+    def shapes(self, given: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        r, k = self.core, self.rank
+        return {"core_R": (r, r)} if "core_R" in given else {"core_P": (r, k), "core_Q": (k, r)}
+
+    def matrix(self) -> Tensor:
+        """Return s·R, (r, r)."""
+        whole = self._parameters.get("core_R")
+        return self.scaling * (self.core_P @ self.core_Q if whole is None else whole)
+
+    def shift(self, z: Tensor, target: Target) -> Tensor:
+        """Return s·R z for an activation z between the factors."""
+        whole = self._parameters.get("core_R")
+        parts = [self.scaling * whole] if whole is not None else [self.core_Q, self.scaling * self.core_P]
+        if target.kind == "embedding":
+            parts = [p.T for p in reversed(parts)]
+        for p in parts:
+            z = F.linear(z, p) if target.kind in ("linear", "embedding") else pointwise(z, p)
+        return z
+
+    def moved(self, base: Base, weight: float = 1.0) -> dict[str, Tensor]:
+        """Return the factors of `base` with (I + weight·s·R) multiplied into them: the exact merge."""
+        position = POSITIONS[base.form]
+        tail = base.factors[position.tail]
+        step = torch.einsum("rq,q...->r...", weight * self.matrix().to(tail.dtype), tail)
+        return {**base.factors, position.tail: tail + step}
+
+    def plain_delta(self, base: Base | None = None) -> Tensor:
+        if base is None:
+            raise ValueError("expected the layer: a core adapter depends on its factors")
+        position = POSITIONS[base.form]
+        tail = base.factors[position.tail]
+        step = torch.einsum("rq,q...->r...", self.matrix().to(tail.dtype), tail)
+        delta: Tensor = form(base.form).to_tensor({**base.factors, position.tail: step}, base.shape)
+        return delta
+
+    def expand(self, base: Base | None = None) -> tuple[Tensor, Tensor]:
+        """On U V it is B = U R, A = V; other forms have no such pair of matrices."""
+        delta = self.plain_delta(base)
+        assert base is not None
+        if set(base.factors) != {"U", "V"}:
+            return as_full_rank(delta)
+        u, v = base.factors["U"], base.factors["V"]
+        return v, u @ self.matrix().to(u.dtype)
+
+    def forward(self, x: Tensor, target: Target) -> Tensor:
+        raise RuntimeError("a core adapter acts between the factors: the layer calls `shift`")
+
+    @classmethod
+    def rank_for(cls, target: Target, rank: int) -> int:
+        return max(1, min(rank, target.core))
+
+    @classmethod
+    def n_params(cls, weight_shape: tuple[int, ...], rank: int, **options: Any) -> int:
+        r = int(options["core"])
+        return r * r if rank >= r else 2 * r * rank
