@@ -11,8 +11,7 @@ import torch
 from lrcompress.errors import BudgetError, PlanError
 from lrcompress.factorize import Statistics, form
 from lrcompress.model.surgery import Layer, tensors_as_layers
-from lrcompress.plan import read_plan, select
-from lrcompress.plan import Option, allocate
+from lrcompress.plan import Option, allocate, read_plan, select
 from lrcompress.plan.options import hull
 
 
