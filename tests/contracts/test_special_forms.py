@@ -12,7 +12,7 @@ import onnx
 import pytest
 import torch
 
-from lrcompress.factorize import ConvGeometry, Drift, Refused, Statistics, anchored, form
+from lrcompress.factorize import ConvGeometry, Refused, Statistics, form
 from lrcompress.factorize import als as als_form
 from lrcompress.factorize import nmf as nmf_form
 from lrcompress.factorize import svd as svd_form
@@ -25,12 +25,7 @@ from lrcompress.factorize._refit import refit, sweep
 from lrcompress.factorize.grouped_svd import apart
 from lrcompress.factorize.shared import decompose_group, group_params
 from lrcompress.factorize.tensor_train import _grid, _paired
-from tests.support.weights import statistics, weight
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
+from tests.support.weights import randn, statistics, weight
 
 # pivoted --------------------------------------------------------------------------------------------------------------
 
@@ -365,72 +360,6 @@ def test_importance_moves_a_shared_basis_towards_a_layer():
     weights = [weight((8, 12), seed=i) for i in range(2)]
     even, first = decompose_group(weights, 3), decompose_group(weights, 3, importance=(10.0, 1.0))
     assert first[0].loss < even[0].loss and first[1].loss > even[1].loss
-
-
-# anchoring ------------------------------------------------------------------------------------------------------------
-
-
-def drifting(n=14, seed=0):
-    x = randn(400, n, seed=seed) @ randn(n, n, seed=seed + 1) + 0.5
-    turned = x + 0.3 * x @ randn(n, n, seed=seed + 4) / n**0.5  # C is not symmetric
-    y = turned + 0.3 * randn(400, n, seed=seed + 2) @ randn(n, n, seed=seed + 3) + 0.2
-    a, b = x - x.mean(0), y - y.mean(0)
-    return x, y, Drift(a.T @ a / 400, a.T @ b / 400, b.T @ b / 400, x.mean(0), y.mean(0))
-
-
-def test_the_anchored_loss_is_the_measured_one():
-    x, y, drift = drifting()
-    w = weight((9, 14))
-    for beta in (0.0, 0.5, 1.0):
-        f = anchored("svd", w, 4, drift, beta=beta)
-        wanted = ((1 - beta) * y + beta * x) @ w.T
-        residual = wanted - y @ f.to_tensor().T - f.bias_shift
-        assert f.loss == pytest.approx(float(residual.square().sum(1).mean()), rel=1e-6)
-        assert float(residual.mean(0).abs().max()) < 1e-9
-
-
-def test_at_full_rank_anchoring_is_the_regression_on_the_drifted_input(monkeypatch):
-    monkeypatch.setattr("lrcompress.factorize._anchor.DAMPING", 1e-13)
-    x, y, drift = drifting()
-    w = weight((9, 14))
-    regression = torch.linalg.lstsq(y - y.mean(0), (x - x.mean(0)) @ w.T).solution.T
-    torch.testing.assert_close(anchored("svd", w, 9, drift).to_tensor(), regression, rtol=0, atol=1e-6)
-
-
-def test_no_other_matrix_of_that_rank_answers_the_drifted_input_better():
-    x, y, drift = drifting()
-    w = weight((9, 14))
-    best = anchored("svd", w, 4, drift)
-    own = form("svd").decompose(w, 4, Statistics(gram=drift.drifted, mean=drift.drifted_mean))
-    a, b = x - x.mean(0), y - y.mean(0)
-    assert best.loss < float((a @ w.T - b @ own.to_tensor().T).square().sum(1).mean())
-    for seed in range(5):
-        moved = best.factors["U"] + 1e-2 * randn(9, 4, seed=seed)
-        other = moved @ best.factors["V"]
-        assert float((a @ w.T - b @ other.T).square().sum(1).mean()) > best.loss
-
-
-def test_anchoring_without_drift_or_without_an_anchor_is_the_plain_problem():
-    w, (_, _, drift) = weight((9, 14)), drifting()
-    stats = Statistics(gram=drift.drifted, mean=drift.drifted_mean)
-    expected = form("svd").decompose(w, 4, stats).to_tensor()
-    torch.testing.assert_close(anchored("svd", w, 4, drift, beta=0.0).to_tensor(), expected, rtol=0, atol=1e-8)
-    still = Drift(drift.drifted, drift.drifted, drift.drifted, drift.drifted_mean, drift.drifted_mean)
-    torch.testing.assert_close(anchored("svd", w, 4, still).to_tensor(), expected, rtol=0, atol=1e-8)
-
-
-@pytest.mark.parametrize("name", ["tucker", "pivoted"])
-def test_every_form_can_be_anchored(name):
-    x, y, _ = drifting(45)
-    a, b = x - x.mean(0), y - y.mean(0)
-    drift = Drift(a.T @ a / 400, a.T @ b / 400, b.T @ b / 400, x.mean(0), y.mean(0))
-    w = weight((8, 5, 3, 3))
-    rank = form(name).clip(tuple(w.shape), 3)
-    f = anchored(name, w, rank, drift)
-    own = form(name).decompose(w, rank, Statistics(gram=drift.drifted, mean=drift.drifted_mean))
-    flat = w.reshape(8, -1)
-    before = float((a @ flat.T - b @ own.to_tensor().reshape(8, -1).T).square().sum(1).mean())
-    assert f.loss < before
 
 
 def test_a_network_with_groups_from_weights_to_the_runtime(tmp_path):

@@ -27,3 +27,8 @@ def statistics(w: torch.Tensor, seed: int = 1, *, two_sided: bool = False) -> St
         d = torch.randn(3 * len(w), len(w), generator=g, dtype=torch.float64)
         out = d.T @ d / len(d)
     return Statistics(gram=gram, mean=mean, output_gram=out, count=len(x))
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Return a float64 Gaussian tensor that depends on `seed` alone."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -1,0 +1,204 @@
+"""Folding, fitting in depth order and re-estimation: exact where they must be, better where they promise to be."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import lrcompress
+from lrcompress.data import Data
+from lrcompress.fit import Judge, apply_in_depth, read_batches, reestimated
+from lrcompress.fit._moments import JointMoments
+from lrcompress.model import InputSpec, open_model
+from lrcompress.model.checkpoint import load_compressed
+from lrcompress.model.folding import fold_norms
+from lrcompress.model.surgery import find_layers
+from lrcompress.model.views.walk import patches, walk_of
+from lrcompress.plan import Choice
+from lrcompress.runtime import Session
+from tests.support.residual import residual
+
+SPEC = (InputSpec("x", "float32", ("batch", 3, 8, 8)),)
+
+
+def images(n, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(192, 40, generator=torch.Generator().manual_seed(99)) / 40**0.5
+    return (torch.randn(n, 40, generator=generator) @ mixing.T).reshape(n, 3, 8, 8)
+
+
+def folded(net):
+    opened = open_model(net)
+    found = fold_norms(opened, net, {"x": images(2)}, {n.name: n for n in find_layers(net)})
+    return opened, found
+
+
+def test_folding_changes_the_parts_and_not_the_answers():
+    net, x = residual(), images(8)
+    before = net(x).detach()
+    _, found = folded(net)
+    assert found == {"bn1": "conv1", "bn2": "conv2", "bn3": "conv3", "bn4": "down"}
+    torch.testing.assert_close(net(x), before, rtol=1e-5, atol=1e-5)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
+
+
+@pytest.mark.parametrize("how", ["read elsewhere", "shared", "called twice"])
+def test_what_cannot_be_folded_is_left(how):
+    net = residual()
+    if how == "read elsewhere":
+        forward = net.forward
+        net.forward = lambda x: forward(x) + net.conv1(x).sum() * 0
+    elif how == "shared":
+        net.bn2 = net.bn1
+    else:
+        net.forward = lambda x, f=net.forward: f(f(x)[:, :3, None, None].expand(-1, -1, 8, 8))
+    kept = copy.deepcopy(net.state_dict())
+    _, found = folded(net)
+    assert "bn1" not in found
+    assert all(torch.equal(kept[k], v) for k, v in net.state_dict().items() if k.startswith(("conv1", "bn1")))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(4, 6, 3, stride=2, padding=(1, 0), dilation=(1, 2)),
+        nn.Conv2d(4, 6, 3, padding=1, groups=2), nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), nn.Conv1d(4, 6, 5),
+    ],
+)  # fmt: skip
+def test_joint_moments_of_convolutions(layer):
+    """Equal those of explicit patches in float64, batch by batch merged, with a mean that is no small one."""
+    size = (7,) if isinstance(layer, nn.Conv1d) else (7, 8)
+    x = torch.randn(10, 4, *size, generator=torch.Generator().manual_seed(1)) + 3
+    t = layer(x).detach() ** 2
+    walk, moments = walk_of(layer), JointMoments()
+    for part in (slice(0, 3), slice(3, 10)):
+        moments.add(t[part], x[part], walk, None)
+    drift = moments.drift()
+    rows = patches(x.double(), walk)
+    answers = t.double().movedim(1, -1).reshape(len(rows), -1)
+    groups = layer.groups
+    for g in range(groups):
+        p = rows.reshape(len(rows), groups, -1)[:, g]
+        a = answers.reshape(len(rows), groups, -1)[:, g]
+        pick = (lambda v, g=g: v[g]) if groups > 1 else (lambda v: v)
+        pc, ac = p - p.mean(0), a - a.mean(0)
+        torch.testing.assert_close(pick(drift.drifted), pc.T @ pc / len(p), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(pick(drift.cross), ac.T @ pc / len(p), rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(pick(drift.answers), ac.T @ ac / len(p), rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(pick(drift.answer_mean), a.mean(0), rtol=1e-5, atol=1e-4)
+
+
+def test_joint_moments_leave_padding_out():
+    x, t = torch.randn(4, 5, 3), torch.randn(4, 5, 2)
+    mask = torch.rand(4, 5, generator=torch.Generator().manual_seed(0)) > 0.4
+    moments = JointMoments()
+    moments.add(t, x, None, mask)
+    a, b = t[mask].double(), x[mask].double()
+    expected = (a - a.mean(0)).T @ (b - b.mean(0)) / len(a)
+    torch.testing.assert_close(moments.drift().cross, expected, rtol=1e-5, atol=1e-6)
+
+
+def in_depth(choices, data, **how):
+    net = residual()
+    opened, _ = folded(net)
+    layers = [n for n in find_layers(net) if n.reason is None]
+    changed = copy.deepcopy(net)
+    made = apply_in_depth(opened, net, changed, layers, choices(layers), {}, data, **how)
+    return opened, net, changed, made
+
+
+def test_full_ranks_change_no_answer():
+    data = Data.of_arrays({"x": images(64).numpy()})
+    full = lambda layers: {n.name: Choice(n.name, "svd", min(n.shape[0], n.columns), 0) for n in layers}  # noqa: E731
+    _, net, changed, made = in_depth(full, data)
+    x = images(16, seed=5)
+    torch.testing.assert_close(changed(x), net(x), rtol=1e-3, atol=1e-3)
+    assert all(f.factors is not None for f in made.values()) and len(made) == 5
+
+
+def test_layers_that_stay_dense_make_up_for_the_others():
+    """Only the first layer is factorized; refitting the rest loses less than leaving them."""
+    data = Data.of_arrays({"x": images(256).numpy()})
+
+    def first(layers):
+        return {
+            n.name: Choice(n.name, "svd" if n.name == "conv1" else "dense", 4 if n.name == "conv1" else 0, 0)
+            for n in layers
+        }
+
+    opened, net, changed, made = in_depth(first, data)
+    judge = Judge(opened, net, [{"x": images(256, seed=7)}])
+    alone = copy.deepcopy(net)
+    from lrcompress.model.surgery import replace_layer
+
+    replace_layer(alone, "conv1", made["conv1"].factors)
+    assert judge.loss(changed) < 0.9 * judge.loss(alone)
+    assert [n for n, f in made.items() if f.factors is None] == ["conv2", "conv3", "down", "linear"]
+
+
+def test_depth_order_beats_layers_by_themselves_on_held_out_inputs():
+    train, held = Data.of_arrays({"x": images(512).numpy()}), images(512, seed=11)
+    losses = {}
+    for anchor in (True, False):
+        found = lrcompress.factorize(residual(), ratio=0.45, calib=train, anchor=anchor, cache=False)
+        assert found.data["params_after"] <= 0.45 * found.data["params_before"]
+        losses[anchor] = Judge(open_model(residual()), residual(), [{"x": held}]).loss(found.model)
+    assert losses[True] < 0.8 * losses[False], losses
+
+
+def test_layers_that_the_user_left_out_keep_their_bytes():
+    net = residual()
+    data = Data.of_arrays({"x": images(64).numpy()})
+    found = lrcompress.factorize(net, ratio=0.8, calib=data, exclude=["linear", "down"], cache=False)
+    for name in ("linear", "down"):
+        assert torch.equal(found.model.get_submodule(name).weight, net.get_submodule(name).weight)
+    # A layer that is left out keeps its normalization too.
+    assert isinstance(found.model.bn4, nn.BatchNorm2d) and isinstance(found.model.bn3, nn.Identity)
+
+
+def test_from_weights_through_depth_order_to_the_runtime(tmp_path):
+    torch.save(residual().state_dict(), tmp_path / "m.pt")
+    data, x = Data.of_arrays({"x": images(128).numpy()}), images(9, seed=3)
+    how = {"ratio": 0.5, "calib": data, "inputs": SPEC, "arch": "tests.support.residual:residual", "cache": False}
+    made = lrcompress.factorize(tmp_path / "m.pt", **how, output=tmp_path / "c")
+    again = lrcompress.factorize(tmp_path / "m.pt", **how, output=tmp_path / "d")
+    one, two = ((tmp_path / f / "model.safetensors").read_bytes() for f in "cd")
+    assert one == two and made.data["layers"] == again.data["layers"]
+    compressed = load_compressed(tmp_path / "c")
+    assert compressed.spec["folded"] == {"bn1": "conv1", "bn2": "conv2", "bn3": "conv3", "bn4": "down"}
+    assert not any("bn" in name for name in compressed.module.state_dict())
+    with torch.no_grad():
+        expected = made.model(x)
+        assert torch.equal(compressed.module(x), expected)
+    lrcompress.export(tmp_path / "c", output=tmp_path / "e")
+    np.testing.assert_allclose(
+        Session(tmp_path / "e").run({"x": x.numpy()})["output"], expected.numpy(), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("off", [True, False])
+def test_normalizations_are_estimated_again_only_where_that_helps(off):
+    net, data = residual(), Data.of_arrays({"x": images(256).numpy()})
+    opened = open_model(net)
+    reestimated(opened, net, net, data, [{"x": images(4)}])
+    with torch.no_grad():  # a network whose statistics are those of the data
+        changed = copy.deepcopy(net)
+        for m in (net, changed):
+            for part in m.modules():
+                if isinstance(part, nn.BatchNorm2d):
+                    part.reset_running_stats()
+                    part.momentum = None
+            m.train()
+            m(images(256))
+            m.eval()
+        if off:
+            changed.conv2.weight.mul_(1.7)
+    kept = copy.deepcopy(changed.state_dict())
+    judged = read_batches(Data.of_arrays({"x": images(64, seed=2).numpy()}), 32)
+    assert reestimated(opened, net, changed, data.take(slice(0, 32)) if not off else data, judged) is off
+    same = all(torch.equal(kept[k], v) for k, v in changed.state_dict().items())
+    assert same is not off
