@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import svd
-from ._linalg import fix_signs
+from ._linalg import cholesky, fix_signs
 from ._types import Statistics
 from .kronecker import nearest_kronecker
 
@@ -66,13 +66,13 @@ class View:
         out, n, k = self.w.shape
         rows = self.w.permute(0, 2, 1)
         if self.g is not None:
-            rows = torch.einsum("po,pwn->own", torch.linalg.cholesky(self.g), rows)
+            rows = torch.einsum("po,pwn->own", cholesky(self.g), rows)
         eye = torch.eye(k, dtype=rows.dtype)
         metrics: list[tuple[Tensor | None, Tensor]] = [(None, eye)]
         if self.s is not None:
             near, columns = nearest_kronecker(self.s.reshape(n * k, n * k), n, k)
             columns = columns + _EVENING * columns.diagonal().mean() * eye
-            metrics = [(torch.einsum("iwjw->ij", self.s) / k, eye), (near, torch.linalg.cholesky(columns))]
+            metrics = [(torch.einsum("iwjw->ij", self.s) / k, eye), (near, cholesky(columns))]
         found = []
         for one, root in metrics[: 1 if k == 1 else None]:
             scaled = torch.einsum("own,wv->ovn", rows, root).reshape(out * k, n)
@@ -95,7 +95,7 @@ class View:
         else:
             normal = self._projected(a).transpose(2, 3).reshape(-1, a.shape[1]) @ a.T
             normal = normal.reshape(len(a), k, k, len(a)).transpose(2, 3).reshape(len(a) * k, -1)
-            root = torch.linalg.cholesky(normal + _RIDGE * normal.diagonal().mean() * eye)
+            root = cholesky(normal + _RIDGE * normal.diagonal().mean() * eye)
         right = torch.einsum("onw,rn->rwo", self.ws, a).reshape(len(root), -1)
         return root, torch.linalg.solve_triangular(root, right, upper=False)
 
@@ -154,7 +154,7 @@ def _orthonormal(a: Tensor) -> Tensor:
 def _root(s: Tensor) -> Tensor:
     """Return a Cholesky factor of a PSD matrix a little above singular."""
     scale = s.diagonal().mean().clamp_min(1e-300)
-    raised: Tensor = torch.linalg.cholesky(s + 1e-4 * scale * torch.eye(len(s), dtype=s.dtype))
+    raised: Tensor = cholesky(s + 1e-4 * scale * torch.eye(len(s), dtype=s.dtype))
     return raised
 
 

@@ -35,6 +35,17 @@ def root(s: Tensor) -> tuple[Tensor, Tensor]:
     return (vectors * roots) @ vectors.T, (vectors * inverse) @ vectors.T
 
 
+def cholesky(s: Tensor) -> Tensor:
+    """Return a lower Cholesky factor of a PSD matrix; one that is singular in float64 is raised until it has one."""
+    scale = float(s.diagonal().mean())
+    eye = torch.eye(len(s), dtype=s.dtype, device=s.device)
+    for jitter in (0.0, 1e-12, 1e-11, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6):
+        found, info = torch.linalg.cholesky_ex(s if not jitter else s + jitter * scale * eye)
+        if not int(info):
+            return found  # type: ignore[no-any-return]
+    raise ValueError(f"expected a positive semidefinite matrix, got one of size {len(s)} that is not")
+
+
 def convolve(x: Tensor, kernel: Tensor, geometry: ConvGeometry, groups: int = 1) -> Tensor:
     """Convolve over as many axes as `kernel` (out, in/groups, *k) has."""
     call = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[kernel.dim() - 2]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._linalg import convolve, fix_signs, root, top_eigenvectors, unfolded
+from ._linalg import cholesky, convolve, fix_signs, root, top_eigenvectors, unfolded
 from ._types import ConvGeometry, Factorization, Point, Rank, Statistics
 
 LAYERS = frozenset({"linear", "conv", "embedding"})
@@ -157,7 +157,7 @@ class _Terms:
         ridge = 1e-8 * float(normal.diagonal()[: first[1]].mean())
         if not ridge > 0:
             return cls(w, b, c, s, None, 0.0)
-        return cls(w, b, c, s, torch.linalg.cholesky(normal + ridge * torch.eye(len(normal), dtype=w.dtype)), ridge)
+        return cls(w, b, c, s, cholesky(normal + ridge * torch.eye(len(normal), dtype=w.dtype)), ridge)
 
     def fitted(self, rank: int) -> tuple[Tensor, Tensor]:
         """Return the first `rank` terms with B refitted to the full S for the C found.

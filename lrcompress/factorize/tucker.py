@@ -21,7 +21,7 @@ from tensorly.decomposition import partial_tucker
 from torch import Tensor
 
 from ._curves import ranks_to
-from ._linalg import convolve, fix_signs, pointwise, root, top_eigenvectors, unfolded
+from ._linalg import cholesky, convolve, fix_signs, pointwise, root, top_eigenvectors, unfolded
 from ._memo import Memo
 from ._types import ConvGeometry, Factorization, Point, Rank, Statistics
 from .kronecker import nearest_kronecker
@@ -100,7 +100,7 @@ def _input_bases(w: Tensor, inner: int, metric: Statistics) -> list[Tensor]:
     S is taken as S_I ⊗ S_K: as the mean over the taps with S_K = 1, and as the nearest product of that kind.
     """
     channels, kernel = w.shape[1], math.prod(w.shape[2:])
-    lw = unfolded(w) if metric.g is None else torch.linalg.cholesky(metric.g).T @ unfolded(w)
+    lw = unfolded(w) if metric.g is None else cholesky(metric.g).T @ unfolded(w)
     lw = lw.reshape(len(w), channels, kernel)
     if metric.s is None:
         return [top_eigenvectors(torch.einsum("oik,ojk->ij", lw, lw), inner)[1]]
@@ -135,7 +135,7 @@ class _Projected:
     def of(cls, w: Tensor, u_in: Tensor, metric: Statistics) -> _Projected:
         channels, kernel, inner = w.shape[1], math.prod(w.shape[2:]), u_in.shape[1]
         flat = unfolded(w)
-        left = None if metric.g is None else torch.linalg.cholesky(metric.g)
+        left = None if metric.g is None else cholesky(metric.g)
         eye = torch.eye(inner * kernel, dtype=w.dtype)
         if metric.s is None:
             ws, chol = flat, eye
@@ -143,7 +143,7 @@ class _Projected:
             ws = flat @ metric.s
             sq = torch.einsum("ikjl,jr->ikrl", metric.s.reshape(channels, kernel, channels, kernel), u_in)
             qsq = torch.einsum("ikrl,is->skrl", sq, u_in).reshape(inner * kernel, -1)
-            chol = torch.linalg.cholesky(qsq + _RIDGE * qsq.diagonal().mean() * eye)
+            chol = cholesky(qsq + _RIDGE * qsq.diagonal().mean() * eye)
         wsq = torch.einsum("oik,ir->rko", ws.reshape(-1, channels, kernel), u_in).reshape(inner * kernel, -1)
         x = torch.linalg.solve_triangular(chol, wsq, upper=False)
         gw = flat if left is None else left @ (left.T @ flat)

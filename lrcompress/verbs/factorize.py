@@ -107,7 +107,15 @@ def factorize(
             return _of_tensors(opened, asked, where, seed, None if output is None else Path(output), progress)
     check_finite(opened.module.state_dict(), opened.path)
     prepared = prepare(
-        opened, include=include, exclude=exclude, calib=calib, seed=seed, compute=device, cache=cache, progress=progress
+        opened,
+        include=include,
+        exclude=exclude,
+        calib=calib,
+        seed=seed,
+        compute=device,
+        cache=cache,
+        progress=progress,
+        fold=anchor,
     )
     method = method or ("auto" if prepared.statistics else "svd")
     sizes = {"rank": rank, "ratio": ratio, "energy": energy}

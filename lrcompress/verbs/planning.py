@@ -69,6 +69,7 @@ def prepare(
     compute: str,
     cache: bool,
     progress: Progress,
+    fold: bool = True,
     verb: str = "factorize",
 ) -> Prepared:
     """Return a network with its layers and, with `calib`, their statistics. Raises `ModelError`, `DataError`."""
@@ -83,7 +84,7 @@ def prepare(
     folded: dict[str, str] = {}
     network = opened.module
     assert network is not None
-    if data is not None and len(data):
+    if fold and data is not None and len(data):
         network, folded = _folded(opened, layers, data)
     if folded:
         changed = replace(opened, module=network, digest=sha256_json([opened.digest, folded]))
