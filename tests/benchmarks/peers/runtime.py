@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime as ort
-from onnx import numpy_helper
 from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.calibrate import CalibrationDataReader
 from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
@@ -113,8 +112,3 @@ def runner(model: onnx.ModelProto, threads: int) -> Predict:
         return dict(zip(names, answers, strict=True))
 
     return predict
-
-
-def stored_numbers(model: onnx.ModelProto) -> int:
-    """Return how many elements the graph's floating or quantized constants hold."""
-    return sum(int(np.prod(t.dims)) for t in model.graph.initializer if numpy_helper.to_array(t).size > 1)

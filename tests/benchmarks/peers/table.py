@@ -101,10 +101,11 @@ def plot(lines: Sequence[Result], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib import ticker
 
     good = [n for n in lines if "error" not in n]
     networks = list(dict.fromkeys(n["network"] for n in good))
-    figure, axes = plt.subplots(1, len(networks), figsize=(7.5 * len(networks), 5.5), squeeze=False)
+    figure, axes = plt.subplots(1, len(networks), figsize=(7.5 * len(networks), 6.5), squeeze=False)
     names = list(dict.fromkeys(n["row"] for n in good))
     colours = {name: plt.get_cmap("tab20")(i % 20) for i, name in enumerate(names)}
     for axis, network in zip(axes[0], networks, strict=True):
@@ -116,14 +117,21 @@ def plot(lines: Sequence[Result], path: Path) -> None:
         if int8 is not None:
             axis.axvline(int8["bytes"] / 1e6, color="0.6", linewidth=0.8, linestyle=":", zorder=0)
             axis.axhline(int8["value"], color="0.6", linewidth=0.8, linestyle=":", zorder=0)
-            place = (int8["bytes"] / 1e6, 0.02)
-            axis.annotate("dense int8", place, xycoords=("data", "axes fraction"), rotation=90, fontsize=8, color="0.4")
+            axis.annotate(
+                "dense int8", (int8["bytes"] / 1e6, 0.02), xytext=(3, 0), xycoords=("data", "axes fraction"),
+                textcoords="offset points", rotation=90, fontsize=8, color="0.4",
+            )  # fmt: skip
         axis.set_xscale("log")
+        sizes = [n["bytes"] / 1e6 for n in good if n["network"] == network]
+        axis.set_xlim(min(sizes) / 1.15, max(sizes) * 1.15)
+        axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)))
+        axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:g}"))
+        axis.xaxis.set_minor_formatter(ticker.NullFormatter())
         axis.set_xlabel("ONNX file, MB (log)")
         axis.set_ylabel(next(n["metric"] for n in good if n["network"] == network) + " on held-out data")
         axis.set_title(f"{network}: no training")
         axis.grid(alpha=0.25)
-        axis.legend(fontsize=7, ncols=2)
+        axis.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
