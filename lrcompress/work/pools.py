@@ -11,6 +11,7 @@ scheduler that no longer answers ends it too. Nothing is waited for without end.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 import threading
@@ -151,9 +152,19 @@ def compute(job: Any, threads: int) -> Packed:
     """Compute a job with so many threads, in torch and in the BLAS of NumPy."""
     from threadpoolctl import threadpool_limits
 
-    with threadpool_limits(threads, user_api="blas"):
-        found: Packed = job.compute(threads)
-        return found
+    try:
+        with threadpool_limits(threads, user_api="blas"):
+            found: Packed = job.compute(threads)
+            return found
+    finally:
+        _trim()
+
+
+def _trim() -> None:
+    """Give freed memory back: glibc keeps holes of many megabytes, more with every layer."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _numbered(number: int, job: Any, threads: int) -> Answer:

@@ -153,9 +153,9 @@ def test_the_svd_that_is_asked_for(tmp_path):
 
 
 def test_memory_is_that_of_the_largest_layer(tmp_path):
-    """The peak of 10 layers of 16 MB is that of 3: what is done is not in memory."""
+    """The peak of 12 layers of 16 MB is that of 3: what is done is not in memory."""
     peaks = []
-    for count in (3, 10):
+    for count in (3, 12):
         tensors = {f"l{i:02d}.weight": torch.randn(2048, 2048) for i in range(count)}
         save_file(tensors, tmp_path / f"{count}.safetensors")
         code = (
@@ -164,5 +164,6 @@ def test_memory_is_that_of_the_largest_layer(tmp_path):
         )
         run = [sys.executable, "-c", code, str(tmp_path / f"{count}.safetensors"), str(tmp_path / f"out{count}")]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment["MALLOC_MMAP_THRESHOLD_"] = "131072"  # without it glibc moves the line, and holes come and go
         peaks.append(int(subprocess.run(run, capture_output=True, text=True, check=True, env=environment).stdout))
     assert peaks[1] < peaks[0] + 40_000, peaks

@@ -290,7 +290,8 @@ def test_workers_are_processes_and_give_the_same_results_in_order(tmp_path):
     ("workers", "what", "error"), [(None, "fail", UpdateError), (None, "no key", PlanError), (2, "no key", PlanError)]
 )
 def test_what_a_job_raises_arrives_as_it_is(workers, what, error):
-    jobs = [Odd(0), Odd(1), Odd(2, what), Odd(3), Odd(4)]
+    # Late enough to be asked for by a thread of joblib, not by the one that waits.
+    jobs = [Odd(1), Odd(3), Odd(5), Odd(7), Odd(9), Odd(11, what), Odd(13)]
     with pytest.raises(error) as caught, pool(workers=workers) as where:
         list(run(jobs, pool=where, threads=1))
     assert caught.value.exit_code == error.exit_code and caught.value.remedy
