@@ -244,7 +244,9 @@ def test_blocks_of_a_transformer_whatever_is_padded(padded):
     changed = copy.deepcopy(net)
     factorized(changed, "embeddings.word_embeddings", 4)
     turned = copy.deepcopy(changed)
-    opened = open_model(net, inputs=(InputSpec("input_ids", "int64", ("b", "s")), InputSpec("attention_mask", "int64", ("b", "s"))))
+    opened = open_model(
+        net, inputs=(InputSpec("input_ids", "int64", ("b", "s")), InputSpec("attention_mask", "int64", ("b", "s")))
+    )
     names = [n.name for n in find_layers(net) if n.kind == "linear"]
     flow, found = flow_of(opened, net, {k: v[:2] for k, v in batches[0].items()}, names), {}
     normed = {"attention.output.dense": "attention.output.LayerNorm", "output.dense": "output.LayerNorm"}

@@ -193,7 +193,9 @@ def point(bench, name):
 def test_points_that_lie_far_off_and_points_that_are_no_number_are_not_believed(monkeypatch):
     bench, menus = bench_of(net(), X)
     given = dict(zip(("l0", "l1", "l2"), (1e9, 1.0, float("nan")), strict=True))
-    monkeypatch.setattr(bench, "loss", lambda options: given[next(iter(options))] * point(bench, next(iter(options))).loss)
+    monkeypatch.setattr(
+        bench, "loss", lambda options: given[next(iter(options))] * point(bench, next(iter(options))).loss
+    )
     factors, measured = sensitivities(bench)
     assert "l2" not in measured and all(math.isfinite(f) for f in factors.values())
     assert factors["l0"] / factors["l1"] <= 30**2 + 1e-6
