@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .lockstep import Counting
+from .flow import Counting
 from .opened import OpenedModel
 from .surgery import Layer, set_submodule
 
