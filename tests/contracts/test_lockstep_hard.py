@@ -113,6 +113,23 @@ def test_residuals_within_each_other():
     assert set(flow.additions) == {"b", "c"} and not flow.ahead
 
 
+class Scaled(Beside):
+    """What is not a plain sum of two values of one shape is none."""
+
+    def forward(self, x):
+        x = torch.tanh(self.a(x))
+        y = torch.add(torch.tanh(x), self.b(x), alpha=0.5)
+        z = torch.tanh(y).mean(0) + self.c(y)
+        w = self.d(z)
+        return w + w
+
+
+def test_sums_that_are_no_plain_ones_are_none():
+    net = seeded(Scaled)
+    flow = checked(net, copy.deepcopy(net), [{"x": rows()}], list("abcd"), sums={})
+    assert not flow.additions and not flow.ahead
+
+
 class Later(Beside):
     def forward(self, x):
         x = torch.tanh(self.a(x))

@@ -27,6 +27,7 @@ from lrcompress.model.surgery import Layer
 from lrcompress.plan import (
     Budget,
     Choice,
+    Option,
     RankPlan,
     allocate,
     chosen,
@@ -99,14 +100,47 @@ def test_the_nearest_number_is_one_that_can_be_typed(unit):
 @pytest.mark.parametrize("unit", ["params", "bytes"])
 def test_a_looser_budget_never_costs_more(unit):
     """With one step per layer per unit the hull is everything, and greedy steps are the optimum."""
-    from lrcompress.plan import Option
-
     options = []
     for k in range(5):
         losses = [100.0 * (k + 1) * 0.8**i for i in range(12)] + [0.0]
         options.append([Option(i + 1, v, "dense" if v == 0 else "svd", i + 1, i + 1) for i, v in enumerate(losses)])
     losses = [allocate(options, budget, unit).loss for budget in range(5, 66)]
     assert all(b <= a + 1e-12 for a, b in itertools.pairwise(losses)) and losses[-1] == 0.0
+
+
+def option(cost, loss):
+    return Option(cost, loss, "dense" if loss == 0 else "svd", 1, cost)
+
+
+def test_what_is_left_is_spent_on_an_upgrade_that_is_not_on_the_hull():
+    """From 1 the hull goes to 10 at once, which does not fit; the step to 6 does."""
+    found = allocate([[option(1, 10.0), option(6, 9.0), option(10, 0.0)]], 7)
+    assert found.cost == 6 and found.loss == 9.0
+
+
+def test_two_layers_trade_where_no_single_step_pays():
+    """Greedy steps buy the steeper one and leave no room; giving it back pays for the larger gain."""
+    options = [[option(0, 10.0), option(4, 4.0), option(9, 0.0)], [option(0, 20.0), option(8, 9.0), option(30, 0.0)]]
+    found = allocate(options, 8)
+    assert found.cost == 8 and found.loss == 19.0
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_bound_is_the_best_that_any_price_gives(seed):
+    """max over λ ≥ 0 of Σ min (loss + λ cost) − λ budget, which is piecewise linear: its corners are at slopes."""
+    rng = np.random.default_rng(seed)
+    options = []
+    for _ in range(5):
+        costs = np.unique(rng.integers(1, 60, 6))
+        losses = np.sort(rng.random(len(costs)))[::-1]
+        options.append(
+            [option(int(c), float(v)) for c, v in zip(costs[:-1], losses, strict=False)] + [option(int(costs[-1]), 0.0)]
+        )
+    least, most = (sum(o[i].n_params for o in options) for i in (0, -1))
+    budget = least + int(rng.uniform(0.1, 0.9) * (most - least))
+    slopes = {(a.loss - b.loss) / (b.n_params - a.n_params) for o in options for a, b in itertools.combinations(o, 2)}
+    best = max(sum(min(p.loss + s * p.n_params for p in o) for o in options) - s * budget for s in {0.0, *slopes})
+    assert allocate(options, budget).bound == pytest.approx(max(best, 0.0), abs=1e-12)
 
 
 @pytest.mark.parametrize("multiple", [1, 4, 7, 8])
@@ -236,6 +270,14 @@ def test_any_list_of_layers_is_a_plan_or_says_why_not(tmp_path_factory, entries)
         if c.form != "dense":
             assert layer.reason is None and serves(c.form, layer)
             assert c.n_params == form(c.form).n_params(layer.shape, c.rank)
+
+
+def test_a_layer_that_must_stay_dense_stays_so(tmp_path):
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps({"schema": 1, "layers": [{"name": "d", "form": "svd", "rank": 2}]}))
+    with pytest.raises(PlanError, match="in --exclude") as e:
+        read_plan(path, LAYERS)
+    assert "layers[0] (d)" in str(e.value)
 
 
 @given(data=st.binary(max_size=60))

@@ -217,7 +217,7 @@ def test_a_search_keeps_the_budget_and_never_loses_more(share, unit):
     assert sum(o.cost(unit) for o in found.chosen) <= limit
     assert found.before == bench.loss(dict(zip(names, start.chosen, strict=True)))
     assert found.loss == bench.loss(dict(zip(names, found.chosen, strict=True))) <= found.before
-    joint = jointly(start, found, unit)
+    joint = jointly(replace(start, cost=-1, loss=-1.0), found, unit)
     assert joint.cost == sum(o.cost(unit) for o in found.chosen) and joint.loss == sum(o.loss for o in found.chosen)
     assert (joint.bound, joint.price, joint.chosen) == (start.bound, start.price, found.chosen)
 
@@ -276,14 +276,15 @@ def same(drift, expected, **tolerance):
 def test_moments_of_rows_merge_in_any_order(order):
     x, t = randn(400, 9) + 2, randn(400, 5, seed=2) + randn(400, 9) @ randn(9, 5, seed=3) - 3
     cuts = [slice(0, 1), slice(1, 150), slice(150, 151), slice(151, 400)]
-    whole = JointMoments()
+    whole, copies = JointMoments(), []
     for i in order:
         part = JointMoments()
         part.add(t[cuts[i]], x[cuts[i]], None, None)
-        kept = part.copy()
+        copies.append((i, part.copy()))
         whole.merge(part)
-        same(kept.drift(), explicit(t[cuts[i]], x[cuts[i]]), rtol=1e-9, atol=1e-9)
     same(whole.drift(), explicit(t, x), rtol=1e-9, atol=1e-9)
+    for i, kept in copies:
+        same(kept.drift(), explicit(t[cuts[i]], x[cuts[i]]), rtol=1e-9, atol=1e-9)
 
 
 def test_batches_in_which_all_is_padding_change_nothing():
@@ -315,9 +316,9 @@ def test_products_of_half_precision_are_summed_in_more(dtype):
     ],
     ids=str,
 )  # fmt: skip
-@pytest.mark.parametrize("offset", [0.0, 100.0])
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
 def test_moments_of_patches_lose_no_digits_to_a_mean(layer, offset):
-    """A mean of a hundred deviations: products of what is not centred would lose four digits of seven."""
+    """A mean of a thousand deviations: products of what is not centred would lose six digits of seven."""
     axes = len(layer.kernel_size)
     x = torch.randn(6, 4, *(7, 8, 6)[:axes], generator=torch.Generator().manual_seed(1)) + offset
     with torch.no_grad():
@@ -393,6 +394,14 @@ def test_statistics_of_the_output_side_decide_what_is_chosen():
     ratio = two[0].options[0].loss / two[1].options[0].loss
     assert ratio == pytest.approx(100 * float(tail(layers[0]) / tail(layers[1])), rel=1e-6)
     assert alone[0].options[0].loss == pytest.approx(float(tail(layers[0]) / layers[0].weight.square().sum()), rel=1e-6)
+
+
+def test_a_bias_for_the_mean_is_part_of_what_an_option_costs():
+    bare = Layer("a", "linear", randn(32, 48).float(), has_bias=False)
+    stats = {"a": Statistics(gram=torch.eye(48, dtype=torch.float64), mean=torch.ones(48, dtype=torch.float64))}
+    [with_mean], [without] = menus_of([bare], "svd", stats), menus_of([bare], "svd", {})
+    pairs = [(a, b) for a in with_mean.options for b in without.options if a.form != "dense" and a.rank == b.rank]
+    assert pairs and all(a.n_params == b.n_params + 32 and a.n_bytes == b.n_bytes + 128 for a, b in pairs)
 
 
 def tail(layer):
