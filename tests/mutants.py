@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ["tests/contracts/test_factorize.py", "tests/contracts/test_special_forms.py"]
+TESTS = [f"tests/contracts/test_{name}.py" for name in ("factorize", "special_forms", "anchor")]
 
 #: (file in lrcompress/factorize, text, what it becomes, which tests to run)
 FAULTS: list[tuple[str, str, str, str]] = [
@@ -110,9 +110,9 @@ FAULTS: list[tuple[str, str, str, str]] = [
     ("grouped_svd.py", "geometry, groups)\n    return", "geometry, 1)\n    return", "group"),
     ("grouped_svd.py", "rank, None if statistics is None else statistics.group(i))", "rank, None if statistics is None else statistics.group(0))", "group"),
     ("shared.py", "\"U\": u[at : at + len(w)] / s", "\"U\": u[at : at + len(w)]", "shared"),
-    ("_anchor.py", "raised = h + DAMPING", "raised = drift.clean.double() + DAMPING", "anchor or drifted"),
-    ("_anchor.py", "(drift.cross.double() - h)", "(drift.cross.double().T - h)", "anchor or drifted"),
-    ("_anchor.py", "shift = w @ blend.clean_mean.double()", "shift = w @ blend.drifted_mean.double()", "anchor"),
+    ("_anchor.py", "beta * (1 - beta) * (mixed + mixed.mT)", "beta * (mixed + mixed.mT)", "anchor or blended"),
+    ("_anchor.py", "(self.cross - w @ h).mT).mT", "self.cross.mT).mT", "anchor or drifted"),
+    ("_anchor.py", "bias_shift=blend.shift(rebuilt)", "bias_shift=drift.shift(rebuilt)", "anchor"),
 ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from typing import Any
 
 import click
@@ -24,7 +25,7 @@ class Size(click.ParamType[int]):
         found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
         if found is None or found[2].lower() not in _UNITS:
             self.fail(f"{value!r} is no size; for example 6MB or 512KiB", param, ctx)
-        return int(float(found[1]) * _UNITS[found[2].lower()])
+        return int(Decimal(found[1]) * _UNITS[found[2].lower()])
 
 
 @click.command(

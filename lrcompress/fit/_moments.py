@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..calibrate import Moments
 from ..calibrate.collected import real_rows
-from ..calibrate.moments import product
+from ..calibrate.moments import product, wide
 from ..calibrate.patch_moments import by_group, patch_moments
 from ..factorize import Drift
 from ..model.views import Walk
@@ -26,7 +26,7 @@ class JointMoments:
 
     def add(self, wanted: Tensor, read: Tensor, walk: Walk | None, mask: Tensor | None) -> None:
         """Add one batch: `read` (…, in) or (batch, in, *space), `wanted` (…, out) or (batch, out, *space) alike."""
-        own = JointMoments()
+        own, wanted, read = JointMoments(), wide(wanted), wide(read)
         if walk is None:
             rows, answers = real_rows(read, mask), real_rows(wanted, mask)
             own.read.add(rows)
@@ -71,10 +71,14 @@ def _symmetric(m: Tensor) -> Tensor:
 
 
 def _patch_products(wanted: Tensor, read: Tensor, walk: Walk) -> Tensor:
-    """Return Σ over positions of (t − t̄) pᵀ, (out, in·kernel) or (groups, out, in·kernel): the gradient of a kernel."""
+    """Return Σ over positions of (t − t̄) pᵀ, (out, in·kernel) or (groups, out, in·kernel): the gradient of a kernel.
+
+    What is taken from all p, a mean per channel, adds Σ (t − t̄) = 0 and saves digits.
+    """
     axes = tuple(range(2, wanted.dim()))
     centred = wanted - wanted.mean((0, *axes), keepdim=True)
-    x = padded(read, walk)
+    centred = centred - centred.mean((0, *axes), keepdim=True)  # the rounding of a large mean would meet padded zeros
+    x = padded(read, walk) - read.mean((0, *axes), keepdim=True)
     kernel = torch.empty(wanted.shape[1], read.shape[1] // walk.groups, *walk.kernel, dtype=x.dtype, device=x.device)
     zeros = [0] * len(walk.kernel)
     gradients = torch.ops.aten.convolution_backward(

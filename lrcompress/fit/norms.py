@@ -23,7 +23,8 @@ def reestimated(
 ) -> bool:
     """Return whether the statistics of `network` were replaced by those of `data`: only if the judge loses less then."""
     norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    if not norms:
+    batches = [b for b in read_batches(data, _BATCH) if len(next(iter(b.values()))) > 1]  # one sample has no variance
+    if not norms or not batches:
         return False
     judge = Judge(opened, original, judged)
     before, kept = judge.loss(network), [_state(m) for m in norms]
@@ -34,7 +35,7 @@ def reestimated(
             m.momentum = None  # the plain mean over batches
             m.train()
         with torch.no_grad():
-            for batch in read_batches(data, _BATCH):
+            for batch in batches:
                 opened.outputs(network, batch)
     finally:
         for m, momentum in zip(norms, momenta, strict=True):

@@ -9,6 +9,7 @@ Source: one measured loss per layer as LEMS does it (maths.md §7.2); the rest i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -76,7 +77,7 @@ def sensitivities(bench: Bench, progress: Progress | None = None) -> tuple[dict[
     with progress.task("measure layers", total=len(tried)) as advance:
         for name, option in tried.items():
             loss = bench.loss({name: option})
-            if loss is not None:
+            if loss is not None and math.isfinite(loss):
                 measured[name] = loss
                 factors[name] = max(loss, 0.0) / option.loss
             advance(1, name)
@@ -175,7 +176,7 @@ def calibrated(menus: Sequence[Menu], factors: Mapping[str, float]) -> list[Menu
     return [m.scaled(factors.get(m.layer.name, usual)) for m in menus]
 
 
-def jointly(allocation: Allocation, searched: Searched) -> Allocation:
+def jointly(allocation: Allocation, searched: Searched, unit: str) -> Allocation:
     """Return the allocation with what the search chose."""
-    loss = sum(o.loss for o in searched.chosen)
-    return replace(allocation, chosen=searched.chosen, loss=loss)
+    loss, cost = sum(o.loss for o in searched.chosen), sum(o.cost(unit) for o in searched.chosen)
+    return replace(allocation, chosen=searched.chosen, loss=loss, cost=cost)

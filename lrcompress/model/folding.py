@@ -2,7 +2,7 @@
 
 Done before a network is factorized, so that errors are weighed as they reach what follows, and fewer numbers are kept.
 Which normalization follows which layer is seen in a run: its only input must be the layer's answer, and nobody else may
-read that. What a normalization was is an `nn.Identity` afterwards.
+read that. A weight that another layer holds too is left alone. What a normalization was is an `nn.Identity` afterwards.
 
     folded = fold_norms(opened, module, a_few_samples)        # {"bn1": "conv1", …}; the module is changed
     refold(module, folded)                                    # the same places, in a network yet to be filled
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .lockstep import Counting
+from .flow import Counting
 from .opened import OpenedModel
 from .surgery import Layer, set_submodule
 
@@ -31,7 +31,11 @@ def fold_norms(
 ) -> dict[str, str]:
     """Fold what can be folded into the layers that no reason keeps as they are; return {normalization: layer}."""
     norms = {n for n, m in module.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
-    targets = {n for n, layer in layers.items() if layer.reason is None and type(module.get_submodule(n)) in _FOLDING}
+    holders = Counter(id(p) for m in module.modules() for p in m.parameters(recurse=False))
+    targets = {
+        n for n, layer in layers.items()
+        if layer.reason is None and type(m := module.get_submodule(n)) in _FOLDING and holders[id(m.weight)] == 1
+    }  # fmt: skip
     if not norms or not targets:
         return {}
     folded = {}
@@ -88,8 +92,8 @@ def _followers(
         answers[name] = out
 
     with _hooked(module, targets | norms, before, after), torch.no_grad(), counting:
-        opened.outputs(module, inputs)
-    outside = {id(t) for _, tensors, _, _ in counting.uses for t in tensors}
+        told = opened.outputs(module, inputs)
+    outside = {id(t) for _, tensors, _, _ in counting.uses for t in tensors} | {id(t) for t in told.values()}
     found = {}
     for layer in sorted(targets & set(answers)):
         answer = answers[layer]

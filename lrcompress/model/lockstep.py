@@ -19,23 +19,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import ModelError
+from .flow import Abandoned, Counting, Flow, Position, first_of, flow_of
 from .opened import OpenedModel
 from .surgery import set_submodule
-
-_ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
-_RECTIFIERS = (torch.ops.aten.relu.default, torch.ops.aten.relu_.default)
-#: An operation of a recorded pass: what it is, its tensors and other arguments, the position of its result.
-_Use = tuple[Any, tuple[Tensor, ...], dict[str, Any], int]
 
 
 @dataclass(frozen=True)
@@ -81,32 +75,9 @@ class Stop:
             if others is None and clean.other is not None and drifted.other is not None:
                 others = clean.other, drifted.other
             assert clean.answer is not None
-            yield Pair(clean.value, drifted.value, clean.answer, others)
-
-
-@dataclass(frozen=True)
-class Flow:
-    """How values run between the layers of a network, as one small batch showed it.
-
-    `calls`: the layers in the order they are called, with repetitions. `additions`: layer → position of the value
-    that its answer is added to, where that exists before the layer is called; `ahead`: where it comes later.
-    `rectified`: layers of whose answer, or of the sum that it goes into, the negative part is cut off next.
-    """
-
-    calls: tuple[str, ...]
-    additions: Mapping[str, int]
-    ahead: Mapping[str, int]
-    rectified: frozenset[str] = frozenset()
-
-    @property
-    def once(self) -> tuple[str, ...]:
-        """The layers that are called once, in order."""
-        counts = Counter(self.calls)
-        return tuple(n for n in self.calls if counts[n] == 1)
-
-
-class _Abandoned(BaseException):
-    """Ends a pass whose caller is gone; no code of a model's may catch it as an error of its own."""
+            # Where the data decide what is computed, another value may stand at that position.
+            fits = others is not None and all(o.shape == clean.answer.shape for o in others)
+            yield Pair(clean.value, drifted.value, clean.answer, others if fits else None)
 
 
 @dataclass
@@ -115,136 +86,6 @@ class _Arrival:
     value: Tensor
     answer: Tensor | None
     other: Tensor | None
-
-
-class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Give every value that is made outside of layers its position; keep those that are wanted, or all of them.
-
-    Layers count too: their answer takes a position like any other operation, whatever happens inside. The pass ends
-    behind position `last`.
-    """
-
-    def __init__(self, wanted: Collection[int] | None, *, last: int | None = None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.position = 0
-        self.inside = False
-        self._last = last
-        self.values: dict[int, Tensor] = {}
-        self.uses: list[_Use] = []
-        self._wanted = wanted
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if not self.inside:
-            if self._wanted is None:
-                flat = tuple(a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, Tensor))
-                self.uses.append((func, flat, kwargs, self.position))
-            self.made(out)
-        return out
-
-    def made(self, out: Any) -> None:
-        """Count one operation whose result is `out`."""
-        if isinstance(out, Tensor) and (self._wanted is None or self.position in self._wanted):
-            self.values[self.position] = out
-        if self.position == self._last:
-            raise _Abandoned
-        self.position += 1
-
-
-def flow_of(opened: OpenedModel, module: nn.Module, inputs: Mapping[str, Tensor], names: Collection[str]) -> Flow:
-    """Run one small batch and return how the named layers are called and what their answers are added to."""
-    counting = Counting(None)
-    calls: list[str] = []
-    answers: dict[str, int] = {}
-    reads: list[tuple[Tensor, int]] = []
-
-    def before(layer: str, read: Tensor) -> None:
-        counting.inside = True
-        calls.append(layer)
-        reads.append((read, counting.position))
-
-    def after(layer: str, out: Tensor) -> None:
-        counting.inside = False
-        answers[layer] = counting.position
-        counting.made(out)
-
-    with _watched(module, names, before, after), torch.no_grad(), counting:
-        opened.outputs(module, inputs)
-    numbers: dict[int, list[int]] = {}
-    for position, value in sorted(counting.values.items()):
-        numbers.setdefault(id(value), []).append(position)
-    additions: dict[str, int] = {}
-    ahead: dict[str, int] = {}
-    rectified = set()
-    uses = _Uses(counting, numbers, reads)
-    for layer, position in answers.items():
-        if calls.count(layer) != 1:
-            continue
-        added = uses.addition(position)
-        if added is not None:
-            (additions if added[0] < position else ahead)[layer] = added[0]
-        if uses.is_rectified(position if added is None else added[1]):
-            rectified.add(layer)
-    return Flow(tuple(calls), additions, ahead, frozenset(rectified))
-
-
-class _Uses:
-    """Who uses which value of a recorded pass. Work in place makes a new value of the old one."""
-
-    def __init__(
-        self, counting: Counting, numbers: Mapping[int, list[int]], reads: Sequence[tuple[Tensor, int]]
-    ) -> None:
-        self._uses, self._numbers = counting.uses, numbers
-        self._read = {self._current(t, at) for t, at in reads}
-
-    def _current(self, value: Tensor, before: int) -> int | None:
-        known = [p for p in self._numbers.get(id(value), ()) if p < before]
-        return known[-1] if known else None
-
-    def _only(self, position: int) -> _Use | None:
-        """Return the one operation that uses a value, None where there are several or a layer reads it."""
-        users = [u for u in self._uses if any(self._current(t, u[3]) == position for t in u[1])]
-        return users[0] if len(users) == 1 and position not in self._read else None
-
-    def addition(self, position: int) -> tuple[int, int] | None:
-        """Return the positions of what a value is added to and of the sum; None if it is used in another way."""
-        user = self._only(position)
-        if user is None:
-            return None
-        func, tensors, kwargs, at = user
-        if func not in _ADDITIONS or len(tensors) != 2 or kwargs.get("alpha", 1) != 1:
-            return None
-        if tensors[0].shape != tensors[1].shape or tensors[0] is tensors[1]:
-            return None
-        other = next((p for p in (self._current(t, at) for t in tensors) if p != position), None)
-        return None if other is None else (other, at)
-
-    def is_rectified(self, position: int) -> bool:
-        """Return whether all that happens to a value is that its negative part is cut off."""
-        user = self._only(position)
-        return user is not None and user[0] in _RECTIFIERS
-
-
-@contextlib.contextmanager
-def _watched(
-    module: nn.Module,
-    names: Collection[str],
-    before: Callable[[str, Tensor], None],
-    after: Callable[[str, Tensor], None],
-) -> Iterator[None]:
-    handles: list[Any] = []
-    for name in names:
-        layer = module.get_submodule(name)
-        handles.append(
-            layer.register_forward_pre_hook(lambda _m, a, k, n=name: before(n, _first(a, k)), with_kwargs=True)
-        )
-        handles.append(layer.register_forward_hook(lambda _m, _a, out, n=name: after(n, out)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Strand:
@@ -264,7 +105,7 @@ class _Strand:
             if not self._abandoned:
                 with torch.no_grad():
                     forward(self)
-        except _Abandoned:
+        except Abandoned:
             pass
         except BaseException as e:  # raised again where the pass was asked for
             self._failure = e
@@ -277,7 +118,7 @@ class _Strand:
         self._still.release()
         self._go.acquire()
         if self._abandoned:
-            raise _Abandoned
+            raise Abandoned
 
     def advance(self) -> _Arrival | None:
         """Let the pass run to its next layer; None when it has ended."""
@@ -331,16 +172,10 @@ class _Gate(nn.Module):
             return self.layer(*args, **kwargs)
         here.counting.inside = True
         if here.strand is not None:
-            here.strand.stand(_Arrival(self._name, _first(args, kwargs), None, here.other(self._name)))
+            here.strand.stand(_Arrival(self._name, first_of(args, kwargs), None, here.other(self._name)))
         out = self.layer(*args, **kwargs)
-        here.counting.inside = False
-        here.counting.made(out)
+        here.counting.answered(out)
         return out
-
-
-def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    found: Tensor = args[0] if args else next(iter(kwargs.values()))
-    return found
 
 
 def lockstep(
@@ -359,7 +194,8 @@ def lockstep(
     here = threading.local()
     wanted = {flow.additions[n] for n in names if n in flow.additions}
     order = [n for n in flow.calls if n in set(names)]
-    with _gated(copy, order, here), _stopped(original, order, here):
+    others = sorted(flow.counted - set(order))
+    with _gated(copy, order, here), _hooked(original, order, others, here), _hooked(copy, (), others, here):
         strands = [
             (_strand(opened, original, b, here, flow, wanted), _strand(opened, copy, b, here, flow, wanted))
             for b in batches
@@ -369,16 +205,15 @@ def lockstep(
             at = flow.ahead.get(name)
             if at is None:
                 return None
-            return _run_to(opened, original, batches[k], here, flow, at), _run_to(
-                opened, copy, batches[k], here, flow, at
-            )
+            clean, drifted = (_run_to(opened, m, batches[k], here, flow, at) for m in (original, copy))
+            return None if clean is None or drifted is None else (clean, drifted)
 
         try:
             for name in order:
                 at = [(_expect(a, name), _expect(b, name)) for a, b in strands]
                 yield Stop(name, at, functools.partial(ahead, name))
             for strand in (s for pair in strands for s in pair):
-                strand.advance()
+                _check_next(strand.advance(), None)
         finally:
             for strand in (s for pair in strands for s in pair):
                 strand.abandon()
@@ -390,17 +225,17 @@ def _run_to(
     inputs: Mapping[str, Tensor],
     here: threading.local,
     flow: Flow,
-    position: int,
-) -> Tensor:
+    position: Position,
+) -> Tensor | None:
     """Return the value at `position` of a pass that does not stand still: what lies ahead of the others."""
     counting = Counting({position}, last=position)
     here.now = _Pass(None, counting, flow)
     try:
-        with contextlib.suppress(_Abandoned), torch.no_grad(), counting:
+        with contextlib.suppress(Abandoned), torch.no_grad(), counting:
             opened.outputs(module, inputs)
     finally:
         here.now = None
-    return counting.values[position]
+    return counting.values.get(position)
 
 
 def at_stop(name: str) -> str:
@@ -410,15 +245,22 @@ def at_stop(name: str) -> str:
 
 def _expect(strand: _Strand, name: str) -> _Arrival:
     arrival = strand.advance()
-    if arrival is None or arrival.layer != name:
-        got = "the end" if arrival is None else arrival.layer
-        raise ModelError("the model", f"the layer {name} next in every batch", got, "its layers depend on the data")
+    _check_next(arrival, name)
+    assert arrival is not None
     return arrival
+
+
+def _check_next(arrival: _Arrival | None, name: str | None) -> None:
+    """Raise `ModelError` where a pass is not at the layer `name`, None: at its end."""
+    if (None if arrival is None else arrival.layer) != name:
+        expected = "the end" if name is None else f"the layer {name} next"
+        got = "the end" if arrival is None else arrival.layer
+        raise ModelError("the model", f"{expected} in every batch", got, "its layers depend on the data")
 
 
 def _strand(
     opened: OpenedModel, module: nn.Module, inputs: Mapping[str, Tensor], here: threading.local, flow: Flow,
-    wanted: Collection[int],
+    wanted: Collection[Position],
 ) -> _Strand:  # fmt: skip
     def forward(strand: _Strand) -> None:
         counting = Counting(wanted)
@@ -441,30 +283,32 @@ def _gated(copy: nn.Module, names: Sequence[str], here: threading.local) -> Iter
 
 
 @contextlib.contextmanager
-def _stopped(original: nn.Module, names: Sequence[str], here: threading.local) -> Iterator[None]:
-    """Make the passes through the network itself stand still behind each layer, so that its answer is there too."""
+def _hooked(module: nn.Module, stops: Sequence[str], others: Sequence[str], here: threading.local) -> Iterator[None]:
+    """Count calls of the named parts as one operation, and make passes stand still at `stops`.
+
+    They do so behind the layer, so that its answer is there too.
+    """
 
     def enter(_: nn.Module, args: Any) -> None:
         now: _Pass | None = getattr(here, "now", None)
         if now is not None:
             now.counting.inside = True
 
-    def leave(name: str) -> Any:
+    def leave(name: str, *, stops: bool) -> Any:
         def run(_: nn.Module, args: Any, kwargs: Any, out: Tensor) -> None:
             now: _Pass | None = getattr(here, "now", None)
             if now is not None:
-                if now.strand is not None:
-                    now.strand.stand(_Arrival(name, _first(args, kwargs), out, now.other(name)))
-                now.counting.inside = False
-                now.counting.made(out)
+                if stops and now.strand is not None:
+                    now.strand.stand(_Arrival(name, first_of(args, kwargs), out, now.other(name)))
+                now.counting.answered(out)
 
         return run
 
     handles: list[Any] = []
-    for name in names:
-        layer = original.get_submodule(name)
+    for name in (*stops, *others):
+        layer = module.get_submodule(name)
         handles.append(layer.register_forward_pre_hook(enter))
-        handles.append(layer.register_forward_hook(leave(name), with_kwargs=True))
+        handles.append(layer.register_forward_hook(leave(name, stops=name in stops), with_kwargs=True))
     try:
         yield
     finally:

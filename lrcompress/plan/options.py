@@ -113,10 +113,10 @@ def menu(
     for name in candidates(method, layer):
         top = form(name).full_rank(layer.shape)
         points = [p for p in layer.curve(name, statistics) if _fits(p.rank, top, multiple)]
-        quick = [p for p in points if method != "auto" or _runs_no_slower(name, layer, p.rank)]
-        made = [_option(layer, name, p.rank, p.n_params + extra, p.loss * scale) for p in quick]
-        found[name] = [o for o in made if o.cost(unit) < whole.cost(unit)]
-        slow += [name] if points and not found[name] else []
+        made = [_option(layer, name, p.rank, p.n_params + extra, p.loss * scale) for p in points]
+        smaller = [o for o in made if o.cost(unit) < whole.cost(unit)]
+        found[name] = [o for o in smaller if method != "auto" or _runs_no_slower(name, layer, o.rank)]
+        slow += [name] if smaller and not found[name] else []
     kept = undominated([*(o for own in found.values() for o in own), whole], unit)
     forms = {name: tuple(undominated(own, unit)) for name, own in found.items() if own}
     return Menu(layer, tuple(kept), forms, tuple(slow))

@@ -168,10 +168,19 @@ def _why(best: Option, taken: Option, unit: str) -> str:
 
 def write_plan(path: Path, plan: RankPlan) -> None:
     """Write a plan file; one that is there must be a plan. Raises `CommandError`, `HostError`."""
+    check_plan(path)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, plan.as_json())
+
+
+def check_plan(path: Path) -> None:
+    """Raise `CommandError` where a plan may not be written: over another file, or below one."""
     if path.exists() and not _is_ours(path):
         raise CommandError(path, "a new file, or a plan to replace", "something else", "name another file with -o")
-    with disk_errors(path):
-        write_json(path, plan.as_json())
+    nearest = next(p for p in path.absolute().parents if p.exists())
+    if not nearest.is_dir():
+        raise CommandError(path, "a place below folders", f"{nearest.name} is a file", "choose another place with -o")
 
 
 def _is_ours(path: Path) -> bool:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 
 from ..errors import BudgetError
 from ..factorize import Point, Rank, Statistics, form
 from ..model.surgery import Layer
 from .allocation import Allocation, allocate
 from .options import Menu, Option, bias_cost, candidates, menu
+
+_WORTH_MORE = "its parameters are worth more than those of other layers"
 
 
 @dataclass(frozen=True)
@@ -125,14 +128,15 @@ def menus_of(
 def ratio_budget(layers: Sequence[Layer], ratio: float, fixed: int, before: int | None = None) -> Budget:
     """Return the budget of `--ratio`: a share of all parameters, `before`, which are those of the layers and the rest if not given."""
     whole = fixed + sum(layer.weight.numel() for layer in layers) if before is None else before
-    return Budget("params", math.floor(ratio * whole), fixed, "--ratio", ratio, whole)
+    limit = math.floor(Decimal(repr(float(ratio))) * whole)  # 0.29 of 100 is 29, 0.29 * 100 is less
+    return Budget("params", limit, fixed, "--ratio", ratio, whole)
 
 
 def within(menus: Sequence[Menu], budget: Budget) -> Allocation:
     """Allocate a budget. Raises `BudgetError` with the nearest one that can be met."""
     least = sum(m.options[0].cost(budget.unit) for m in menus) + budget.fixed
     if least > budget.limit:
-        nearest = f"{math.ceil(least / budget.whole * 1e4) / 1e4:.4f}" if budget.option == "--ratio" else f"{least:,}"
+        nearest = f"{-(-least * 10_000 // budget.whole) / 10_000:.4f}" if budget.option == "--ratio" else str(least)
         raise BudgetError(
             budget.option, f"at least {nearest} for this model and method", f"{budget.given}",
             "ask for more, or for another --method",
@@ -143,7 +147,7 @@ def within(menus: Sequence[Menu], budget: Budget) -> Allocation:
 def chosen(menus: Sequence[Menu], options: Sequence[Option]) -> list[Choice]:
     """Return the choices that options mean."""
     return [
-        dense(m.layer, m.layer.reason or "its parameters are worth more than those of other layers")
+        dense(m.layer, m.layer.reason or ("would not shrink" if len(m.options) == 1 else _WORTH_MORE))
         if o.form == "dense"
         else Choice(m.layer.name, o.form, o.rank, o.n_params)
         for m, o in zip(menus, options, strict=True)

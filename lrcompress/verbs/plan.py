@@ -17,7 +17,7 @@ from ..data import Data
 from ..errors import CommandError, ModelError
 from ..factorize import form, forms
 from ..model import InputSpec, OpenedModel, open_model
-from ..plan import RankPlan, write_plan
+from ..plan import RankPlan, check_plan, write_plan
 from ..progress import Progress, Silent
 from .planning import budget_of, plan_within, prepare
 from .sources import device_of
@@ -63,6 +63,8 @@ def plan(
     """
     progress = progress or Silent()
     _check_options({"--ratio": ratio, "--max-params": max_params, "--max-bytes": max_bytes}, method, multiple)
+    if output is not None:  # hours of work must not end in a refusal
+        check_plan(Path(output))
     device = device_of(compute)
     if threads:
         torch.set_num_threads(threads)
@@ -104,7 +106,7 @@ def _check_options(sizes: Mapping[str, float | int | None], method: str | None, 
     [name] = given
     value = sizes[name]
     assert value is not None
-    if value <= 0 or (name == "--ratio" and value > 1):
+    if not value > 0 or (name == "--ratio" and value > 1):  # nor NaN
         raise CommandError(
             f"{where} {name}", "a number above 0" + (" and at most 1" if name == "--ratio" else ""), value
         )

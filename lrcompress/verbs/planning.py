@@ -164,7 +164,7 @@ def plan_within(
         tied = [m for m in menus if m.layer.name in prepared.ties and m.layer.reason is None]
         if not tied:
             found = search(bench, menus, allocation, budget.limit - budget.fixed, budget.unit, progress=progress)
-            allocation, joint = jointly(allocation, found), found.loss
+            allocation, joint = jointly(allocation, found, budget.unit), found.loss
     choices = chosen(menus, allocation.chosen)
     return RankPlan.of(
         menus, choices, allocation, budget, model_digest=prepared.opened.digest, method=method, measured=measured,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from torch import nn
 
 import lrcompress
 from lrcompress.data import Data
+from lrcompress.errors import LrcompressWarning
+from lrcompress.factorize import form
 from lrcompress.fit import Judge, apply_in_depth, read_batches, reestimated
 from lrcompress.fit._moments import JointMoments
 from lrcompress.model import InputSpec, open_model
@@ -202,3 +205,98 @@ def test_normalizations_are_estimated_again_only_where_that_helps(off):
     assert reestimated(opened, net, changed, data.take(slice(0, 32)) if not off else data, judged) is off
     same = all(torch.equal(kept[k], v) for k, v in changed.state_dict().items())
     assert same is not off
+
+
+class Leaky(nn.Module):
+    """A kernel that `pivoted_spatial` refuses: its terms live at one tap each."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.leaky = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 8, 3, padding=1)
+        g = torch.Generator().manual_seed(0)
+        second = torch.randn(8, 4, 3, generator=g)
+        second[:, :3] *= torch.eye(3)
+        with torch.no_grad():
+            self.leaky.weight.copy_(torch.einsum("rih,orw->oihw", torch.randn(4, 6, 3, generator=g), second) / 4)
+
+    def forward(self, x):
+        return self.leaky(torch.tanh(self.first(x))).mean((2, 3))
+
+
+def test_a_refused_form_falls_back_and_the_report_says_so(tmp_path):
+    torch.manual_seed(0)
+    plan = {"schema": 1, "layers": [{"name": "leaky", "form": "pivoted_spatial", "rank": 4}]}
+    (tmp_path / "p.json").write_text(json.dumps(plan))
+    data = Data.of_arrays({"x": images(64).numpy()})
+    made = lrcompress.factorize(Leaky().eval(), plan=tmp_path / "p.json", calib=data, cache=False)
+    row, layer = {n["name"]: n for n in made.data["layers"]}["leaky"], made.model.leaky
+    stored = sum(t.numel() for t in layer.factors.values() if t.is_floating_point())
+    most = form("pivoted_spatial").n_params((8, 6, 3, 3), 4)
+    assert (layer.form, layer.rank) == (row["form"], row["rank"]) and row["form"] == "spatial_svd"
+    assert stored == row["params_after"] <= most
+
+
+def texts(n, seed=0):
+    """Ids that follow each other, and masks of which some pad nothing."""
+    g = torch.Generator().manual_seed(seed)
+    ids = (torch.randint(0, 50, (n, 1), generator=g) + torch.randint(1, 4, (n, 1), generator=g) * torch.arange(8)) % 50
+    lengths = torch.where(torch.rand(n, generator=g) < 0.5, 8, torch.randint(2, 9, (n,), generator=g))
+    return ids.numpy(), (torch.arange(8) < lengths[:, None]).long().numpy()
+
+
+def transformer():
+    from tests.contracts.test_lockstep_hard import bert
+
+    net = bert()
+    with torch.no_grad():
+        for layer in find_layers(net):
+            layer.weight.mul_(8)  # answers that turn, as trained networks give
+    return net
+
+
+@pytest.mark.parametrize("how", [{"ratio": 0.6, "exclude": ["*embeddings*"]}, {"rank": 6}])
+def test_a_transformer_is_fitted_along_its_residual_stream(how):
+    """Padded or not, with embeddings dense or factorized before: depth order wins on texts it never saw."""
+    spec = tuple(InputSpec(n, "int64", ("b", "s")) for n in ("input_ids", "attention_mask"))
+    named = lambda t: dict(zip(("input_ids", "attention_mask"), t, strict=True))  # noqa: E731
+    data, held = Data.of_arrays(named(texts(400))), named(map(torch.as_tensor, texts(300, 5)))
+    losses = {}
+    for anchor in (True, False):
+        made = lrcompress.factorize(
+            transformer(), method="svd", calib=data, anchor=anchor, inputs=spec, quick=True, cache=False, **how
+        )
+        losses[anchor] = Judge(open_model(transformer()), transformer(), [held]).loss(made.model)
+    assert losses[True] < 0.9 * losses[False], losses
+
+
+def test_full_ranks_change_no_answer_of_a_transformer():
+    net = transformer()
+    opened, layers = open_model(net), [n for n in find_layers(net) if n.kind == "linear"]
+    data = Data.of_arrays(dict(zip(("input_ids", "attention_mask"), texts(64), strict=True)))
+    changed = copy.deepcopy(net)
+    full = {n.name: Choice(n.name, "svd", min(n.shape), 0) for n in layers}
+    made = apply_in_depth(opened, net, changed, layers, full, {}, data)
+    ids, mask = map(torch.as_tensor, texts(20, 3))
+    with torch.no_grad():
+        torch.testing.assert_close(changed(ids, mask)[0], net(ids, mask)[0], rtol=1e-3, atol=1e-3)
+    assert len(made) == 12
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_few_samples_are_enough_to_run(count):
+    data = Data.of_arrays({"x": images(count).numpy()})
+    with pytest.warns(LrcompressWarning, match="fewer positions"):
+        found = lrcompress.factorize(residual(), ratio=0.6, calib=data, cache=False)
+    assert found.data["params_after"] <= 0.6 * found.data["params_before"]
+    assert all(torch.isfinite(p).all() for p in found.model.parameters())
+
+
+def test_a_program_is_fitted_in_depth_order_like_its_module(tmp_path):
+    program = torch.export.export(residual(), (images(2),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.export.save(program, tmp_path / "m.pt2")
+    data, held = Data.of_arrays({"x": images(256).numpy()}), images(256, seed=11)
+    losses = {}
+    for anchor in (True, False):
+        found = lrcompress.factorize(tmp_path / "m.pt2", ratio=0.5, calib=data, anchor=anchor, cache=False)
+        losses[anchor] = Judge(open_model(residual()), residual(), [{"x": held}]).loss(found.model)
+    assert losses[True] < 0.95 * losses[False], losses  # its normalizations are not folded
