@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -23,39 +24,60 @@ class JointMoments:
     read: Moments = field(default_factory=Moments)
     wanted: Moments = field(default_factory=Moments)
     cross: Tensor | None = None
+    #: Number and mean of what was read, batch by batch.
+    parts: list[tuple[int, Tensor]] = field(default_factory=list)
 
     def add(self, wanted: Tensor, read: Tensor, walk: Walk | None, mask: Tensor | None) -> None:
         """Add one batch: `read` (…, in) or (batch, in, *space), `wanted` (…, out) or (batch, out, *space) alike."""
-        own, wanted, read = JointMoments(), wide(wanted), wide(read)
+        own, read = JointMoments(), wide(read)
         if walk is None:
-            rows, answers = real_rows(read, mask), real_rows(wanted, mask)
-            own.read.add(rows)
-            centred = answers - answers.mean(0)
-            own.cross = product(centred, rows - rows.mean(0))
+            own.read.add(real_rows(read, mask))
         else:
-            answers = by_group(wanted.movedim(1, -1).reshape(-1, wanted.shape[1]), walk.groups)
             own.read = patch_moments(read, walk)
-            own.cross = _patch_products(wanted, read, walk)
-        own.wanted.add(answers)
+        if own.read.mean is None:  # a batch of padding only
+            self.parts = [*self.parts, (0, torch.empty(0))]
+            return
+        own.parts = [(own.read.count, own.read.mean.clone())]
+        own.wanted, own.cross = _answers(wide(wanted), read, walk, mask)
         self.merge(own)
 
     def merge(self, other: JointMoments) -> None:
         """Add what `other` saw; it must not be used afterwards."""
         if other.cross is None or not other.read.count:
             return
-        if self.cross is None or self.read.mean is None or self.wanted.mean is None:
+        if self.cross is None:
             self.read, self.wanted, self.cross = other.read, other.wanted, other.cross
+            self.parts = [*self.parts, *other.parts]
             return
-        assert other.read.mean is not None and other.wanted.mean is not None
-        a, b = self.read.count, other.read.count
-        off = (other.wanted.mean - self.wanted.mean)[..., :, None] * (other.read.mean - self.read.mean)[..., None, :]
-        self.cross = self.cross + other.cross + off * (a * b / (a + b))
+        self.cross = self.cross + other.cross + _between(self.wanted, other.wanted, self.read, other.read)
         self.read.merge(other.read)
         self.wanted.merge(other.wanted)
+        self.parts = [*self.parts, *other.parts]
+
+    def answering(self, batches: Iterable[tuple[Tensor, Tensor, Tensor | None]], walk: Walk | None) -> JointMoments:
+        """Return the moments of the same inputs, which are not looked at again, with other answers.
+
+        `batches`: (wanted, read, mask) of every batch, in the order in which they were added.
+        """
+        found, means = JointMoments(self.read, parts=self.parts), Moments()
+        for (count, mean), (wanted, read, mask) in zip(self.parts, batches, strict=True):
+            if not count:
+                continue
+            answers, cross = _answers(wide(wanted), wide(read), walk, mask)
+            part = Moments(count, mean)
+            if found.cross is None:
+                found.wanted, found.cross, means = answers, cross, part
+                continue
+            found.cross = found.cross + cross + _between(found.wanted, answers, means, part)
+            found.wanted.merge(answers)
+            assert means.mean is not None
+            total = means.count + count
+            means = Moments(total, means.mean + (mean - means.mean) * (count / total))
+        return found
 
     def copy(self) -> JointMoments:
         """Return moments that may be merged into."""
-        return JointMoments(self.read.copy(), self.wanted.copy(), self.cross)
+        return JointMoments(self.read.copy(), self.wanted.copy(), self.cross, list(self.parts))
 
     def drift(self) -> Drift:
         """Return the moments per position, on the CPU."""
@@ -64,6 +86,28 @@ class JointMoments:
         parts = [self.read.second, self.read.mean, self.cross, self.wanted.second, self.wanted.mean]
         s, mean, cross, answers, answer_mean = (p.cpu() for p in parts if p is not None)
         return Drift(_symmetric(s / n), mean, cross / n, _symmetric(answers / n), answer_mean)
+
+
+def _answers(wanted: Tensor, read: Tensor, walk: Walk | None, mask: Tensor | None) -> tuple[Moments, Tensor]:
+    """Return the moments of one batch of answers, and Σ (t − t̄)(x̂ − mean)ᵀ."""
+    answers = Moments()
+    if walk is None:
+        rows, said = real_rows(read, mask), real_rows(wanted, mask)
+        cross = product(said - said.mean(0), rows - rows.mean(0))
+    else:
+        said = by_group(wanted.movedim(1, -1).reshape(-1, wanted.shape[1]), walk.groups)
+        cross = _patch_products(wanted, read, walk)
+    answers.add(said)
+    return answers, cross
+
+
+def _between(wanted: Moments, more_wanted: Moments, read: Moments, more_read: Moments) -> Tensor:
+    """Return what the distance of two parts' means adds to the centred products of the whole."""
+    assert wanted.mean is not None and more_wanted.mean is not None and read.mean is not None
+    assert more_read.mean is not None
+    a, b = read.count, more_read.count
+    off: Tensor = (more_wanted.mean - wanted.mean)[..., :, None] * (more_read.mean - read.mean)[..., None, :]
+    return off * (a * b / (a + b))
 
 
 def _symmetric(m: Tensor) -> Tensor:

@@ -110,14 +110,24 @@ class _Seen:
     walk: Walk | None
     rectified: bool
 
-    def moments(self, said: Callable[[Tensor], Tensor] | None = None) -> tuple[JointMoments, JointMoments]:
-        """Return the joint moments of the batches to fit and of those held out. `said`: what the layer answers so far."""
-        fitting, held = JointMoments(), JointMoments()
+    @property
+    def held_out(self) -> list[int]:
+        """The batches that are held out."""
+        return [k for k in range(len(self.pairs)) if k % _HELD_OUT == _HELD_OUT - 1]
+
+    def moments(self) -> tuple[JointMoments, JointMoments]:
+        """Return the joint moments of the batches to fit, and of those held out."""
+        fitting, held, apart = JointMoments(), JointMoments(), set(self.held_out)
         for k, (pair, mask) in enumerate(zip(self.pairs, self.masks, strict=True)):
-            with torch.no_grad():
-                wanted = pair.wanted(None if said is None else said(pair.drifted))
-            (held if k % _HELD_OUT == _HELD_OUT - 1 else fitting).add(wanted, pair.drifted, self.walk, mask)
+            (held if k in apart else fitting).add(pair.wanted(), pair.drifted, self.walk, mask)
         return fitting, held
+
+    def answering(self, before: JointMoments, said: Callable[[Tensor], Tensor]) -> JointMoments:
+        """Return the moments of all batches, `before` with those held out merged, for a layer that answers `said`."""
+        order = [*(k for k in range(len(self.pairs)) if k not in self.held_out), *self.held_out]
+        pairs = ((self.pairs[k], self.masks[k]) for k in order)
+        with torch.no_grad():
+            return before.answering(((p.wanted(said(p.drifted)), p.drifted, m) for p, m in pairs), self.walk)
 
 
 def _fit(
@@ -137,10 +147,10 @@ def _fit(
         beta = min(losses, key=lambda b: (losses[b], -b))
         total = drift.total(Statistics(output_gram=output_gram).g)
         error = (losses[beta] / total) ** 0.5 if total > 0 else 0.0
+    fitting.merge(held)
     for round_ in range(1 + (ROUNDS if seen.rectified and choice.form != "dense" else 0)):
         if round_:
-            fitting, held = seen.moments(copy.get_submodule(path))
-        fitting.merge(held)
+            fitting = seen.answering(fitting, copy.get_submodule(path))
         factors, rebuilt, shift = make(_without_bias(fitting.drift(), bias), beta)
         if factors is None:
             _refill(plain, rebuilt, shift)

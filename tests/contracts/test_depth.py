@@ -95,6 +95,30 @@ def test_joint_moments_of_convolutions(layer):
         torch.testing.assert_close(pick(drift.answer_mean), a.mean(0), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 6, 3, padding=1, groups=2), nn.Linear(4, 6)])
+def test_other_answers_to_the_same_inputs(layer):
+    """Moments of new answers over kept inputs equal those of a fresh pass; a batch of padding only counts for nothing."""
+    generator = torch.Generator().manual_seed(2)
+    linear = isinstance(layer, nn.Linear)
+    size = (9, 4) if linear else (4, 6, 6)
+    reads = [torch.randn(n, *size, generator=generator) + 2 for n in (3, 2, 5)]
+    walk = None if linear else walk_of(layer)
+    masks = (
+        [torch.ones(3, 9).bool(), torch.zeros(2, 9).bool(), torch.rand(5, 9, generator=generator) > 0.3]
+        if linear
+        else [None] * 3
+    )
+    first, fresh = JointMoments(), JointMoments()
+    for x, mask in zip(reads, masks, strict=True):
+        with torch.no_grad():
+            first.add(layer(x), x, walk, mask)
+            fresh.add(layer(x).relu() - x.mean(), x, walk, mask)
+    with torch.no_grad():
+        again = first.answering([(layer(x).relu() - x.mean(), x, m) for x, m in zip(reads, masks, strict=True)], walk)
+    for name in ("drifted", "drifted_mean", "cross", "answers", "answer_mean"):
+        torch.testing.assert_close(getattr(again.drift(), name), getattr(fresh.drift(), name), rtol=1e-9, atol=1e-9)
+
+
 def test_joint_moments_leave_padding_out():
     x, t = torch.randn(4, 5, 3), torch.randn(4, 5, 2)
     mask = torch.rand(4, 5, generator=torch.Generator().manual_seed(0)) > 0.4
