@@ -93,7 +93,7 @@ def _offered(weight: Tensor, metric: Statistics) -> list[Fit]:
     out, inner, kh, kw = _axes(shape)
     # r·in·k_h + out·r(k_w − 1) < out·in·k_h·k_w, from `pivoted_spatial`
     most = max(1, min(full_rank(shape), out * inner * kh * kw // (inner * kh + out * (kw - 1))))
-    return list(fits(_views(weight, metric), ranks_to(most)))
+    return list(fits(_views(weight, metric), ranks_to(most, 20)))
 
 
 #: The fits that the last curve was made of.

@@ -29,8 +29,8 @@ from ..progress import Progress
 from .sources import for_model, is_kept, layers_of, statistics_of, with_inputs
 from .tied import Ties, spread, weighed
 
-#: Samples that single layers and swaps are measured on: images and the like, and texts.
-_JUDGED, _JUDGED_TEXTS = 256, 128
+#: Samples that single layers and swaps are measured on.
+_JUDGED = 128
 _BATCH = 64
 
 
@@ -174,8 +174,7 @@ def plan_within(
 
 def judged(data: Data) -> list[Mapping[str, Tensor]]:
     """Return evenly spread samples, in batches, on which networks are compared."""
-    texts = "attention_mask" in next(iter(data.take(slice(0, 2)).batches(2))).inputs
-    count = min(_JUDGED_TEXTS if texts else _JUDGED, len(data))
+    count = min(_JUDGED, len(data))
     return read_batches(data.take(np.linspace(0, len(data) - 1, count).round().astype(np.int64)), _BATCH)
 
 
