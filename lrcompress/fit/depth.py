@@ -29,10 +29,12 @@ from ._moments import JointMoments
 from .judge import read_batches
 
 #: Blends that are tried.
-BETAS = (0.0, 0.5, 0.75, 1.0)
+BETAS = (0.0, 0.5, 1.0)
 #: One batch in so many is held out for choosing the blend.
 _HELD_OUT = 8
 _BATCHES, _MOST_SAMPLES = 8, 128
+#: So many positions per input are plenty to fit to.
+_PLENTY = 512
 #: How often the answers wanted are adapted to what a rectifier behind the layer forgives.
 ROUNDS = 1
 
@@ -85,7 +87,7 @@ def apply_in_depth(
     with progress.task("fit in depth order", total=len(order)) as advance:
         for stop in lockstep(opened, original, copy, batches, flow, order):
             layer = by_name[stop.layer]
-            seen = _Seen(list(stop.pairs()), masks, walks.get(stop.layer), stop.layer in flow.rectified)
+            seen = _seen(list(stop.pairs()), masks, walks.get(stop.layer), stop.layer in flow.rectified, layer)
             g = statistics.get(stop.layer, Statistics()).output_gram
             fitted[stop.layer] = _fit(copy, layer, choices[stop.layer], seen, g, betas)
             advance(1, stop.layer)
@@ -101,9 +103,19 @@ def _mask(batch: Mapping[str, Tensor]) -> Tensor | None:
     return mask.bool() if mask is not None and mask.dim() == 2 else None
 
 
+def _seen(
+    pairs: Sequence[Pair], masks: Sequence[Tensor | None], walk: Walk | None, rectified: bool, layer: Layer
+) -> _Seen:
+    """Return what a layer sees; half of it where there are so many positions that the other half tells nothing new."""
+    answer = pairs[0].answer
+    positions = len(pairs) * (answer.numel() // answer.shape[1] if walk is not None else answer[..., 0].numel())
+    step = 2 if positions > 2 * _PLENTY * layer.columns and len(pairs) >= _HELD_OUT else 1
+    return _Seen(pairs[::step], masks[::step], walk, rectified)
+
+
 @dataclass(frozen=True)
 class _Seen:
-    """What a layer reads and should answer, in all batches; one in so many is held out where there are enough."""
+    """What a layer reads and should answer, batch by batch; some are held out where there are enough."""
 
     pairs: Sequence[Pair]
     masks: Sequence[Tensor | None]
@@ -113,7 +125,7 @@ class _Seen:
     @property
     def held_out(self) -> list[int]:
         """The batches that are held out."""
-        return [k for k in range(len(self.pairs)) if k % _HELD_OUT == _HELD_OUT - 1]
+        return list(range(len(self.pairs) - 1, 0, -_HELD_OUT))
 
     def moments(self) -> tuple[JointMoments, JointMoments]:
         """Return the joint moments of the batches to fit, and of those held out."""

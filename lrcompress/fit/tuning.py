@@ -25,7 +25,7 @@ from .judge import Judge
 #: Scales are kept within this factor of the predicted ones: a point that lies far off is noise of a tiny loss.
 _TRUST = 30.0
 #: Swaps that are tried.
-TRIALS = 12
+TRIALS = 8
 
 
 class Bench:
