@@ -14,7 +14,7 @@ A form is a module of this package (or of the entry-point group `lrcompress.fact
     n_macs(shape, rank, positions) -> int
     AUTO = False                                            optional: "auto" does not choose it, a user may
     INTEGER: frozenset[str]                                 optional: factors that are positions, stored as int32
-    PLAIN: str                                              optional, of a form that refuses: the form to take then
+    PLAIN: str                                              optional: the same product at the same rank, in a plain gauge
     DENSE_AT_RUN_TIME = True                                optional: small on disk, rebuilt when it is loaded
 
 Its key is its file name. The contract tests take every form from the directory listing.

@@ -23,6 +23,8 @@ from ._types import ConvGeometry, Factorization, Point, Rank, Statistics
 LAYERS = frozenset({"linear", "conv"})
 #: Factors that are positions, not numbers.
 INTEGER = frozenset({"order"})
+#: What it is in its plain gauge.
+PLAIN = "svd"
 _NAME = __name__.rpartition(".")[2]
 
 full_rank, clip = svd.full_rank, svd.clip

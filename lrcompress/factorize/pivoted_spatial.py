@@ -32,7 +32,7 @@ from ._types import ConvGeometry, Factorization, Point, Rank, Refused, Statistic
 LAYERS = frozenset({"conv"})
 #: Factors that are positions, not numbers.
 INTEGER = frozenset({"order"})
-#: What it is in its plain gauge, for weights that this one refuses.
+#: What it is in its plain gauge, which holds the weights that this one refuses.
 PLAIN = "spatial_svd"
 _NAME = __name__.rpartition(".")[2]
 #: How much larger than the kernel's largest entry the terms that add up to an entry may be.

@@ -26,6 +26,8 @@ from ._types import ConvGeometry, Factorization, Point, Rank, Statistics
 LAYERS = frozenset({"conv"})
 #: Factors that are positions, not numbers.
 INTEGER = frozenset({"inputs", "order"})
+#: What it is in its plain gauge.
+PLAIN = "tucker"
 _NAME = __name__.rpartition(".")[2]
 
 serves, full_rank, clip = tucker.serves, tucker.full_rank, tucker.clip
