@@ -104,6 +104,7 @@ def test_resnet20_through_all_stages(load: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(1500)
+@pytest.mark.slow
 def test_minilm_through_all_stages(load: Any, tmp_path: Path) -> None:
     found = load("minilm-sts")
     need_minilm()
