@@ -58,7 +58,7 @@ class Store:
         except LrcompressError as e:
             # The same command would fail in the same way, unless it was this machine's fault.
             if lock >= 0 and not isinstance(e, HostError):
-                shutil.rmtree(folder, ignore_errors=True)
+                _remove(folder)
             raise
         finally:
             if lock >= 0:
@@ -110,7 +110,7 @@ class Store:
 
     def remove(self) -> None:
         """Remove the store: the output is complete."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        _remove(self.folder)
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
@@ -186,7 +186,15 @@ def _same(fd: int, path: Path) -> bool:
 def _leave_if_empty(folder: Path) -> None:
     """Remove a store without results: there is nothing to continue from."""
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a store, the marker after the results: what a kill leaves of it is still known as ours."""
+    with contextlib.suppress(OSError):
+        for path in folder.glob("*.safetensors"):
+            path.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _read(path: Path) -> tuple[Packed, str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -20,6 +22,8 @@ from lrcompress.model.stored import open_stored
 from lrcompress.work import CurveJob, Job, Store, pool, run
 from lrcompress.work.jobs import Packed
 from tests.support.weights import statistics, weight
+
+ROOT = Path(__file__).resolve().parents[2]
 
 W = weight((12, 10)).float()
 S = statistics(W, two_sided=True)
@@ -208,6 +212,39 @@ def test_what_a_kill_leaves_is_taken_over(tmp_path, left):
     with Store.open(tmp_path / "out", ["a"]) as store:
         store.put("k", Packed({}, {}))
         assert {p.name for p in folder.iterdir()} == {"lock", "store.json", "k.safetensors"}
+
+
+@pytest.mark.parametrize("last", range(1, 6))
+def test_a_removal_that_is_killed_is_taken_over(tmp_path, last):
+    """A kill after any file that goes, in the order in which they go; in the worst order the marker would be first."""
+    script = f"""
+import os, shutil
+from pathlib import Path
+from lrcompress.work import store as s
+done, unlink = [], os.unlink
+def counted(*args, **options):
+    unlink(*args, **options)
+    done.append(args)
+    if len(done) == {last}:
+        os._exit(9)
+os.unlink = counted
+def worst(folder, ignore_errors):
+    for p in sorted(Path(folder).iterdir(), key=lambda p: p.name != "store.json"):
+        os.unlink(p)
+shutil.rmtree = worst
+with s.Store.open(Path("out"), ["a"]) as store:
+    for key in "xyz":
+        store.put(key, s.Packed({{}}, {{}}))
+    store.remove()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 9
+    with Store.open(tmp_path / "out", ["a"]) as store:
+        assert [store.get(k) is None for k in "xyz"].count(True) == min(last, 3)
+        store.remove()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
