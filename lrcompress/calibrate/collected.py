@@ -24,6 +24,7 @@ from ..errors import DataError
 from ..factorize import Statistics
 from ..model.surgery import Layer
 from ..model.views import Reading, Walk
+from ..threads import apart
 from .moments import Moments, gram
 from .patch_moments import by_group, patch_moments
 
@@ -137,7 +138,8 @@ class Reader:
             if layer.kind == "embedding":
                 self._count(layer, reading.value)
             else:
-                self._add(reading, self.walks.get(layer.name))
+                with apart(layer.columns):
+                    self._add(reading, self.walks.get(layer.name))
         except Exception as e:
             self.fault = e
             raise

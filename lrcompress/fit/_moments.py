@@ -16,6 +16,9 @@ from ..factorize import Drift
 from ..model.views import Walk
 from ..model.views.walk import padded
 
+#: Moments of the answers t to one batch, and their centred products with what was read.
+Answers = tuple[Moments, Tensor]
+
 
 @dataclass
 class JointMoments:
@@ -27,23 +30,29 @@ class JointMoments:
     #: Number and mean of what was read, batch by batch.
     parts: list[tuple[int, Tensor]] = field(default_factory=list)
 
-    def add(self, wanted: Tensor, read: Tensor, walk: Walk | None, mask: Tensor | None) -> None:
-        """Add one batch: `read` (…, in) or (batch, in, *space), `wanted` (…, out) or (batch, out, *space) alike."""
-        own, read = JointMoments(), wide(read)
+    @classmethod
+    def of(cls, wanted: Tensor, read: Tensor, walk: Walk | None, mask: Tensor | None) -> JointMoments:
+        """Return those of one batch: `read` (…, in) or (batch, in, *space), `wanted` (…, out) or (batch, out, *space)."""
+        own, read = cls(), wide(read)
         if walk is None:
             own.read.add(real_rows(read, mask))
         else:
             own.read = patch_moments(read, walk)
         if own.read.mean is None:  # a batch of padding only
-            self.parts = [*self.parts, (0, torch.empty(0))]
-            return
+            own.parts = [(0, torch.empty(0))]
+            return own
         own.parts = [(own.read.count, own.read.mean.clone())]
-        own.wanted, own.cross = _answers(wide(wanted), read, walk, mask)
-        self.merge(own)
+        own.wanted, own.cross = answers_of(wanted, read, walk, mask)
+        return own
+
+    def add(self, wanted: Tensor, read: Tensor, walk: Walk | None, mask: Tensor | None) -> None:
+        """Add one batch."""
+        self.merge(JointMoments.of(wanted, read, walk, mask))
 
     def merge(self, other: JointMoments) -> None:
         """Add what `other` saw; it must not be used afterwards."""
         if other.cross is None or not other.read.count:
+            self.parts = [*self.parts, *other.parts]
             return
         if self.cross is None:
             self.read, self.wanted, self.cross = other.read, other.wanted, other.cross
@@ -54,16 +63,15 @@ class JointMoments:
         self.wanted.merge(other.wanted)
         self.parts = [*self.parts, *other.parts]
 
-    def answering(self, batches: Iterable[tuple[Tensor, Tensor, Tensor | None]], walk: Walk | None) -> JointMoments:
+    def answering(self, others: Iterable[Answers]) -> JointMoments:
         """Return the moments of the same inputs, which are not looked at again, with other answers.
 
-        `batches`: (wanted, read, mask) of every batch, in the order in which they were added.
+        `others`: those of every batch, in the order in which they were added.
         """
         found, means = JointMoments(self.read, parts=self.parts), Moments()
-        for (count, mean), (wanted, read, mask) in zip(self.parts, batches, strict=True):
+        for (count, mean), (answers, cross) in zip(self.parts, others, strict=True):
             if not count:
                 continue
-            answers, cross = _answers(wide(wanted), wide(read), walk, mask)
             part = Moments(count, mean)
             if found.cross is None:
                 found.wanted, found.cross, means = answers, cross, part
@@ -88,9 +96,9 @@ class JointMoments:
         return Drift(_symmetric(s / n), mean, cross / n, _symmetric(answers / n), answer_mean)
 
 
-def _answers(wanted: Tensor, read: Tensor, walk: Walk | None, mask: Tensor | None) -> tuple[Moments, Tensor]:
+def answers_of(wanted: Tensor, read: Tensor, walk: Walk | None, mask: Tensor | None) -> Answers:
     """Return the moments of one batch of answers, and Σ (t − t̄)(x̂ − mean)ᵀ."""
-    answers = Moments()
+    answers, wanted, read = Moments(), wide(wanted), wide(read)
     if walk is None:
         rows, said = real_rows(read, mask), real_rows(wanted, mask)
         cross = product(said - said.mean(0), rows - rows.mean(0))

@@ -9,7 +9,7 @@ Source: the normal equations of `factorize._anchor`; arXiv 2604.02119 for anchor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,7 +25,8 @@ from ..model.views import Walk
 from ..model.views.walk import walks_of
 from ..plan import Choice
 from ..progress import Progress, Silent
-from ._moments import JointMoments
+from ..threads import Threads, apart
+from ._moments import Answers, JointMoments, answers_of
 from .judge import read_batches
 
 #: Blends that are tried.
@@ -84,10 +85,10 @@ def apply_in_depth(
     walks = walks_of(original, order)
     masks = [_mask(b) for b in batches]
     fitted = {}
-    with progress.task("fit in depth order", total=len(order)) as advance:
-        for stop in lockstep(opened, original, copy, batches, flow, order):
+    with progress.task("fit in depth order", total=len(order)) as advance, apart() as threads:
+        for stop in lockstep(opened, original, copy, batches, flow, order, threads):
             layer = by_name[stop.layer]
-            seen = _seen(list(stop.pairs()), masks, walks.get(stop.layer), stop.layer in flow.rectified, layer)
+            seen = _seen(stop.pairs(), masks, walks.get(stop.layer), stop.layer in flow.rectified, layer, threads)
             g = statistics.get(stop.layer, Statistics()).output_gram
             fitted[stop.layer] = _fit(copy, layer, choices[stop.layer], seen, g, betas)
             advance(1, stop.layer)
@@ -104,13 +105,14 @@ def _mask(batch: Mapping[str, Tensor]) -> Tensor | None:
 
 
 def _seen(
-    pairs: Sequence[Pair], masks: Sequence[Tensor | None], walk: Walk | None, rectified: bool, layer: Layer
-) -> _Seen:
+    pairs: Sequence[Pair], masks: Sequence[Tensor | None], walk: Walk | None, rectified: bool, layer: Layer,
+    threads: Threads,
+) -> _Seen:  # fmt: skip
     """Return what a layer sees; half of it where there are so many positions that the other half tells nothing new."""
     answer = pairs[0].answer
     positions = len(pairs) * (answer.numel() // answer.shape[1] if walk is not None else answer[..., 0].numel())
     step = 2 if positions > 2 * _PLENTY * layer.columns and len(pairs) >= _HELD_OUT else 1
-    return _Seen(pairs[::step], masks[::step], walk, rectified)
+    return _Seen(pairs[::step], masks[::step], walk, rectified, threads)
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ class _Seen:
     masks: Sequence[Tensor | None]
     walk: Walk | None
     rectified: bool
+    threads: Threads
 
     @property
     def held_out(self) -> list[int]:
@@ -129,17 +132,24 @@ class _Seen:
 
     def moments(self) -> tuple[JointMoments, JointMoments]:
         """Return the joint moments of the batches to fit, and of those held out."""
-        fitting, held, apart = JointMoments(), JointMoments(), set(self.held_out)
-        for k, (pair, mask) in enumerate(zip(self.pairs, self.masks, strict=True)):
-            (held if k in apart else fitting).add(pair.wanted(), pair.drifted, self.walk, mask)
+        fitting, held, aside = JointMoments(), JointMoments(), set(self.held_out)
+        for k, moments in enumerate(self.threads.stream(self._of, range(len(self.pairs)))):
+            (held if k in aside else fitting).merge(moments)
         return fitting, held
+
+    def _of(self, k: int) -> JointMoments:
+        return JointMoments.of(self.pairs[k].wanted(), self.pairs[k].drifted, self.walk, self.masks[k])
 
     def answering(self, before: JointMoments, said: Callable[[Tensor], Tensor]) -> JointMoments:
         """Return the moments of all batches, `before` with those held out merged, for a layer that answers `said`."""
         order = [*(k for k in range(len(self.pairs)) if k not in self.held_out), *self.held_out]
-        pairs = ((self.pairs[k], self.masks[k]) for k in order)
-        with torch.no_grad():
-            return before.answering(((p.wanted(said(p.drifted)), p.drifted, m) for p, m in pairs), self.walk)
+
+        def answers(k: int) -> Answers:
+            pair = self.pairs[k]
+            with torch.no_grad():
+                return answers_of(pair.wanted(said(pair.drifted)), pair.drifted, self.walk, self.masks[k])
+
+        return before.answering(self.threads.stream(answers, order))
 
 
 def _fit(
@@ -155,8 +165,13 @@ def _fit(
     beta, error = max(betas), None
     if held.read.count:
         drift, g = _without_bias(held.drift(), bias), Statistics(output_gram=output_gram).g
-        trials = _trials(layer, choice, _without_bias(fitting.drift(), bias), betas, output_gram)
-        losses = {b: drift.loss(rebuilt, g, shift) for b, rebuilt, shift in trials}
+        tried = _trial(layer, choice, _without_bias(fitting.drift(), bias), output_gram)
+
+        def loss(beta: float) -> float:
+            rebuilt, shift = tried(beta)
+            return drift.loss(rebuilt, g, shift)
+
+        losses = dict(zip(betas, seen.threads.each(loss, betas), strict=True))
         beta = min(losses, key=lambda b: (losses[b], -b))
         total = drift.total(g)
         error = (losses[beta] / total) ** 0.5 if total > 0 else 0.0
@@ -164,7 +179,8 @@ def _fit(
     for round_ in range(1 + (ROUNDS if seen.rectified and choice.form != "dense" else 0)):
         if round_:
             fitting = seen.answering(fitting, copy.get_submodule(path))
-        factors, rebuilt, shift = make(_without_bias(fitting.drift(), bias), beta)
+        with seen.threads.together(layer.columns):
+            factors, rebuilt, shift = make(_without_bias(fitting.drift(), bias), beta)
         if factors is None:
             _refill(plain, rebuilt, shift)
         else:
@@ -175,10 +191,12 @@ def _fit(
     return Fitted(factors, beta, error if error is not None else (0.0 if factors is None else factors.rel_error))
 
 
-def _trials(
-    layer: Layer, choice: Choice, drift: Drift, betas: Sequence[float], output_gram: Tensor | None
-) -> Iterator[tuple[float, Tensor, Tensor]]:
-    """Yield for every blend the weight that the choice would stand for, and what it adds to the bias.
+#: blend -> the weight that a choice would stand for, what it adds to the bias
+_Trial = Callable[[float], tuple[Tensor, Tensor]]
+
+
+def _trial(layer: Layer, choice: Choice, drift: Drift, output_gram: Tensor | None) -> _Trial:
+    """Return what tells for a blend the weight that the choice would stand for, and what it adds to the bias.
 
     In the plain gauge of a form, which is the same product for less work.
     """
@@ -187,11 +205,14 @@ def _trials(
     plain = form(getattr(form(choice.form), "PLAIN", choice.form))
     weight = layer.weight.double()
     step, own = drift.target(layer.weight) - weight, drift.shift(weight)
-    for beta in betas:
+
+    def tried(beta: float) -> tuple[Tensor, Tensor]:
         rebuilt = weight + beta * step
         if choice.form != "dense":
             rebuilt = plain.decompose(rebuilt, choice.rank, metric).to_tensor()
-        yield beta, rebuilt, drift.shift(rebuilt) - (1 - beta) * own
+        return rebuilt, drift.shift(rebuilt) - (1 - beta) * own
+
+    return tried
 
 
 #: (drift, β) -> factors (None: dense), the weight they stand for, what to add to the bias.

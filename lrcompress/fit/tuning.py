@@ -20,6 +20,7 @@ from ..model.surgery import replace_layer, set_submodule
 from ..plan import Allocation, Menu, Option
 from ..plan.options import half_priced
 from ..progress import Progress, Silent
+from ..threads import apart
 from .judge import Judge
 
 #: Scales are kept within this factor of the predicted ones: a point that lies far off is noise of a tiny loss.
@@ -58,10 +59,10 @@ class Bench:
     def _factors(self, name: str, option: Option) -> Factorization | None:
         key = name, option.form, option.rank
         if key not in self._made:
+            layer = self.menus[name].layer
             try:
-                self._made[key] = form(option.form).decompose(
-                    self.menus[name].layer.weight, option.rank, self.statistics.get(name)
-                )
+                with apart(layer.columns):
+                    self._made[key] = form(option.form).decompose(layer.weight, option.rank, self.statistics.get(name))
             except Refused:
                 self._made[key] = None
         return self._made[key]

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from ..threads import ONE, Threads
 from .flow import Abandoned, Counting, Flow, Position, first_of, flow_of
 from .opened import OpenedModel
 from .surgery import set_submodule
@@ -67,17 +68,21 @@ class Stop:
     layer: str
     _at: Sequence[tuple[_Arrival, _Arrival]]
     _ahead: Callable[[int], tuple[Tensor, Tensor] | None]
+    _threads: Threads
 
-    def pairs(self) -> Iterator[Pair]:
-        """Yield what the layer reads, batch by batch."""
-        for k, (clean, drifted) in enumerate(self._at):
-            others = self._ahead(k)
-            if others is None and clean.other is not None and drifted.other is not None:
-                others = clean.other, drifted.other
-            assert clean.answer is not None
-            # Where the data decide what is computed, another value may stand at that position.
-            fits = others is not None and all(o.shape == clean.answer.shape for o in others)
-            yield Pair(clean.value, drifted.value, clean.answer, others if fits else None)
+    def pairs(self) -> list[Pair]:
+        """Return what the layer reads, batch by batch."""
+        return self._threads.each(self._pair, range(len(self._at)))
+
+    def _pair(self, k: int) -> Pair:
+        clean, drifted = self._at[k]
+        others = self._ahead(k)
+        if others is None and clean.other is not None and drifted.other is not None:
+            others = clean.other, drifted.other
+        assert clean.answer is not None
+        # Where the data decide what is computed, another value may stand at that position.
+        fits = others is not None and all(o.shape == clean.answer.shape for o in others)
+        return Pair(clean.value, drifted.value, clean.answer, others if fits else None)
 
 
 @dataclass
@@ -185,10 +190,12 @@ def lockstep(
     batches: Sequence[Mapping[str, Tensor]],
     flow: Flow,
     names: Collection[str],
+    threads: Threads = ONE,
 ) -> Iterator[Stop]:
     """Yield a stop at each of the layers `names`, which must be called once, in the order of the calls.
 
-    Between two stops the copy's layer, at the path `at_stop(name)`, may be exchanged. Raises `ModelError` where
+    Between two stops the copy's layer, at the path `at_stop(name)`, may be exchanged. `threads`: so many batches run
+    at a time. Raises `ModelError` where
     two passes do not call the same layers in the same order. The copy has its layers back when this ends.
     """
     here = threading.local()
@@ -210,8 +217,8 @@ def lockstep(
 
         try:
             for name in order:
-                at = [(_expect(a, name), _expect(b, name)) for a, b in strands]
-                yield Stop(name, at, functools.partial(ahead, name))
+                at = threads.each(functools.partial(_both, name=name), strands)
+                yield Stop(name, at, functools.partial(ahead, name), threads)
             for strand in (s for pair in strands for s in pair):
                 _check_next(strand.advance(), None)
         finally:
@@ -248,6 +255,10 @@ def _expect(strand: _Strand, name: str) -> _Arrival:
     _check_next(arrival, name)
     assert arrival is not None
     return arrival
+
+
+def _both(strands: tuple[_Strand, _Strand], name: str) -> tuple[_Arrival, _Arrival]:
+    return _expect(strands[0], name), _expect(strands[1], name)
 
 
 def _check_next(arrival: _Arrival | None, name: str | None) -> None:

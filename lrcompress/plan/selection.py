@@ -14,6 +14,7 @@ from decimal import Decimal
 from ..errors import BudgetError
 from ..factorize import Point, Rank, Statistics, form
 from ..model.surgery import Layer
+from ..threads import WIDE, apart
 from .allocation import Allocation, allocate
 from .options import Menu, Option, bias_cost, candidates, menu
 
@@ -119,10 +120,18 @@ def menus_of(
 ) -> list[Menu]:
     """Return the options of all layers, in one unit of loss."""
     alike = comparable(layers, statistics)
-    return [
-        menu(layer, method, statistics.get(layer.name), comparable=alike, unit=unit, multiple=multiple)
-        for layer in layers
-    ]
+
+    def own(layer: Layer) -> Menu:
+        return menu(layer, method, statistics.get(layer.name), comparable=alike, unit=unit, multiple=multiple)
+
+    def is_wide(layer: Layer) -> bool:
+        return max(layer.plain_shape[0], layer.columns) >= WIDE
+
+    found = {layer.name: own(layer) for layer in layers if is_wide(layer)}
+    small = [layer for layer in layers if layer.name not in found]
+    with apart() as threads:
+        found |= zip((layer.name for layer in small), threads.each(own, small), strict=True)
+    return [found[layer.name] for layer in layers]
 
 
 def ratio_budget(layers: Sequence[Layer], ratio: float, fixed: int, before: int | None = None) -> Budget:

@@ -15,7 +15,7 @@ from lrcompress.data import Data
 from lrcompress.errors import LrcompressWarning
 from lrcompress.factorize import form
 from lrcompress.fit import Judge, apply_in_depth, read_batches, reestimated
-from lrcompress.fit._moments import JointMoments
+from lrcompress.fit._moments import JointMoments, answers_of
 from lrcompress.model import InputSpec, open_model
 from lrcompress.model.checkpoint import load_compressed
 from lrcompress.model.folding import fold_norms
@@ -114,7 +114,8 @@ def test_other_answers_to_the_same_inputs(layer):
             first.add(layer(x), x, walk, mask)
             fresh.add(layer(x).relu() - x.mean(), x, walk, mask)
     with torch.no_grad():
-        again = first.answering([(layer(x).relu() - x.mean(), x, m) for x, m in zip(reads, masks, strict=True)], walk)
+        others = [answers_of(layer(x).relu() - x.mean(), x, walk, m) for x, m in zip(reads, masks, strict=True)]
+    again = first.answering(others)
     for name in ("drifted", "drifted_mean", "cross", "answers", "answer_mean"):
         torch.testing.assert_close(getattr(again.drift(), name), getattr(fresh.drift(), name), rtol=1e-9, atol=1e-9)
 

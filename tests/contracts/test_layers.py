@@ -21,6 +21,7 @@ LAYERS: list[set[str]] = [
     {"runtime"},
     {"edge"},
     # What a device runs ends here; from here on the [build] extra may be imported.
+    {"threads"},
     {"factorize", "yamlfile"},
     {"adapt"},
     {"model"},

@@ -12,6 +12,7 @@ from torch import nn
 from lrcompress.errors import ModelError
 from lrcompress.model import open_model
 from lrcompress.model.lockstep import at_stop, flow_of, lockstep
+from lrcompress.threads import Threads
 from tests.support.residual import residual
 
 NAMES = ["conv1", "conv2", "conv3", "down", "linear"]
@@ -57,13 +58,16 @@ def bare(seed=0):
     return net
 
 
-def test_stops_show_what_plain_runs_give_and_follow_what_was_changed():
+@pytest.mark.parametrize("threads", [1, 2])
+def test_stops_show_what_plain_runs_give_and_follow_what_was_changed(threads):
     net, x = bare(), samples()
     changed = copy.deepcopy(net)
     flow = flow_of(open_model(net), net, {"x": x[:2]}, NAMES)
     clean = inputs_of(net, x)
     order = []
-    for stop in lockstep(open_model(net), net, changed, [{"x": x[:3]}, {"x": x[3:]}], flow, flow.once):
+    for stop in lockstep(
+        open_model(net), net, changed, [{"x": x[:3]}, {"x": x[3:]}], flow, flow.once, Threads(threads)
+    ):
         order.append(stop.layer)
         reference = copy.deepcopy(net)
         with torch.no_grad():

@@ -6,6 +6,7 @@ import gc
 import itertools
 import math
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnx
@@ -573,7 +574,20 @@ def test_a_memo_answers_for_the_same_weight_in_the_same_metric_only():
     kept = weakref.ref(stats)
     del stats
     gc.collect()
-    assert kept() is None and memo._last is None, "nothing is kept alive"
+    assert kept() is None and all(own.entry is None for own in memo._all), "nothing is kept alive"
+
+
+def test_a_memo_of_each_thread_is_its_own_and_ends_with_it():
+    asked = []
+    memo = Memo(lambda w, s: asked.append(1) or float(w.sum()))
+    first, second, stats = randn(4, 5), randn(4, 5), statistics(weight((4, 5)))
+    memo(first, stats)
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(3):
+            assert memo(first, stats) == float(first.sum())
+            assert pool.submit(memo, second, stats).result() == float(second.sum())
+    gc.collect()
+    assert len(asked) == 2 and len(memo._all) == 1
 
 
 @pytest.mark.parametrize("two_sided", [False, True])
