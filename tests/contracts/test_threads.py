@@ -66,6 +66,6 @@ def test_the_first_failure_is_raised_and_what_waits_is_not_begun():
         if k >= 1:
             raise ValueError(k)
 
-    with pytest.raises(ValueError, match="^1$"):
+    with pytest.raises(ValueError, match=r"^1$"):
         Threads(2).each(work, range(50))
     assert len(begun) < 10
