@@ -19,7 +19,7 @@ from ..calibrate import MAX_OUTPUTS
 from ..data import Data
 from ..factorize import Drift, Factorization, Refused, Statistics, anchored, form
 from ..model import OpenedModel
-from ..model.lockstep import Flow, Pair, at_stop, flow_of, lockstep
+from ..model.lockstep import Flow, Pair, Stop, at_stop, flow_of, lockstep
 from ..model.surgery import Layer, replace_layer, set_submodule
 from ..model.views import Walk
 from ..model.views.walk import walks_of
@@ -36,6 +36,8 @@ _HELD_OUT = 8
 _BATCHES, _MOST_SAMPLES = 8, 128
 #: So many positions per input are plenty to fit to.
 _PLENTY = 512
+#: At least this share of all samples is fitted to.
+_LEAST = 0.25
 #: How often the answers wanted are adapted to what a rectifier behind the layer forgives.
 ROUNDS = 1
 
@@ -88,7 +90,7 @@ def apply_in_depth(
     with progress.task("fit in depth order", total=len(order)) as advance, apart() as threads:
         for stop in lockstep(opened, original, copy, batches, flow, order, threads):
             layer = by_name[stop.layer]
-            seen = _seen(stop.pairs(), masks, walks.get(stop.layer), stop.layer in flow.rectified, layer, threads)
+            seen = _seen(stop, masks, walks.get(stop.layer), stop.layer in flow.rectified, layer, threads)
             g = statistics.get(stop.layer, Statistics()).output_gram
             fitted[stop.layer] = _fit(copy, layer, choices[stop.layer], seen, g, betas)
             advance(1, stop.layer)
@@ -105,14 +107,14 @@ def _mask(batch: Mapping[str, Tensor]) -> Tensor | None:
 
 
 def _seen(
-    pairs: Sequence[Pair], masks: Sequence[Tensor | None], walk: Walk | None, rectified: bool, layer: Layer,
-    threads: Threads,
-) -> _Seen:  # fmt: skip
-    """Return what a layer sees; half of it where there are so many positions that the other half tells nothing new."""
-    answer = pairs[0].answer
-    positions = len(pairs) * (answer.numel() // answer.shape[1] if walk is not None else answer[..., 0].numel())
-    step = 2 if positions > 2 * _PLENTY * layer.columns and len(pairs) >= _HELD_OUT else 1
-    return _Seen(pairs[::step], masks[::step], walk, rectified, threads)
+    stop: Stop, masks: Sequence[Tensor | None], walk: Walk | None, rectified: bool, layer: Layer, threads: Threads
+) -> _Seen:
+    """Return what a layer sees: some samples of each batch where all have so many positions that more tell nothing new."""
+    answers = stop.answers
+    positions = sum(a.numel() // a.shape[-1 if walk is None else 1] for a in answers)
+    pairs = stop.pairs(max(_PLENTY * layer.columns / positions, _LEAST))
+    cut = [None if m is None else m[: len(p.clean)] for m, p in zip(masks, pairs, strict=True)]
+    return _Seen(pairs, cut, walk, rectified, threads)
 
 
 @dataclass(frozen=True)

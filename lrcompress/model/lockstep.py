@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -67,22 +68,28 @@ class Stop:
 
     layer: str
     _at: Sequence[tuple[_Arrival, _Arrival]]
-    _ahead: Callable[[int], tuple[Tensor, Tensor] | None]
+    _ahead: Callable[[int, int], tuple[Tensor, Tensor] | None]
     _threads: Threads
 
-    def pairs(self) -> list[Pair]:
-        """Return what the layer reads, batch by batch."""
-        return self._threads.each(self._pair, range(len(self._at)))
+    @property
+    def answers(self) -> list[Tensor]:
+        """What the layer of the network answers, batch by batch."""
+        return [clean.answer for clean, _ in self._at if clean.answer is not None]
 
-    def _pair(self, k: int) -> Pair:
+    def pairs(self, share: float = 1.0) -> list[Pair]:
+        """Return what the layer reads, batch by batch: of the first samples of each, so large a share of them."""
+        return self._threads.each(functools.partial(self._pair, share), range(len(self._at)))
+
+    def _pair(self, share: float, k: int) -> Pair:
         clean, drifted = self._at[k]
-        others = self._ahead(k)
-        if others is None and clean.other is not None and drifted.other is not None:
-            others = clean.other, drifted.other
         assert clean.answer is not None
+        n = math.ceil(min(share, 1) * len(clean.answer))
+        answer, others = clean.answer[:n], self._ahead(k, n)
+        if others is None and clean.other is not None and drifted.other is not None:
+            others = clean.other[:n], drifted.other[:n]
         # Where the data decide what is computed, another value may stand at that position.
-        fits = others is not None and all(o.shape == clean.answer.shape for o in others)
-        return Pair(clean.value, drifted.value, clean.answer, others if fits else None)
+        fits = others is not None and all(o.shape == answer.shape for o in others)
+        return Pair(clean.value[:n], drifted.value[:n], answer, others if fits else None)
 
 
 @dataclass
@@ -195,8 +202,8 @@ def lockstep(
     """Yield a stop at each of the layers `names`, which must be called once, in the order of the calls.
 
     Between two stops the copy's layer, at the path `at_stop(name)`, may be exchanged. `threads`: so many batches run
-    at a time. Raises `ModelError` where
-    two passes do not call the same layers in the same order. The copy has its layers back when this ends.
+    at a time. Raises `ModelError` where two passes do not call the same layers in the same order. The copy has its
+    layers back when this ends.
     """
     here = threading.local()
     wanted = {flow.additions[n] for n in names if n in flow.additions}
@@ -208,11 +215,12 @@ def lockstep(
             for b in batches
         ]
 
-        def ahead(name: str, k: int) -> tuple[Tensor, Tensor] | None:
+        def ahead(name: str, k: int, samples: int) -> tuple[Tensor, Tensor] | None:
             at = flow.ahead.get(name)
             if at is None:
                 return None
-            clean, drifted = (_run_to(opened, m, batches[k], here, flow, at) for m in (original, copy))
+            inputs = {n: t[:samples] for n, t in batches[k].items()}
+            clean, drifted = (_run_to(opened, m, inputs, here, flow, at) for m in (original, copy))
             return None if clean is None or drifted is None else (clean, drifted)
 
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import threading
 
 import pytest
@@ -58,6 +59,10 @@ def bare(seed=0):
     return net
 
 
+def values(pair):
+    return [pair.clean, pair.drifted, pair.answer, *(pair.beside or ())]
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_stops_show_what_plain_runs_give_and_follow_what_was_changed(threads):
     net, x = bare(), samples()
@@ -84,6 +89,11 @@ def test_stops_show_what_plain_runs_give_and_follow_what_was_changed(threads):
                 torch.testing.assert_close(beside, run["conv2"][0] if name is None else run[name][1])
         else:
             assert all(p.beside is None for p in pairs)
+        for few, all_of in zip(stop.pairs(0.4), pairs, strict=True):
+            n = math.ceil(0.4 * len(all_of.clean))
+            for part, whole in zip(values(few), values(all_of), strict=True):
+                assert part.shape[0] == n < len(whole)
+                torch.testing.assert_close(part, whole[:n])
         with torch.no_grad():
             changed.get_submodule(at_stop(stop.layer)).weight.mul_(1.5)
     assert order == NAMES
