@@ -42,6 +42,7 @@ class SlotAdapter(nn.Module):
     """The branch of one layer; its two tensors become graph inputs."""
 
     in_core = False
+    magnitude = None
 
     def __init__(self, target: Target, dtype: torch.dtype) -> None:
         super().__init__()
@@ -56,7 +57,7 @@ class SlotAdapter(nn.Module):
             b = torch.zeros(rows, r, *(1,) * len(kernel), dtype=dtype)
         self.lora_A, self.lora_B = nn.Parameter(a), nn.Parameter(b)
 
-    def correct(self, x: Tensor, target: Target, base: Base, plain: Tensor) -> Tensor:
+    def correct(self, x: Tensor, target: Target, base: Base | None, plain: Tensor) -> Tensor:
         """Return what is added to the layer's output."""
         if target.kind == "linear":
             return (x @ self.lora_A) @ self.lora_B
@@ -69,6 +70,14 @@ class SlotAdapter(nn.Module):
             return convolve(target.apply(x, kernels, g), self.lora_B, once, g)
         first = Target(target.shape, "conv_transpose", once, g, (0,) * (x.dim() - 2))
         return target.apply(first.apply(x, self.lora_B, g), kernels, g)
+
+
+    def is_whole(self, target: Target, positions: int) -> bool:
+        """The branch stands beside the weight, which the runtime keeps as a constant."""
+        return False
+
+    def add_to(self, y: Tensor, x: Tensor, target: Target, share: float) -> Tensor:
+        return y + self.correct(x, target, None, y)
 
 
 class CoreSlot(nn.Module):
