@@ -21,7 +21,7 @@ from ..factorize import ConvGeometry
 from ..factorize._linalg import convolve
 from ._adding import added
 from ._base import BaseAdapter
-from ._target import Base, Target
+from ._target import Base, Target, blocked
 
 
 def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
@@ -113,9 +113,15 @@ class Adapter(BaseAdapter):
         (m1, n1), second, kernel = self.first.shape, self.second(), math.prod(self.weight_shape[2:])
         if target.kind not in ("linear", "conv") or target.groups > 1:
             return math.prod(self.weight_shape)
-        if isinstance(second, Tensor):
-            return columns * kernel * len(second) + m1 * n1 * len(second)
-        return self.rank * (columns * kernel + m1 * n1 + rows)
+        whole = isinstance(second, Tensor)
+        if target.kind == "conv":
+            m2, n2 = rows // m1, columns // n1
+            thin = n1 * blocked(n2) * kernel * blocked(m2 if whole else self.rank) + m1 * n1 * (m2 if whole else self.rank)
+            return thin if whole else thin + m1 * blocked(self.rank) * blocked(m2)
+        # W₁ mixes one small matrix per position, which runs at half the speed of a large product.
+        if whole:
+            return (columns + 2 * m1 * n1) * len(second)
+        return self.rank * (columns + 2 * m1 * n1 + rows)
 
     def add_to(self, y: Tensor, x: Tensor, target: Target, share: float) -> Tensor:
         if target.kind != "linear":

@@ -21,7 +21,7 @@ from ..factorize import ConvGeometry
 from ..factorize._linalg import convolve, pointwise
 from ._adding import added
 from ._base import BaseAdapter
-from ._target import Base, Target
+from ._target import Base, Target, blocked
 
 
 class Adapter(BaseAdapter):
@@ -112,6 +112,8 @@ class Adapter(BaseAdapter):
         if "lora_mid" in self._parameters:
             return self.rank * (self.weight_shape[1] + self.rank * kernel + rows)
         inner = self.lora_B.shape[1]
+        if target.kind == "conv":
+            return target.groups * blocked(inner) * n + inner * rows
         return inner * (target.groups * n + rows)
 
     def summed(self, weight: Tensor, share: float) -> Tensor:

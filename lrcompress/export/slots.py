@@ -147,8 +147,10 @@ class SlotLayer:
         return entry
 
 
-def attach_slots(module: nn.Module, include: Sequence[str] = (), kinds: Sequence[str] = ("lora",)) -> list[SlotLayer]:
-    """Attach slots of `kinds` to the layers that take adapters; return them in the module's order.
+def attach_slots(
+    module: nn.Module, include: Sequence[str] = (), kinds: Sequence[str] | None = None
+) -> list[SlotLayer]:
+    """Attach slots of `kinds` (default: all) to the layers that take adapters; return them in the module's order.
 
     Without `include`, the linear layers and ungrouped convolutions; a pattern also reaches embeddings, grouped and
     transposed convolutions. A core slot goes to every such layer whose factors have a core.
@@ -169,11 +171,11 @@ def attach_slots(module: nn.Module, include: Sequence[str] = (), kinds: Sequence
         layer = wrap_dense(module, name)
         target, dtype = layer.target, next(iter(layer.factors.values())).dtype
         for kind, key, made in (("lora", SLOT, SlotAdapter), ("core", CORE_SLOT, CoreSlot)):
-            if kind in kinds and (kind == "lora" or target.core):
+            if kind in (kinds or KINDS) and (kind == "lora" or target.core):
                 layer.adapters[key] = made(target, dtype)
                 layer.active[key] = 1.0
                 found.append(SlotLayer(name, kind, target, str(dtype).removeprefix("torch.")))
-    if "core" in kinds and not any(s.kind == "core" for s in found):
+    if kinds is not None and "core" in kinds and not any(s.kind == "core" for s in found):
         raise CommandError(
             "lrcompress export --slots", "a layer whose factors have a core", "none", "leave core out, or factorize"
         )

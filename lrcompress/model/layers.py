@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapt import BaseAdapter, Target
-from ..adapt.core import POSITIONS, core_size
+from ..adapt.core import POSITIONS, core_size, why_none
 from ..adapt.core import Adapter as Core
 from ..factorize import ConvGeometry, Rank, form
 
@@ -58,9 +58,9 @@ class FactorizedLayer(nn.Module):
         """Attach an adapter under `name` and make it take part with `weight`."""
         if adapter.weight_shape != self.shape:
             raise ValueError(f"adapter {name!r}: expected shape {self.shape}, got {adapter.weight_shape}")
-        if adapter.in_core and adapter.core != core_size(self.form, self.factors):
-            got = core_size(self.form, self.factors)
-            raise ValueError(f"adapter {name!r}: expected a layer with a core of {adapter.core}, got {got or 'none'}")
+        if adapter.in_core and adapter.core != self.target.core:
+            got = self.target.core or f"none ({self.form}: {why_none(self.form, self.layer_kind)})"
+            raise ValueError(f"adapter {name!r}: expected a layer with a core of {adapter.core}, got {got}")
         self.adapters[name] = adapter
         self.active[name] = weight
 
@@ -90,7 +90,7 @@ class FactorizedLayer(nn.Module):
     @property
     def target(self) -> Target:
         """The layer as its adapters see it."""
-        return Target(self.shape, self.layer_kind, core=core_size(self.form, self.factors))
+        return Target(self.shape, self.layer_kind, core=core_size(self.form, self.factors, self.layer_kind))
 
     def _adapter(self, name: str) -> BaseAdapter:
         return self.adapters[name]  # type: ignore[return-value]
@@ -181,7 +181,10 @@ class FactorizedLinear(FactorizedLayer):
         return self.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._output(x)
+        if torch.compiler.is_exporting():
+            return self._output(x)
+        # As rows: the output of a product with more axes is a view, over which nothing can be written for free.
+        return self._output(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.shape[0])
 
     def _through_factors(self, x: Tensor) -> Tensor:
         return form(self.form).linear(self.factors, x)  # type: ignore[no-any-return]
@@ -227,7 +230,7 @@ class FactorizedConv(FactorizedLayer):
 
     @property
     def target(self) -> Target:
-        return Target(self.shape, "conv", self._walk, self.groups, core=core_size(self.form, self.factors))
+        return Target(self.shape, "conv", self._walk, self.groups, core=core_size(self.form, self.factors, self.layer_kind))
 
     def to_plain(self) -> nn.Module:
         classes: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

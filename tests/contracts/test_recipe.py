@@ -40,7 +40,7 @@ def test_defaults_paths_and_variables(tmp_path: Path, monkeypatch: pytest.Monkey
     found = recipes.load(write(tmp_path, TEXT))
     assert (
         found.recover.rank == 8
-        and found.export.slots == ("lora",)
+        and found.export.slots is None
         and found.seed == 0
         and found.updates[0].kind == "lora"
     )
