@@ -59,7 +59,11 @@ class Target:
 
     def positions(self, x: Tensor) -> int:
         """Return at how many places the weight is applied to x, a stride left out."""
-        return x.numel() if self.kind == "embedding" else x.numel() // (x.shape[-1] if self.kind == "linear" else x.shape[1])
+        return (
+            x.numel()
+            if self.kind == "embedding"
+            else x.numel() // (x.shape[-1] if self.kind == "linear" else x.shape[1])
+        )
 
     def apply(self, x: Tensor, weight: Tensor, groups: int | None = None, bias: Tensor | None = None) -> Tensor:
         """Return what the layer does with `weight` instead of its own: x (…, in), (batch, in, *space) or ids."""

@@ -33,7 +33,8 @@ class Position:
     """Where a form has its core: `tail` names the factor one axis of which it is; the layer is after(before(x)).
 
     On an embedding the looked-up row is the activation, and the core acts on it from the right. `layers`: the kinds of
-    layer whose chain passes that place with one activation.
+    layer whose chain passes that place with one activation. `folded`: the form may multiply in another order, so outside
+    of an exported graph the core is multiplied into the tail, which is small, and the form goes its own way.
     """
 
     tail: str
@@ -41,10 +42,12 @@ class Position:
     after: _Step
     axis: int = 0
     layers: frozenset[str] = frozenset({"linear", "conv", "embedding"})
+    folded: bool = False
 
     def turned(self, matrix: Tensor, tail: Tensor) -> Tensor:
         """Return `matrix` (r, r) multiplied into the core's axis of the factor."""
-        return torch.tensordot(matrix.to(tail.dtype), tail.movedim(self.axis, 0), 1).movedim(0, self.axis)
+        moved: Tensor = torch.tensordot(matrix.to(tail.dtype), tail.movedim(self.axis, 0), 1)
+        return moved.movedim(0, self.axis)
 
 
 def _down(f: Mapping[str, Tensor], x: Tensor, t: Target) -> Tensor:
@@ -111,7 +114,7 @@ def _kronecker_down(f: Mapping[str, Tensor], x: Tensor, t: Target) -> Tensor:
     (terms, _, n1), (_, m2, n2) = f["B"].shape, f["C"].shape[:3]
     if t.kind == "linear":
         z = x.reshape(*x.shape[:-1], n1, n2) @ f["C"].reshape(terms * m2, n2).T
-        return z.unflatten(-1, (terms, m2)).transpose(-1, -2)
+        return z.reshape(*z.shape[:-1], terms, m2).transpose(-1, -2)
     z = convolve(x.reshape(-1, n2, *x.shape[2:]), f["C"].flatten(0, 1), _walk(t))
     return z.reshape(-1, terms, m2, *z.shape[2:]).transpose(1, 2).flatten(0, 1)
 
@@ -148,7 +151,7 @@ POSITIONS: dict[str, Position] = {
     "pivoted_spatial": Position("first", _spatial_down, lambda f, z, t: pivoted_spatial.after(f, z, _walk(t))),
     "pivoted": Position("P", _pivoted_down, _pivoted_up),
     "cp": Position("I", lambda f, x, t: pointwise(x, f["I"].T), lambda f, z, t: cp.after(f, z, _walk(t)), axis=1),
-    "kronecker": Position("C", _kronecker_down, _kronecker_up, layers=frozenset({"linear", "conv"})),
+    "kronecker": Position("C", _kronecker_down, _kronecker_up, layers=frozenset({"linear", "conv"}), folded=True),
     "tensor_train": Position("G2", _train_down, _train_up, layers=frozenset({"linear"})),
 }  # fmt: skip
 

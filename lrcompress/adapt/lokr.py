@@ -116,7 +116,9 @@ class Adapter(BaseAdapter):
         whole = isinstance(second, Tensor)
         if target.kind == "conv":
             m2, n2 = rows // m1, columns // n1
-            thin = n1 * blocked(n2) * kernel * blocked(m2 if whole else self.rank) + m1 * n1 * (m2 if whole else self.rank)
+            thin = n1 * blocked(n2) * kernel * blocked(m2 if whole else self.rank) + m1 * n1 * (
+                m2 if whole else self.rank
+            )
             return thin if whole else thin + m1 * blocked(self.rank) * blocked(m2)
         # W₁ mixes one small matrix per position, which runs at half the speed of a large product.
         if whole:

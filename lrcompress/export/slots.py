@@ -71,7 +71,6 @@ class SlotAdapter(nn.Module):
         first = Target(target.shape, "conv_transpose", once, g, (0,) * (x.dim() - 2))
         return target.apply(first.apply(x, self.lora_B, g), kernels, g)
 
-
     def is_whole(self, target: Target, positions: int) -> bool:
         """The branch stands beside the weight, which the runtime keeps as a constant."""
         return False
@@ -147,9 +146,7 @@ class SlotLayer:
         return entry
 
 
-def attach_slots(
-    module: nn.Module, include: Sequence[str] = (), kinds: Sequence[str] | None = None
-) -> list[SlotLayer]:
+def attach_slots(module: nn.Module, include: Sequence[str] = (), kinds: Sequence[str] | None = None) -> list[SlotLayer]:
     """Attach slots of `kinds` (default: all) to the layers that take adapters; return them in the module's order.
 
     Without `include`, the linear layers and ungrouped convolutions; a pattern also reaches embeddings, grouped and

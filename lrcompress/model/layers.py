@@ -101,6 +101,10 @@ class FactorizedLayer(nn.Module):
         if not found:
             return None
         position, target = POSITIONS[self.form], self.target
+        if position.folded and not torch.compiler.is_exporting():
+            tail = self.factors[position.tail]
+            steps = [w * position.turned(cast(Core, a).matrix(), tail) for a, w in found]
+            return self._through(x, {**self.factors, position.tail: tail + torch.stack(steps).sum(0)})
         z = position.before(self.factors, x, target)
         moved = z
         for adapter, weight in found:
@@ -139,9 +143,10 @@ class FactorizedLayer(nn.Module):
     def _product(self, x: Tensor) -> Tensor:
         """Return the output of the factors, core adapters included, without bias."""
         cored = self._cored(x)
-        return self._through_factors(x) if cored is None else cored
+        return self._through(x, self.factors) if cored is None else cored
 
-    def _through_factors(self, x: Tensor) -> Tensor:
+    def _through(self, x: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
+        """Return what `factors` make of x, as the form multiplies them."""
         raise NotImplementedError
 
     @property
@@ -186,8 +191,8 @@ class FactorizedLinear(FactorizedLayer):
         # As rows: the output of a product with more axes is a view, over which nothing can be written for free.
         return self._output(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.shape[0])
 
-    def _through_factors(self, x: Tensor) -> Tensor:
-        return form(self.form).linear(self.factors, x)  # type: ignore[no-any-return]
+    def _through(self, x: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
+        return form(self.form).linear(factors, x)  # type: ignore[no-any-return]
 
     def to_plain(self) -> nn.Module:
         weight = self.merged_weight().detach()
@@ -224,13 +229,15 @@ class FactorizedConv(FactorizedLayer):
             x = F.pad(x, self._pad, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
         return self._output(x)
 
-    def _through_factors(self, x: Tensor) -> Tensor:
+    def _through(self, x: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
         groups = (self.groups,) if self.form == "dense" else ()
-        return form(self.form).conv(self.factors, x, self._walk, *groups)  # type: ignore[no-any-return]
+        return form(self.form).conv(factors, x, self._walk, *groups)  # type: ignore[no-any-return]
 
     @property
     def target(self) -> Target:
-        return Target(self.shape, "conv", self._walk, self.groups, core=core_size(self.form, self.factors, self.layer_kind))
+        return Target(
+            self.shape, "conv", self._walk, self.groups, core=core_size(self.form, self.factors, self.layer_kind)
+        )
 
     def to_plain(self) -> nn.Module:
         classes: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -262,8 +269,8 @@ class FactorizedEmbedding(FactorizedLayer):
     def forward(self, ids: Tensor) -> Tensor:
         return self._output(ids)
 
-    def _through_factors(self, ids: Tensor) -> Tensor:
-        return form(self.form).embedding(self.factors, ids)  # type: ignore[no-any-return]
+    def _through(self, ids: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
+        return form(self.form).embedding(factors, ids)  # type: ignore[no-any-return]
 
     def to_plain(self) -> nn.Module:
         plain = nn.Embedding(self.shape[0], self.shape[1], padding_idx=self.padding_idx)

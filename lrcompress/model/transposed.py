@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,8 +35,8 @@ class DenseConvTranspose(FactorizedLayer):
             raise ValueError("output_size: expected none, a layer that takes adapters has a fixed output_padding")
         return self._output(x)
 
-    def _through_factors(self, x: Tensor) -> Tensor:
-        return self.target.apply(x, self.factors["weight"])
+    def _through(self, x: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
+        return self.target.apply(x, factors["weight"])
 
     def to_plain(self) -> nn.Module:
         inner, out, *kernel = self.shape

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from .. import metrics
 from ..adapt import BaseAdapter, adapter_class, kinds
-from ..adapt.core import why_none
 from ..adapt._files import MARKER, write_adapter
+from ..adapt.core import why_none
 from ..data import Data
 from ..errors import CommandError, DataError
 from ..files import check_output, staged_folder

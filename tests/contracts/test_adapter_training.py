@@ -81,7 +81,9 @@ def test_gradients_are_those_of_finite_differences(kind, layer, options, whole, 
     values = [made.get_parameter(n).detach().clone().requires_grad_() for n in names]
 
     def run(x, *tensors):
-        return torch.func.functional_call(base, {f"adapters.a.{n}": t for n, t in zip(names, tensors, strict=True)}, (x,))
+        return torch.func.functional_call(
+            base, {f"adapters.a.{n}": t for n, t in zip(names, tensors, strict=True)}, (x,)
+        )
 
     inputs = (x.requires_grad_(), *values)
     assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
@@ -108,7 +110,7 @@ def test_adding_a_product_overwrites_only_what_it_was_given(channels_first, view
 def test_a_layer_never_writes_over_its_input_or_over_a_result_it_gave_before():
     for layer in LAYERS:
         for kind in PLAIN:
-            base, made, x = adapted(kind, layer)
+            base, _, x = adapted(kind, layer)
             given, first = x.clone(), base(x)
             kept = first.detach().clone()
             second = base(x + 1)

@@ -29,7 +29,7 @@ from typing import Any
 from ..peers.networks import ROOT
 from .subjects import KINDS, LAYERS, OURS, PEERS, PEFT, Subject, subject
 
-AGAIN = "peft again"
+AGAIN = "again"
 #: Steps per second as a multiple of PEFT's that each kind must reach on both layers, gradients passed on.
 MUSTS = {"lora": 1.0, "loha": 1.5, "lokr": 1.5}
 _PLACES = {"inner": True, "first": False}
@@ -72,13 +72,17 @@ def _measured(what: str, cases: list[tuple[Any, ...]], options: argparse.Namespa
         environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     told = json.dumps({"what": what, "cases": cases, "rank": options.rank, "rounds": options.rounds})
     command = [sys.executable, "-W", "ignore", "-m", __name__, told]
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as worker:
+    with (
+        tempfile.TemporaryFile("w+") as said,  # the profiler and the packages talk
+        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=said, text=True) as worker,
+    ):
         assert worker.stdout is not None
         for line in worker.stdout:
             if line.startswith("{"):
                 yield json.loads(line)
-    if worker.returncode:
-        raise RuntimeError(f"{what}: the worker ended with {worker.returncode}")
+        if worker.wait():
+            said.seek(0)
+            raise RuntimeError(f"{what}: the worker ended with {worker.returncode}: {said.read()[-500:]}")
 
 
 # in the worker -------------------------------------------------------------------------------------------------------

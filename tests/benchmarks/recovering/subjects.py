@@ -6,11 +6,9 @@ alone. The wrapped layer is called itself, not through the model that a package 
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
