@@ -33,8 +33,8 @@ class Position:
     """Where a form has its core: `tail` names the factor one axis of which it is; the layer is after(before(x)).
 
     On an embedding the looked-up row is the activation, and the core acts on it from the right. `layers`: the kinds of
-    layer whose chain passes that place with one activation. `folded`: the form may multiply in another order, so outside
-    of an exported graph the core is multiplied into the tail, which is small, and the form goes its own way.
+    layer whose chain passes that place with one activation. `folded`: the form may multiply in another order, so a core is
+    multiplied into the tail, which is small, and the form goes its own way; only a graph's slot goes between.
     """
 
     tail: str

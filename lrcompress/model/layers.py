@@ -101,7 +101,7 @@ class FactorizedLayer(nn.Module):
         if not found:
             return None
         position, target = POSITIONS[self.form], self.target
-        if position.folded and not torch.compiler.is_exporting():
+        if position.folded and all(isinstance(a, Core) for a, _ in found):
             tail = self.factors[position.tail]
             steps = [w * position.turned(cast(Core, a).matrix(), tail) for a, w in found]
             return self._through(x, {**self.factors, position.tail: tail + torch.stack(steps).sum(0)})
@@ -153,7 +153,7 @@ class FactorizedLayer(nn.Module):
     def _wide_bias(self) -> Tensor:
         """Return the bias, shaped to broadcast over outputs."""
         assert self.bias is not None
-        return self.bias.reshape(-1, *(1,) * (len(self.shape) - 2))
+        return self.bias if len(self.shape) == 2 else self.bias.reshape(-1, *(1,) * (len(self.shape) - 2))
 
     def to_plain(self) -> nn.Module:
         """Return the ordinary layer of torch (or of its origin) with the active adapters merged."""

@@ -70,11 +70,9 @@ def test_one_product_and_several_are_the_same_step(kind, layer, options, monkeyp
             torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize(("kind", "layer", "options"), CASES)
+@pytest.mark.parametrize(("kind", "layer", "options"), [c for c in CASES if c[1] not in ("no_bias", "reflect")])
 @pytest.mark.parametrize("whole", [True, False])
 def test_gradients_are_those_of_finite_differences(kind, layer, options, whole, monkeypatch):
-    if layer in ("no_bias", "reflect"):
-        pytest.skip("differs from another layer by its bias or padding alone")
     base, made, x = adapted(kind, layer, **options)
     monkeypatch.setattr(made, "is_whole", lambda *_: whole)
     names = [n for n, p in made.named_parameters() if p.requires_grad]
