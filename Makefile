@@ -7,7 +7,7 @@ PEERS := .venv-peers
 PEERS_STAMP := $(PEERS)/.installed
 PEERS_LISTS := tests/benchmarks/peers/requirements.txt tests/benchmarks/peers/packages.txt
 
-.PHONY: demo test test-long bench-forms bench-peers bench-stream mutants lint clean help
+.PHONY: demo test test-long bench-forms bench-peers bench-recover bench-stream mutants lint clean help
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -47,6 +47,9 @@ $(PEERS_STAMP): $(PEERS_LISTS) pyproject.toml constraints.txt
 
 bench-peers: $(STAMP) $(PEERS_STAMP) ## other methods in one harness: ARGS="--only resnet20 --rows balf,lrcompress"
 	$(BIN)/python -m tests.benchmarks.bench_peers $(ARGS)
+
+bench-recover: $(STAMP) ## training adapters, against peft and lycoris-lora: ARGS="--only speed --rounds 31"
+	$(BIN)/python -m tests.benchmarks.bench_recover $(ARGS)
 
 mutants: $(STAMP) ## plant faults in the decompositions and see the tests catch each
 	$(BIN)/python tests/mutants.py

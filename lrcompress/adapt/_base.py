@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 from ._target import Base, Target
 
+#: Positions whose products cost as much as building a ΔW of rank 1 and taking its gradient apart again.
+_BUILDING = 6
+
 
 class BaseAdapter(nn.Module, abc.ABC):
     """A correction of rank `rank`; `scaling`, alpha/rank or alpha/√rank, multiplies it.
@@ -90,6 +93,33 @@ class BaseAdapter(nn.Module, abc.ABC):
     def forward(self, x: Tensor, target: Target) -> Tensor:
         """Return the correction of the output of the layer `target`, magnitude left out."""
         return target.apply(x, self.plain_delta())
+
+    def n_macs(self, target: Target) -> int:
+        """Return the multiply-adds per position of `forward`, those of ΔW itself left out."""
+        return math.prod(self.weight_shape)
+
+    def is_whole(self, target: Target, positions: int) -> bool:
+        """Tell whether one product with W + ΔW is cheaper than W's and `forward`'s apart.
+
+        Counted for a step of training with W frozen: one product has a gradient of the weight and the two do not, but the
+        factors' products run three times, forward and for both gradients. Embeddings only look rows up.
+        """
+        if target.kind == "embedding" or self.magnitude is not None:
+            return False
+        dense = math.prod(self.weight_shape)
+        return 3 * self.n_macs(target) * positions > dense * (positions + _BUILDING * self.rank)
+
+    def summed(self, weight: Tensor, share: float) -> Tensor:
+        """Return weight + share·ΔW."""
+        delta = self.plain_delta().to(weight.dtype)
+        return torch.add(weight, delta, alpha=share)
+
+    def add_to(self, y: Tensor, x: Tensor, target: Target, share: float) -> Tensor:
+        """Return y + share·(the correction for x); y is the caller's to give away and may be overwritten."""
+        correction: Tensor = self(x, target)
+        if y._is_view() or y.dtype != correction.dtype:
+            return torch.add(y, correction, alpha=share)
+        return y.add_(correction, alpha=share)
 
     @classmethod
     def rank_for(cls, target: Target, rank: int) -> int:

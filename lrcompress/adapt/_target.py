@@ -19,6 +19,15 @@ from ..factorize._linalg import convolve
 KINDS = ("linear", "conv", "conv_transpose", "embedding")
 
 
+#: Channels that a convolution's kernels take at a time on a CPU with 512-bit vectors: fewer cost as much.
+_BLOCK = 16
+
+
+def blocked(channels: int) -> int:
+    """Return the channels that a convolution pays for."""
+    return -(-channels // _BLOCK) * _BLOCK
+
+
 class Base(Protocol):
     """A layer as an adapter sees it: the weight that its factors stand for, and the factors."""
 
@@ -48,19 +57,28 @@ class Target:
         """The axis of the weight along which outputs lie."""
         return 1 if self.kind in ("embedding", "conv_transpose") else 0
 
-    def apply(self, x: Tensor, weight: Tensor, groups: int | None = None) -> Tensor:
-        """Return what the layer does with `weight` instead of its own, without bias: x (…, in), (batch, in, *space) or ids."""
+    def positions(self, x: Tensor) -> int:
+        """Return at how many places the weight is applied to x, a stride left out."""
+        return (
+            x.numel()
+            if self.kind == "embedding"
+            else x.numel() // (x.shape[-1] if self.kind == "linear" else x.shape[1])
+        )
+
+    def apply(self, x: Tensor, weight: Tensor, groups: int | None = None, bias: Tensor | None = None) -> Tensor:
+        """Return what the layer does with `weight` instead of its own: x (…, in), (batch, in, *space) or ids."""
         groups = self.groups if groups is None else groups
         if self.kind == "embedding":
-            return F.embedding(x, weight)
+            rows = F.embedding(x, weight)
+            return rows if bias is None else rows + bias
         if self.kind == "linear":
-            return F.linear(x, weight)
+            return F.linear(x, weight, bias)
         assert self.geometry is not None
         if self.kind == "conv":
-            return convolve(x, weight, self.geometry, groups)
+            return convolve(x, weight, self.geometry, groups, bias)
         call = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[weight.dim() - 2]
         walk = self.geometry
-        return call(x, weight, None, walk.stride, walk.padding, self.output_padding, groups, walk.dilation)
+        return call(x, weight, bias, walk.stride, walk.padding, self.output_padding, groups, walk.dilation)
 
     def as_dict(self) -> dict[str, Any]:
         """Return what a file keeps of a target: enough to know an adapter's tensors, not to run the layer."""

@@ -1,7 +1,8 @@
 """Core: W' = U(I + s·R)V, a correction between the factors of a layer: r² numbers, merged without any more.
 
 It acts where the activation has passed the first factors and not yet the last: after V of an SVD, the core of
-Tucker-2, the first filters of a spatial pair, the kept rows of a pivoted layer. R is whole, (r, r), or R = P Q with
+Tucker-2, the first filters of a spatial pair, the kept rows of a pivoted layer, the first factor of CP, between the
+terms of a Kronecker sum, at the last bond of a tensor train. Other forms have no such place (`why_none`). R is whole, (r, r), or R = P Q with
 P (r, k) and Q (k, r); at rank k ≥ r it is whole. R has no meaning on other factors: bind it to a digest of them.
 
 Source: the maths is that of LoRA-XS, Bałazy et al., arXiv 2405.17604, with the layer's own factors as the frozen sides.
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..factorize import ConvGeometry, form, pivoted_spatial, pivoted_tucker, spatial_svd
+from ..factorize import ConvGeometry, cp, form, pivoted_spatial, pivoted_tucker, spatial_svd
 from ..factorize._linalg import convolve, pointwise
 from ._base import BaseAdapter
 from ._target import Base, Target
@@ -29,14 +30,24 @@ _Step = Callable[[Mapping[str, Tensor], Tensor, Target], Tensor]
 
 @dataclass(frozen=True)
 class Position:
-    """Where a form has its core: `tail` names the factor whose first axis it is; the layer is after(before(x)).
+    """Where a form has its core: `tail` names the factor one axis of which it is; the layer is after(before(x)).
 
-    On an embedding the looked-up row is the activation, and the core acts on it from the right.
+    On an embedding the looked-up row is the activation, and the core acts on it from the right. `layers`: the kinds of
+    layer whose chain passes that place with one activation. `folded`: the form may multiply in another order, so a core is
+    multiplied into the tail, which is small, and the form goes its own way; only a graph's slot goes between.
     """
 
     tail: str
     before: _Step
     after: _Step
+    axis: int = 0
+    layers: frozenset[str] = frozenset({"linear", "conv", "embedding"})
+    folded: bool = False
+
+    def turned(self, matrix: Tensor, tail: Tensor) -> Tensor:
+        """Return `matrix` (r, r) multiplied into the core's axis of the factor."""
+        moved: Tensor = torch.tensordot(matrix.to(tail.dtype), tail.movedim(self.axis, 0), 1)
+        return moved.movedim(0, self.axis)
 
 
 def _down(f: Mapping[str, Tensor], x: Tensor, t: Target) -> Tensor:
@@ -98,6 +109,36 @@ def _pivoted_up(f: Mapping[str, Tensor], z: Tensor, t: Target) -> Tensor:
     return torch.cat([z, others], axis).index_select(axis, f["order"])
 
 
+def _kronecker_down(f: Mapping[str, Tensor], x: Tensor, t: Target) -> Tensor:
+    """Return C_k x per block of inputs: (…, n₁, m₂, K), of a convolution (batch·n₁·m₂, K, *space)."""
+    (terms, _, n1), (_, m2, n2) = f["B"].shape, f["C"].shape[:3]
+    if t.kind == "linear":
+        z = x.reshape(*x.shape[:-1], n1, n2) @ f["C"].reshape(terms * m2, n2).T
+        return z.reshape(*z.shape[:-1], terms, m2).transpose(-1, -2)
+    z = convolve(x.reshape(-1, n2, *x.shape[2:]), f["C"].flatten(0, 1), _walk(t))
+    return z.reshape(-1, terms, m2, *z.shape[2:]).transpose(1, 2).flatten(0, 1)
+
+
+def _kronecker_up(f: Mapping[str, Tensor], z: Tensor, t: Target) -> Tensor:
+    b, m2 = f["B"], f["C"].shape[1]
+    if t.kind == "linear":
+        return torch.einsum("...jck,kaj->...ac", z, b).flatten(-2)
+    y = torch.einsum("njcks,kaj->nacs", z.flatten(2).reshape(-1, b.shape[2], m2, len(b), z[0, 0].numel()), b)
+    return y.reshape(-1, b.shape[1] * m2, *z.shape[2:])
+
+
+def _train_down(f: Mapping[str, Tensor], x: Tensor, t: Target) -> Tensor:
+    """Return the last digit contracted: (…, n₁, n₂, m₃, r₂)."""
+    g0, g1, g2 = f["G0"], f["G1"], f["G2"]
+    grid = x.reshape(*x.shape[:-1], g0.shape[1], g1.shape[2], g2.shape[2])
+    return torch.einsum("...ijk,qck->...ijcq", grid, g2)
+
+
+def _train_up(f: Mapping[str, Tensor], z: Tensor, t: Target) -> Tensor:
+    z = torch.einsum("...ijcq,pbjq->...ipbc", z, f["G1"])
+    return torch.einsum("...ipbc,aip->...abc", z, f["G0"]).flatten(-3)
+
+
 _FACTORS = Position("V", _down, _up)
 POSITIONS: dict[str, Position] = {
     "svd": _FACTORS,
@@ -109,13 +150,37 @@ POSITIONS: dict[str, Position] = {
     "spatial_svd": Position("first", _spatial_svd_down, _spatial_up),
     "pivoted_spatial": Position("first", _spatial_down, lambda f, z, t: pivoted_spatial.after(f, z, _walk(t))),
     "pivoted": Position("P", _pivoted_down, _pivoted_up),
+    "cp": Position("I", lambda f, x, t: pointwise(x, f["I"].T), lambda f, z, t: cp.after(f, z, _walk(t)), axis=1),
+    "kronecker": Position("C", _kronecker_down, _kronecker_up, layers=frozenset({"linear", "conv"}), folded=True),
+    "tensor_train": Position("G2", _train_down, _train_up, layers=frozenset({"linear"})),
 }  # fmt: skip
 
+_REBUILT = "its weight is rebuilt from an entrywise product, so no activation passes between its factors"
+#: Why the others have none.
+_WITHOUT = {
+    "dense": "the layer is not factorized",
+    "hadamard": _REBUILT,
+    "khatri_rao": _REBUILT,
+    "grouped_svd": "every group has a middle of its own, and a whole matrix between them would mix the groups",
+}
 
-def core_size(form_name: str, factors: Mapping[str, Tensor]) -> int:
-    """Return r of a layer whose form has a core, else 0."""
+
+def core_size(form_name: str, factors: Mapping[str, Tensor], layer_kind: str) -> int:
+    """Return r of a layer whose chain has a core, else 0."""
     position = POSITIONS.get(form_name)
-    return 0 if position is None else factors[position.tail].shape[0]
+    if position is None or layer_kind not in position.layers:
+        return 0
+    return factors[position.tail].shape[position.axis]
+
+
+def why_none(form_name: str, layer_kind: str) -> str:
+    """Return why a layer of this form has no core; empty where it has one."""
+    position = POSITIONS.get(form_name)
+    if position is None:
+        return _WITHOUT.get(form_name, "the form does not say where its core would be")
+    if layer_kind in position.layers:
+        return ""
+    return "a row of the table is a product over all of its digits, with no activation between them"
 
 
 class Adapter(BaseAdapter):
@@ -160,7 +225,7 @@ class Adapter(BaseAdapter):
         """Return the factors of `base` with (I + weight·s·R) multiplied into them: the exact merge."""
         position = POSITIONS[base.form]
         tail = base.factors[position.tail]
-        step = torch.einsum("rq,q...->r...", weight * self.matrix().to(tail.dtype), tail)
+        step = position.turned(weight * self.matrix(), tail)
         return {**base.factors, position.tail: tail + step}
 
     def plain_delta(self, base: Base | None = None) -> Tensor:
@@ -168,7 +233,7 @@ class Adapter(BaseAdapter):
             raise ValueError("expected the layer: a core adapter depends on its factors")
         position = POSITIONS[base.form]
         tail = base.factors[position.tail]
-        step = torch.einsum("rq,q...->r...", self.matrix().to(tail.dtype), tail)
+        step = position.turned(self.matrix(), tail)
         delta: Tensor = form(base.form).to_tensor({**base.factors, position.tail: step}, base.shape)
         return delta
 

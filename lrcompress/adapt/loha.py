@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._adding import added
 from ._base import BaseAdapter
 from ._target import Base, Target
 
@@ -91,10 +92,27 @@ class Adapter(BaseAdapter):
         if target.kind == "embedding":
             (b1, a1), (b2, a2) = self.pairs()
             return self.scaling * ((F.embedding(x, b1) @ a1) * (F.embedding(x, b2) @ a2))
-        if target.kind == "linear" and self.rank**2 * (rows + n) < rows * n:
+        if target.kind == "linear" and self.n_macs(target) < rows * n:
             a, b = self.expand()
             return F.linear(F.linear(x, a), b)
         return target.apply(x, self.plain_delta())
+
+    def n_macs(self, target: Target) -> int:
+        dense = math.prod(self.weight_shape)
+        return self.rank**2 * sum(self.sides) if target.kind == "linear" else dense
+
+    def summed(self, weight: Tensor, share: float) -> Tensor:
+        (b1, a1), (b2, a2) = self.pairs()
+        if a1.dtype != weight.dtype:
+            return super().summed(weight, share)
+        total: Tensor = _Summed.apply(weight.flatten(1), b1, a1, b2, a2, share * self.scaling)  # type: ignore[no-untyped-call]
+        return total.reshape(weight.shape)
+
+    def add_to(self, y: Tensor, x: Tensor, target: Target, share: float) -> Tensor:
+        if target.kind != "linear":
+            return super().add_to(y, x, target, share)
+        a, b = self.expand()
+        return added(y, F.linear(x, a), b, share, channels_first=False)
 
     @classmethod
     def n_params(cls, weight_shape: tuple[int, ...], rank: int, **options: Any) -> int:
@@ -102,3 +120,25 @@ class Adapter(BaseAdapter):
         if options.get("tucker") and math.prod(kernel) > 1:
             return 2 * (rank * (rows + columns) + rank * rank * math.prod(kernel))
         return 2 * rank * (rows + columns * math.prod(kernel))
+
+
+class _Summed(torch.autograd.Function):
+    """W + s·(B₁A₁) ∘ (B₂A₂); of the two products nothing is kept, the gradient multiplies them again."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(b1, a1, b2, a2)
+        ctx.scale = scale
+        return torch.addcmul(weight, b1 @ a1, b2 @ a2, value=scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (g,), (b1, a1, b2, a2), needed = gradients, ctx.saved_tensors, ctx.needs_input_grad
+        found: list[Tensor | None] = [g if needed[0] else None]
+        for (b, a), (c, d), wanted in (((b1, a1), (b2, a2), needed[1:3]), ((b2, a2), (b1, a1), needed[3:5])):
+            if not any(wanted):
+                found += [None, None]
+                continue
+            through = (c @ d) * g  # d(scale·P∘Q)/dP, scale left to the small products
+            found += [ctx.scale * (through @ a.T), ctx.scale * (b.T @ through)]
+        return (*found, None)

@@ -76,11 +76,13 @@ class Adapter(BaseAdapter):
         return [p for name in self.tensor_names if (p := self._parameters.get(name)) is not None]
 
     def plain_delta(self, base: Base | None = None) -> Tensor:
-        first, *others = self.factors
-        product = first
-        for a in others:
-            product = torch.einsum("kin,kjn->kijn", product, a).flatten(1, 2)
-        return (self.scaling * product.sum(0)).reshape(self.weight_shape)
+        # The chain in two halves of about equal length: only their product, summed over the terms, is as large as ΔW.
+        factors, sizes = self.factors, [a.shape[1] for a in self.factors]
+        cut = min(range(1, len(sizes)), key=lambda i: math.prod(sizes[:i]) + math.prod(sizes[i:]), default=0)
+        if not cut:
+            return (self.scaling * factors[0].sum(0)).reshape(self.weight_shape)
+        upper, lower = (_multiplied(part) for part in (factors[:cut], factors[cut:]))
+        return torch.einsum("kin,kjn->ijn", self.scaling * upper, lower).reshape(self.weight_shape)
 
     def expand(self, base: Base | None = None) -> tuple[Tensor, Tensor]:
         return as_full_rank(self.plain_delta())
@@ -105,6 +107,14 @@ class Adapter(BaseAdapter):
     @classmethod
     def rank_for(cls, target: Target, rank: int) -> int:
         return max(1, rank)
+
+
+def _multiplied(factors: list[Tensor]) -> Tensor:
+    """Return the chained product of factors (K, m_i, n), term by term: (K, Π m_i, n)."""
+    product = factors[0]
+    for a in factors[1:]:
+        product = (product[:, :, None] * a[:, None]).flatten(1, 2)
+    return product
 
 
 def as_full_rank(delta: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from ..factorize import ConvGeometry
 from ..factorize._linalg import convolve, pointwise
+from ._adding import added
 from ._base import BaseAdapter
-from ._target import Base, Target
+from ._target import Base, Target, blocked
 
 
 class Adapter(BaseAdapter):
@@ -104,6 +105,32 @@ class Adapter(BaseAdapter):
             return convolve(target.apply(x, kernels, g), mixed, once, g)
         turned = (s * b).transpose(1, 2).reshape(-1, b.shape[1], *(1,) * spatial)
         return target.apply(convolve(x, turned, once, g), kernels, g)
+
+    def n_macs(self, target: Target) -> int:
+        rows, n = self.sides
+        kernel = math.prod(self.weight_shape[2:])
+        if "lora_mid" in self._parameters:
+            return self.rank * (self.weight_shape[1] + self.rank * kernel + rows)
+        inner = self.lora_B.shape[1]
+        if target.kind == "conv":
+            return target.groups * blocked(inner) * n + inner * rows
+        return inner * (target.groups * n + rows)
+
+    def summed(self, weight: Tensor, share: float) -> Tensor:
+        a, b = self._by_group()
+        if a.dtype != weight.dtype:
+            return super().summed(weight, share)
+        groups = weight.reshape(self.groups, -1, a.shape[2])
+        return torch.baddbmm(groups, b, a, alpha=share * self.scaling).reshape(weight.shape)
+
+    def add_to(self, y: Tensor, x: Tensor, target: Target, share: float) -> Tensor:
+        scale = share * self.scaling
+        if target.kind == "linear":
+            return added(y, F.linear(x, self.lora_A), self.lora_B, scale, channels_first=False)
+        if target.kind == "conv" and target.groups == 1 and "lora_mid" not in self._parameters:
+            inner = target.apply(x, self.lora_A)
+            return added(y, inner, self.lora_B.flatten(1), scale, channels_first=True)
+        return super().add_to(y, x, target, share)
 
     @classmethod
     def n_params(cls, weight_shape: tuple[int, ...], rank: int, **options: Any) -> int:

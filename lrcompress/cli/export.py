@@ -15,9 +15,8 @@ from .output import Result, Shell, common, human_bytes
 @click.option("--target", default="onnx", show_default=True, help="What to write: onnx.")
 @click.option(
     "--slots",
-    default="lora",
-    show_default=True,
-    help="Adapter slots to wire: lora (which also serves LoHa, LoKr, LoKH), core, both as lora,core, or none.",
+    help="Adapter slots to wire: lora (which also serves LoHa, LoKr, LoKH), core, both as lora,core, or none.  "
+    "[default: lora, and core where layers are factorized]",
 )
 @click.option("--slot-include", multiple=True, metavar="GLOB", help="Only layers whose path matches get a slot.")
 @click.option("--quantize", default="none", show_default=True, help="none or int8.")
@@ -40,11 +39,11 @@ from .output import Result, Shell, common, human_bytes
 @click.option("-o", "--output", default="exported", show_default=True, type=click.Path(), help="Folder to write.")
 @online_option
 @common
-def export(shell: Shell, compressed: str, slots: str, adapters: tuple[str, ...], **options: Any) -> Result:
+def export(shell: Shell, compressed: str, slots: str | None, adapters: tuple[str, ...], **options: Any) -> Result:
     """Write the factorized model COMPRESSED as ONNX: a graph, its constants, adapter slots, goldens, a manifest."""
     from ..verbs.export import export as verb
 
-    kinds = tuple(s.strip() for s in slots.split(","))
+    kinds = None if slots is None else tuple(s.strip() for s in slots.split(","))
     d = verb(compressed, slots=kinds, adapters=adapters or None, progress=shell.progress, **options).data
     lines = [
         f"graph {human_bytes(d['bytes']['graph'])}, constants {human_bytes(d['bytes']['base'])}, {len(d['slots'])} slots, {d['precision']}",

@@ -42,6 +42,7 @@ class SlotAdapter(nn.Module):
     """The branch of one layer; its two tensors become graph inputs."""
 
     in_core = False
+    magnitude = None
 
     def __init__(self, target: Target, dtype: torch.dtype) -> None:
         super().__init__()
@@ -56,7 +57,7 @@ class SlotAdapter(nn.Module):
             b = torch.zeros(rows, r, *(1,) * len(kernel), dtype=dtype)
         self.lora_A, self.lora_B = nn.Parameter(a), nn.Parameter(b)
 
-    def correct(self, x: Tensor, target: Target, base: Base, plain: Tensor) -> Tensor:
+    def correct(self, x: Tensor, target: Target, base: Base | None, plain: Tensor) -> Tensor:
         """Return what is added to the layer's output."""
         if target.kind == "linear":
             return (x @ self.lora_A) @ self.lora_B
@@ -69,6 +70,13 @@ class SlotAdapter(nn.Module):
             return convolve(target.apply(x, kernels, g), self.lora_B, once, g)
         first = Target(target.shape, "conv_transpose", once, g, (0,) * (x.dim() - 2))
         return target.apply(first.apply(x, self.lora_B, g), kernels, g)
+
+    def is_whole(self, target: Target, positions: int) -> bool:
+        """The branch stands beside the weight, which the runtime keeps as a constant."""
+        return False
+
+    def add_to(self, y: Tensor, x: Tensor, target: Target, share: float) -> Tensor:
+        return y + self.correct(x, target, None, y)
 
 
 class CoreSlot(nn.Module):
@@ -138,8 +146,8 @@ class SlotLayer:
         return entry
 
 
-def attach_slots(module: nn.Module, include: Sequence[str] = (), kinds: Sequence[str] = ("lora",)) -> list[SlotLayer]:
-    """Attach slots of `kinds` to the layers that take adapters; return them in the module's order.
+def attach_slots(module: nn.Module, include: Sequence[str] = (), kinds: Sequence[str] | None = None) -> list[SlotLayer]:
+    """Attach slots of `kinds` (default: all) to the layers that take adapters; return them in the module's order.
 
     Without `include`, the linear layers and ungrouped convolutions; a pattern also reaches embeddings, grouped and
     transposed convolutions. A core slot goes to every such layer whose factors have a core.
@@ -160,11 +168,11 @@ def attach_slots(module: nn.Module, include: Sequence[str] = (), kinds: Sequence
         layer = wrap_dense(module, name)
         target, dtype = layer.target, next(iter(layer.factors.values())).dtype
         for kind, key, made in (("lora", SLOT, SlotAdapter), ("core", CORE_SLOT, CoreSlot)):
-            if kind in kinds and (kind == "lora" or target.core):
+            if kind in (kinds or KINDS) and (kind == "lora" or target.core):
                 layer.adapters[key] = made(target, dtype)
                 layer.active[key] = 1.0
                 found.append(SlotLayer(name, kind, target, str(dtype).removeprefix("torch.")))
-    if "core" in kinds and not any(s.kind == "core" for s in found):
+    if kinds is not None and "core" in kinds and not any(s.kind == "core" for s in found):
         raise CommandError(
             "lrcompress export --slots", "a layer whose factors have a core", "none", "leave core out, or factorize"
         )

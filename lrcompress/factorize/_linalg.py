@@ -46,10 +46,10 @@ def cholesky(s: Tensor) -> Tensor:
     raise ValueError(f"expected a positive semidefinite matrix, got one of size {len(s)} that is not")
 
 
-def convolve(x: Tensor, kernel: Tensor, geometry: ConvGeometry, groups: int = 1) -> Tensor:
+def convolve(x: Tensor, kernel: Tensor, geometry: ConvGeometry, groups: int = 1, bias: Tensor | None = None) -> Tensor:
     """Convolve over as many axes as `kernel` (out, in/groups, *k) has."""
     call = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[kernel.dim() - 2]
-    return call(x, kernel, None, geometry.stride, geometry.padding, geometry.dilation, groups)
+    return call(x, kernel, bias, geometry.stride, geometry.padding, geometry.dilation, groups)
 
 
 def pointwise(x: Tensor, matrix: Tensor) -> Tensor:

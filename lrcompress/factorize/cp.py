@@ -149,8 +149,12 @@ def to_tensor(factors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
 
 
 def conv(factors: Mapping[str, Tensor], x: Tensor, geometry: ConvGeometry) -> Tensor:
-    rank, axes = factors["O"].shape[1], x.dim() - 2
-    y = pointwise(x, factors["I"].T)
+    return after(factors, pointwise(x, factors["I"].T), geometry)
+
+
+def after(factors: Mapping[str, Tensor], y: Tensor, geometry: ConvGeometry) -> Tensor:
+    """Apply what follows the first factor, to y (batch, R, *space)."""
+    rank, axes = factors["O"].shape[1], y.dim() - 2
     for axis in range(axes):
         taps = factors[f"K{axis}"]
         kernel = taps.T.reshape(rank, 1, *_alone(len(taps), 1, axis, axes))

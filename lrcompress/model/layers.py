@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapt import BaseAdapter, Target
-from ..adapt.core import POSITIONS, core_size
+from ..adapt.core import POSITIONS, core_size, why_none
 from ..adapt.core import Adapter as Core
 from ..factorize import ConvGeometry, Rank, form
 
@@ -58,9 +58,9 @@ class FactorizedLayer(nn.Module):
         """Attach an adapter under `name` and make it take part with `weight`."""
         if adapter.weight_shape != self.shape:
             raise ValueError(f"adapter {name!r}: expected shape {self.shape}, got {adapter.weight_shape}")
-        if adapter.in_core and adapter.core != core_size(self.form, self.factors):
-            got = core_size(self.form, self.factors)
-            raise ValueError(f"adapter {name!r}: expected a layer with a core of {adapter.core}, got {got or 'none'}")
+        if adapter.in_core and adapter.core != self.target.core:
+            got = self.target.core or f"none ({self.form}: {why_none(self.form, self.layer_kind)})"
+            raise ValueError(f"adapter {name!r}: expected a layer with a core of {adapter.core}, got {got}")
         self.adapters[name] = adapter
         self.active[name] = weight
 
@@ -90,7 +90,7 @@ class FactorizedLayer(nn.Module):
     @property
     def target(self) -> Target:
         """The layer as its adapters see it."""
-        return Target(self.shape, self.layer_kind, core=core_size(self.form, self.factors))
+        return Target(self.shape, self.layer_kind, core=core_size(self.form, self.factors, self.layer_kind))
 
     def _adapter(self, name: str) -> BaseAdapter:
         return self.adapters[name]  # type: ignore[return-value]
@@ -101,6 +101,10 @@ class FactorizedLayer(nn.Module):
         if not found:
             return None
         position, target = POSITIONS[self.form], self.target
+        if position.folded and all(isinstance(a, Core) for a, _ in found):
+            tail = self.factors[position.tail]
+            steps = [w * position.turned(cast(Core, a).matrix(), tail) for a, w in found]
+            return self._through(x, {**self.factors, position.tail: tail + torch.stack(steps).sum(0)})
         z = position.before(self.factors, x, target)
         moved = z
         for adapter, weight in found:
@@ -108,17 +112,48 @@ class FactorizedLayer(nn.Module):
             moved = moved + (step if weight == 1.0 else weight * step)
         return position.after(self.factors, moved, target)
 
-    def _corrected(self, y: Tensor, x: Tensor, plain: Tensor) -> Tensor:
-        """Add what the active adapters add to `y`; `plain` is the product without bias."""
-        target = self.target if self.active else None
-        for name, weight in self.active.items():
-            adapter = self._adapter(name)
-            if adapter.in_core:
-                continue
-            assert target is not None
-            correction = adapter.correct(x, target, self, plain)
-            y = y + (correction if weight == 1.0 else weight * correction)
+    def _output(self, x: Tensor) -> Tensor:
+        """Return the layer's output with what the active adapters add; x is padded already."""
+        target = self.target
+        outside = [(a, w) for n, w in self.active.items() if not (a := self._adapter(n)).in_core]
+        if torch.compiler.is_exporting() or any(a.magnitude is not None for a, _ in outside):
+            return self._apart(x, target, outside)
+        if self.form != "dense":
+            plain = self._product(x)
+            y = plain if self.bias is None else plain + self._wide_bias
+        else:
+            places, weight = target.positions(x), self.factors["weight"]
+            for adapter, share in [(a, w) for a, w in outside if a.is_whole(target, places)]:
+                weight = adapter.summed(weight, share)
+            outside = [(a, w) for a, w in outside if not a.is_whole(target, places)]
+            y = target.apply(x, weight, bias=self.bias)
+        for adapter, share in outside:
+            y = adapter.add_to(y, x, target, share)
         return y
+
+    def _apart(self, x: Tensor, target: Target, outside: Iterable[tuple[BaseAdapter, float]]) -> Tensor:
+        """Return the output where the product without bias is needed, or is to stand in a graph by itself."""
+        plain = self._product(x)
+        y = plain if self.bias is None else plain + self._wide_bias
+        for adapter, share in outside:
+            correction = adapter.correct(x, target, self, plain)
+            y = y + (correction if share == 1.0 else share * correction)
+        return y
+
+    def _product(self, x: Tensor) -> Tensor:
+        """Return the output of the factors, core adapters included, without bias."""
+        cored = self._cored(x)
+        return self._through(x, self.factors) if cored is None else cored
+
+    def _through(self, x: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
+        """Return what `factors` make of x, as the form multiplies them."""
+        raise NotImplementedError
+
+    @property
+    def _wide_bias(self) -> Tensor:
+        """Return the bias, shaped to broadcast over outputs."""
+        assert self.bias is not None
+        return self.bias if len(self.shape) == 2 else self.bias.reshape(-1, *(1,) * (len(self.shape) - 2))
 
     def to_plain(self) -> nn.Module:
         """Return the ordinary layer of torch (or of its origin) with the active adapters merged."""
@@ -151,10 +186,13 @@ class FactorizedLinear(FactorizedLayer):
         return self.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        plain = self._cored(x)
-        if plain is None:
-            plain = form(self.form).linear(self.factors, x)
-        return self._corrected(plain if self.bias is None else plain + self.bias, x, plain)
+        if torch.compiler.is_exporting():
+            return self._output(x)
+        # As rows: the output of a product with more axes is a view, over which nothing can be written for free.
+        return self._output(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.shape[0])
+
+    def _through(self, x: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
+        return form(self.form).linear(factors, x)  # type: ignore[no-any-return]
 
     def to_plain(self) -> nn.Module:
         weight = self.merged_weight().detach()
@@ -189,18 +227,17 @@ class FactorizedConv(FactorizedLayer):
     def forward(self, x: Tensor) -> Tensor:
         if self._pad is not None:
             x = F.pad(x, self._pad, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
-        plain = self._cored(x)
-        if plain is None:
-            groups = (self.groups,) if self.form == "dense" else ()
-            plain = form(self.form).conv(self.factors, x, self._walk, *groups)
-        y = plain
-        if self.bias is not None:
-            y = y + self.bias.reshape(-1, *(1,) * (len(self.shape) - 2))
-        return self._corrected(y, x, plain)
+        return self._output(x)
+
+    def _through(self, x: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
+        groups = (self.groups,) if self.form == "dense" else ()
+        return form(self.form).conv(factors, x, self._walk, *groups)  # type: ignore[no-any-return]
 
     @property
     def target(self) -> Target:
-        return Target(self.shape, "conv", self._walk, self.groups, core=core_size(self.form, self.factors))
+        return Target(
+            self.shape, "conv", self._walk, self.groups, core=core_size(self.form, self.factors, self.layer_kind)
+        )
 
     def to_plain(self) -> nn.Module:
         classes: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -230,10 +267,10 @@ class FactorizedEmbedding(FactorizedLayer):
         return self.shape[1]
 
     def forward(self, ids: Tensor) -> Tensor:
-        rows = self._cored(ids)
-        if rows is None:
-            rows = form(self.form).embedding(self.factors, ids)
-        return self._corrected(rows if self.bias is None else rows + self.bias, ids, rows)
+        return self._output(ids)
+
+    def _through(self, ids: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
+        return form(self.form).embedding(factors, ids)  # type: ignore[no-any-return]
 
     def to_plain(self) -> nn.Module:
         plain = nn.Embedding(self.shape[0], self.shape[1], padding_idx=self.padding_idx)

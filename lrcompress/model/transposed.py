@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,12 +31,12 @@ class DenseConvTranspose(FactorizedLayer):
         return Target(self.shape, "conv_transpose", self.geometry, self.groups, self.output_padding)
 
     def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        target = self.target
         if output_size is not None:
             raise ValueError("output_size: expected none, a layer that takes adapters has a fixed output_padding")
-        plain = target.apply(x, self.factors["weight"])
-        y = plain if self.bias is None else plain + self.bias.reshape(-1, *(1,) * (len(self.shape) - 2))
-        return self._corrected(y, x, plain)
+        return self._output(x)
+
+    def _through(self, x: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
+        return self.target.apply(x, factors["weight"])
 
     def to_plain(self) -> nn.Module:
         inner, out, *kernel = self.shape

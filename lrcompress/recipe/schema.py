@@ -142,7 +142,7 @@ class UpdatePart(TrainingPart):
 class ExportPart(Part):
     """What the device is given."""
 
-    slots: tuple[str, ...] = ("lora",)
+    slots: tuple[str, ...] | None = None  # lora, and core where layers are factorized
     slot_include: tuple[str, ...] = ()
     quantize: Literal["none", "int8"] = "none"
 

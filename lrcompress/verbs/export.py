@@ -63,7 +63,7 @@ def export(
     compressed: str | Path | Compressed | OpenedModel = "compressed",
     *,
     target: str = "onnx",
-    slots: Sequence[str] = ("lora",),
+    slots: Sequence[str] | None = None,
     slot_include: Sequence[str] = (),
     quantize: str = "none",
     calib: str | Data | None = None,
@@ -79,13 +79,13 @@ def export(
 ) -> ExportResult:
     """Write `compressed` as ONNX with adapter slots, its goldens and its manifest.
 
-    `adapters`: folders to ship as payloads (default: every folder of `adapters/` beside the checkpoint that belongs
+    `slots`: kinds to wire (default: lora, and core where layers are factorized). `adapters`: folders to ship as payloads (default: every folder of `adapters/` beside the checkpoint that belongs
     to it). `merge`: one to bake in instead. `calib`: data for static int8 and for the goldens. `device`: a profile, by
     name or file, whose limits go into `device.json`. An `OpenedModel` gives the plain baseline. Raises `CommandError`, `ModelError`, `ParityError`.
     """
     progress = progress or Silent()
     dest = Path(output)
-    exporter = _check(target, slots, quantize)
+    exporter = _check(target, slots or SLOT_KINDS, quantize)
     profile = None if device is None else load_profile(device)
     check_output(dest, maker=MAKER, marker=MARKER)
     source = _source(compressed)

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from .. import metrics
 from ..adapt import BaseAdapter, adapter_class, kinds
 from ..adapt._files import MARKER, write_adapter
+from ..adapt.core import why_none
 from ..data import Data
 from ..errors import CommandError, DataError
 from ..files import check_output, staged_folder
 from ..model import OpenedModel
 from ..model.adapting import by_pattern, fresh, layer_target, takes
 from ..model.checkpoint import Compressed, load_compressed
-from ..model.surgery import adaptable_layers, attach, wrap_dense
+from ..model.surgery import adaptable_layers, attach, factorized_layers, wrap_dense
 from ..progress import Progress, Silent
 from ..recover import Outcome, Settings, train
 from ..recover.losses import LOSSES, auto
@@ -142,9 +143,10 @@ def _attached(
 
     layers = [n for n in adaptable_layers(module) if takes(kind, layer_target(module, n))]
     if not layers:
-        raise CommandError(
-            "lrcompress recover --adapter", "a kind that these layers take", kind, "factorize them with svd"
-        )
+        forms = {(m.form, m.layer_kind) for _, m in factorized_layers(module)}
+        why = "; ".join(f"{f}: {why_none(f, k)}" for f, k in sorted(forms)) or "no layer is factorized"
+        where, expected = "lrcompress recover --adapter", "a kind that these layers take"
+        raise CommandError(where, expected, f"{kind} ({why})", "factorize them with svd")
     for pattern in (*ranks, *alphas):
         if not any(fnmatchcase(n, pattern) for n in layers):
             where, near = "lrcompress recover --rank-pattern, --alpha-pattern", ", ".join(layers[:4])

@@ -108,8 +108,11 @@ def test_check_misses_what_is_not_equal(here, capsys, monkeypatch):  # noqa: F81
     path = folder("a", layers=("fc1", "fc2"))
     from lrcompress.adapt.lora import Adapter
 
-    honest = Adapter.forward
-    monkeypatch.setattr(Adapter, "forward", lambda self, x, t: honest(self, x, t) * (1.01 if t.shape[0] == 5 else 1))
+    add_to, summed = Adapter.add_to, Adapter.summed
+    monkeypatch.setattr(
+        Adapter, "add_to", lambda a, y, x, t, s: add_to(a, y, x, t, s * (1.01 if t.shape[0] == 5 else 1))
+    )
+    monkeypatch.setattr(Adapter, "summed", lambda a, w, s: summed(a, w, s * (1.01 if len(w) == 5 else 1)))
     code, d = said(capsys, "check", "ok/compressed", str(path))
     assert code == 5 and not d["passed"] and [r["name"] for r in d["layers"] if not r["passed"]] == ["fc2"]
 

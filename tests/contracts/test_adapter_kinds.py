@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lrcompress.adapt import Target, adapter, adapter_class, kinds, lokh, lokr
-from lrcompress.adapt.core import POSITIONS
-from lrcompress.factorize import form
+from lrcompress.adapt.core import POSITIONS, why_none
+from lrcompress.factorize import form, forms
 from lrcompress.model.adapting import (
     by_pattern,
     every_target,
@@ -25,14 +25,14 @@ from lrcompress.model.surgery import attach, detach, factorized_layers, replace_
 
 #: Layer, input, and the forms it is factorized with besides staying dense.
 LAYERS = {
-    "linear": (lambda: nn.Linear(14, 10), (3, 5, 14), ("svd", "pivoted")),
+    "linear": (lambda: nn.Linear(14, 10), (3, 5, 14), ("svd", "pivoted", "als", "kronecker", "tensor_train")),
     "linear_no_bias": (lambda: nn.Linear(6, 9, bias=False), (2, 6), ()),
-    "conv1d": (lambda: nn.Conv1d(6, 8, 5, stride=2, padding=3), (2, 6, 11), ("svd", "spatial_svd")),
-    "conv2d": (lambda: nn.Conv2d(6, 8, 3, padding=1), (2, 6, 7, 7), ("svd", "tucker", "spatial_svd", "pivoted", "pivoted_tucker", "pivoted_spatial", "cp")),
+    "conv1d": (lambda: nn.Conv1d(6, 8, 5, stride=2, padding=3), (2, 6, 11), ("svd", "spatial_svd", "cp", "kronecker")),
+    "conv2d": (lambda: nn.Conv2d(6, 8, 3, padding=1), (2, 6, 7, 7), ("svd", "tucker", "spatial_svd", "pivoted", "pivoted_tucker", "pivoted_spatial", "cp", "kronecker")),
     "pointwise": (lambda: nn.Conv2d(6, 8, 1), (2, 6, 5, 5), ("svd",)),
-    "conv3d": (lambda: nn.Conv3d(4, 6, (1, 3, 2), padding=(0, 1, 1)), (2, 4, 3, 4, 4), ("svd", "tucker")),
-    "dilated": (lambda: nn.Conv2d(4, 6, 3, dilation=2, padding=2, stride=(1, 2)), (2, 4, 8, 8), ("spatial_svd",)),
-    "reflect": (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), (2, 4, 6, 6), ("tucker",)),
+    "conv3d": (lambda: nn.Conv3d(4, 6, (1, 3, 2), padding=(0, 1, 1)), (2, 4, 3, 4, 4), ("svd", "tucker", "cp", "kronecker")),
+    "dilated": (lambda: nn.Conv2d(4, 6, 3, dilation=2, padding=2, stride=(1, 2)), (2, 4, 8, 8), ("spatial_svd", "cp", "kronecker")),
+    "reflect": (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), (2, 4, 6, 6), ("tucker", "cp")),
     "circular": (lambda: nn.Conv1d(4, 6, 4, padding="same", padding_mode="circular"), (2, 4, 9), ()),
     "grouped": (lambda: nn.Conv2d(8, 12, 3, groups=4, padding=1), (2, 8, 6, 6), ("grouped_svd",)),
     "two_groups": (lambda: nn.Conv1d(6, 4, 3, groups=2, padding_mode="replicate", padding=1), (2, 6, 9), ()),
@@ -50,12 +50,26 @@ OPTIONS = {
     "lokh": [{}],
     "core": [{}],
 }
+#: Every kind goes on every layer in every form, but a core only where the chain of factors passes one activation:
+#: why not, by form and kind of layer.
+WITHOUT_CORE = {
+    ("dense", "linear"): "not factorized", ("dense", "conv"): "not factorized", ("dense", "embedding"): "not factorized",
+    ("dense", "conv_transpose"): "not factorized",
+    ("grouped_svd", "conv"): "mix the groups",
+    ("hadamard", "linear"): "rebuilt", ("hadamard", "conv"): "rebuilt", ("hadamard", "embedding"): "rebuilt",
+    ("khatri_rao", "linear"): "rebuilt", ("khatri_rao", "conv"): "rebuilt", ("khatri_rao", "embedding"): "rebuilt",
+    ("kronecker", "embedding"): "all of its digits", ("tensor_train", "embedding"): "all of its digits",
+}  # fmt: skip
+KIND_OF = {
+    layer: "embedding" if layer == "embedding" else "linear" if "linear" in layer else "conv_transpose" if "transposed" in layer else "conv"
+    for layer in LAYERS
+}  # fmt: skip
 CASES = [
     (kind, layer, form_name, options)
     for kind in kinds()
     for layer, (_, _, forms) in LAYERS.items()
     for form_name in ("dense", *forms)
-    if (form_name in POSITIONS) or not adapter_class(kind).in_core
+    if (form_name, KIND_OF[layer]) not in WITHOUT_CORE or not adapter_class(kind).in_core
     for options in OPTIONS.get(kind, [{}])
 ]
 
@@ -166,6 +180,59 @@ def _structure(kind: str, target: Target, options: dict) -> dict:
     return own | ({"groups": target.groups} if kind == "lora" else {"core": target.core} if kind == "core" else {})
 
 
+def test_every_form_says_where_its_core_is_or_why_it_has_none():
+    served = {"linear": {"linear"}, "conv": {"conv"}, "grouped": {"conv"}, "embedding": {"embedding"}}
+    told = {("dense", k): why_none("dense", k) for k in KIND_OF.values()}
+    told |= {(n, k): why_none(n, k) for n in forms() for s in form(n).LAYERS for k in served[s]}
+    assert {place for place, why in told.items() if why} == set(WITHOUT_CORE)
+    assert all(words in told[place] for place, words in WITHOUT_CORE.items())
+    assert set(POSITIONS) | {n for n, _ in WITHOUT_CORE} == {*forms(), "dense"}
+
+
+@pytest.mark.parametrize(("layer", "form_name"), [
+    ("linear", "hadamard"), ("conv2d", "khatri_rao"), ("grouped", "grouped_svd"), ("embedding", "kronecker"), ("embedding", "tensor_train"),
+    *((layer, "dense") for layer in LAYERS),
+])  # fmt: skip
+def test_where_there_is_no_core_it_is_refused_by_name(layer, form_name):
+    model, x = case(layer, form_name)
+    base = wrap_dense(model, "0")
+    before = model(x)
+    assert base.target.core == 0 and not takes("core", base.target)
+    with pytest.raises(ValueError, match="expected a layer whose factors have a core"):
+        fresh("core", base.target, 2)
+    made = adapter("core", weight_shape=base.shape, rank=1, groups=base.target.groups, core=2)
+    with pytest.raises(ValueError, match=f"none \\({form_name}: .*{WITHOUT_CORE[form_name, KIND_OF[layer]]}"):
+        base.add_adapter("a", made)
+    assert torch.equal(model(x), before) and not base.adapters
+
+
+def _forms_of(kind: str, layer: str) -> list[str]:
+    """Return the forms to try: all that have a core for what lives in it, else one."""
+    forms = [f for f in LAYERS[layer][2] if (f, KIND_OF[layer]) not in WITHOUT_CORE]
+    return forms if adapter_class(kind).in_core else (forms or ["dense"])[:1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer", "form_name"), [(k, n, f) for k in kinds() for n in LAYERS for f in _forms_of(k, n)]
+)
+def test_several_at_once_are_weighted_and_switched(kind, layer, form_name):
+    model, x = case(layer, form_name)
+    base = wrap_dense(model, "0")
+    before, weight = model(x).detach(), base.weight.detach().clone()
+    deltas = {}
+    for i, name in enumerate(("a", "b", "c")):
+        made = fresh(kind, base.target, 1 + i, 2.0, generator=generator(i)).double()
+        random_values(made, 0.2 + 0.1 * i)
+        base.add_adapter(name, made)
+        deltas[name] = made.delta_weight(base).detach()
+    for active in ({"a": 0.5, "b": -2.0, "c": 3.0}, {"b": 1.0}, {"c": -0.25, "a": 1.0}, {}, {"a": 0.0}):
+        base.active = dict(active)
+        expected = weight + sum((w * deltas[n] for n, w in active.items()), torch.zeros_like(weight))
+        torch.testing.assert_close(base.merged_weight(), expected)
+        torch.testing.assert_close(model(x), to_dense(model)(x), rtol=1e-9, atol=1e-9)
+        assert active or torch.equal(model(x), before)
+
+
 @pytest.mark.parametrize("kind", [k for k in kinds() if not adapter_class(k).in_core])
 @pytest.mark.parametrize("layer", ["linear", "conv2d", "reflect", "embedding", "depthwise", "conv1d"])
 @pytest.mark.parametrize("axis", [0, 1])
@@ -264,7 +331,7 @@ def test_lokh_is_columnwise_kronecker_and_generically_of_full_rank():
 @pytest.mark.parametrize("layer", ["linear", "conv2d", "embedding", "conv3d", "reflect", "conv1d"])
 @pytest.mark.parametrize("rank", [1, 2, 99])
 def test_a_core_merges_into_the_factors_with_no_number_more(layer, rank):
-    for form_name in [f for f in LAYERS[layer][2] if f in POSITIONS]:
+    for form_name in [f for f in LAYERS[layer][2] if (f, KIND_OF[layer]) not in WITHOUT_CORE]:
         model, x = case(layer, form_name)
         base = model[0]
         made = fresh("core", base.target, rank, generator=generator()).double()

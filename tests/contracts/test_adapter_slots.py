@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -10,13 +12,14 @@ from torch import nn
 import lrcompress
 from lrcompress import expansions, payload
 from lrcompress.adapt import adapter_class, kinds
+from lrcompress.adapt._combine import stacked
 from lrcompress.adapt._files import write_adapter
 from lrcompress.errors import CommandError, PayloadError
 from lrcompress.export.payloads import payload_tensors
 from lrcompress.factorize import form
 from lrcompress.model import InputSpec, OpenedModel
 from lrcompress.model.adapting import every_target, fresh, layer_target, takes
-from lrcompress.model.surgery import attach, detach, replace_layer, wrap_dense
+from lrcompress.model.surgery import attach, detach, factorized_layers, replace_layer, wrap_dense
 from lrcompress.runtime import Session
 
 OPTIONS = {
@@ -84,6 +87,49 @@ def exported(tmp_path_factory):
     return folder / "exported"
 
 
+def test_by_default_lora_is_everywhere_and_core_where_layers_are_factorized(tmp_path):
+    opened = OpenedModel(None, "module", "", network(), inputs=SPEC)
+    lrcompress.export(opened, output=tmp_path / "both")
+    slots = Session(tmp_path / "both").manifest.slots
+    plain = {"embed", "grouped", "depthwise", "up", "up_grouped"}  # reached by --slot-include
+    assert {s["layer"] for s in slots if s["kind"] == "lora"} == set(every_target(network())) - plain
+    assert {s["layer"] for s in slots if s["kind"] == "core"} == {"factored", "tucker", "spatial", "pivoted"}
+    dense = nn.Sequential(nn.Linear(4, 4)).eval()
+    found = lrcompress.export(
+        OpenedModel(None, "module", "", dense, inputs=(InputSpec("x", "float32", ("b", 4)),)), output=tmp_path / "dense"
+    )
+    assert {s["kind"] for s in found.data["slots"]} == {"lora"}
+
+
+@pytest.mark.parametrize(("form_name", "make"), [
+    ("cp", lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1)), ("kronecker", lambda: nn.Conv2d(4, 6, 3, padding=1)),
+    ("kronecker", lambda: nn.Linear(12, 8)), ("tensor_train", lambda: nn.Linear(12, 8)),
+])  # fmt: skip
+def test_a_core_between_other_factors_runs_in_the_runtime(form_name, make, tmp_path):
+    torch.manual_seed(2)
+    model = nn.Sequential(make()).eval()
+    weight, chosen = model[0].weight.detach(), form(form_name)
+    replace_layer(model, "0", chosen.decompose(weight, chosen.clip(tuple(weight.shape), 3)))
+    inner = (4, 7, 6) if weight.dim() == 4 else (12,)
+    spec = (InputSpec("x", "float32", ("batch", *inner)),)
+    lrcompress.export(OpenedModel(None, "module", "", model, inputs=spec), output=tmp_path / "e")
+    session, made = Session(tmp_path / "e"), adapters(model, "core", {"rank": 2})
+    assert len(made) == 1 and made["0"].core == 3
+    attach(model, "a", lambda name, _: made[name], ["0"])
+    (tmp_path / "a").mkdir()
+    write_adapter(tmp_path / "a", made, maker="test", base=None, info={})
+    kind, tensors = payload_tensors(tmp_path / "a", session.manifest)
+    for n in (1, 5):
+        x = np.random.default_rng(n).standard_normal((n, *inner)).astype(np.float32)
+        with torch.no_grad():
+            expected = model(torch.as_tensor(x)).numpy()
+        before = session.run({"x": x})["output"]
+        session.swap(payload.parse(payload.build(tensors, manifest=session.manifest, kind=kind, encoding="f32")))
+        np.testing.assert_allclose(session.run({"x": x})["output"], expected, rtol=1e-4, atol=1e-5)
+        assert np.abs(before - expected).max() > 1e-2
+        session.swap(None)
+
+
 def answers(model: nn.Module, ids: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         return model(torch.as_tensor(ids)).numpy()
@@ -131,6 +177,36 @@ def test_a_payload_of_every_kind_is_the_adapter(kind, options, exported, tmp_pat
     np.testing.assert_allclose(answers(lrcompress.to_dense(model), IDS), expected, rtol=1e-3, atol=3e-5)
     session.swap(None)
     assert np.array_equal(session.run({"ids": IDS})["output"], before)
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_several_adapters_are_weighted_and_switched_from_request_to_request(kind, exported, tmp_path):
+    session, model = Session(exported), network()
+    for name in every_target(model):
+        wrap_dense(model, name)
+    made = {n: adapters(model, kind, {"rank": r}) for n, r in (("a", 2), ("b", 3))}
+    for name, own in made.items():
+        attach(model, name, lambda layer, _, own=own: own[layer], list(own))
+    requests = [{"a": 0.5, "b": -0.75}, {"a": 1.0}, {"b": 1.0}, {}, {"a": 2.0}]
+    found = {}
+    for i, weights in enumerate(requests):
+        if weights:
+            layers = {n: m for n, m in factorized_layers(model) if n in made["a"]}
+            whole = {n: stacked([(made[k][n], w) for k, w in weights.items()], m) for n, m in layers.items()}
+            (tmp_path / str(i)).mkdir()
+            write_adapter(tmp_path / str(i), whole, maker="test", base=None, info={})
+            own, tensors = payload_tensors(tmp_path / str(i), session.manifest)
+            found[i] = payload.parse(payload.build(tensors, manifest=session.manifest, kind=own, encoding="f32"))
+    answered = []
+    for i in (0, 1, 3, 2, 4, 0, 3, 1):
+        for _, layer in factorized_layers(model):
+            layer.active = {k: w for k, w in requests[i].items() if k in layer.adapters}
+        session.swap(found.get(i))
+        got = session.run({"ids": IDS})["output"]
+        np.testing.assert_allclose(got, answers(model, IDS), rtol=1e-3, atol=5e-5)
+        answered.append((i, got))
+    for (i, one), (j, two) in itertools.combinations(answered, 2):
+        assert np.array_equal(one, two) if i == j else np.abs(one - two).max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", kinds())

@@ -39,10 +39,7 @@ def write(tmp_path: Path, text: str) -> Path:
 def test_defaults_paths_and_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = recipes.load(write(tmp_path, TEXT))
     assert (
-        found.recover.rank == 8
-        and found.export.slots == ("lora",)
-        and found.seed == 0
-        and found.updates[0].kind == "lora"
+        found.recover.rank == 8 and found.export.slots is None and found.seed == 0 and found.updates[0].kind == "lora"
     )
     assert recipes.resolve(found, found.model.source) == str(tmp_path.resolve().parent / "here" / "net.safetensors")
     assert recipes.resolve(found, found.model.arch) == f"{tmp_path.resolve()}/archs/net.py:net"

@@ -30,7 +30,7 @@ class Request:
 
     opened: OpenedModel
     module: nn.Module
-    slots: Sequence[str]
+    slots: Sequence[str] | None
     slot_include: Sequence[str]
     quantize: str
     calibration: Sequence[dict[str, np.ndarray]] | None

@@ -30,7 +30,7 @@ GRAPH, DATA = "model.onnx", "base.data"
 def write(stage: Path, request: Request) -> Written:
     """Write `model.onnx` and `base.data`. Raises `ModelError` where a gate finds something lost."""
     traced = copy.deepcopy(request.module)
-    layers = attach_slots(traced, request.slot_include, request.slots) if "none" not in request.slots else []
+    layers = attach_slots(traced, request.slot_include, request.slots) if "none" not in (request.slots or ()) else []
     entries = [s.manifest() for s in layers]
     slot_names = [t["name"] for e in entries for t in e["tensors"]]
     factors = [
