@@ -31,13 +31,28 @@ def place(tmp_path_factory):
     np.savez(folder / "select.npz", x=x[:33], y=y[:33])
     np.savez(folder / "bad.npz", x=x, y=np.where(np.arange(101) == 7, 5, y))
     spec = (InputSpec("x", "float32", ("batch", 3, 8, 8)),)
-    lrcompress.factorize(folder / "model.pt", rank=4, arch="tests.support.nets:small", inputs=spec, output=folder / "compressed")
+    lrcompress.factorize(
+        folder / "model.pt", rank=4, arch="tests.support.nets:small", inputs=spec, output=folder / "compressed"
+    )
     return folder
 
 
 def run(folder: Path, launcher: tuple[str, ...], *words: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    argv = [*launcher, "-m", "lrcompress", "recover", "compressed", "--select", "select.npz", "--name", "one", "--threads", "1", *words]
+    argv = [
+        *launcher,
+        "-m",
+        "lrcompress",
+        "recover",
+        "compressed",
+        "--select",
+        "select.npz",
+        "--name",
+        "one",
+        "--threads",
+        "1",
+        *words,
+    ]
     return subprocess.run(argv, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 
@@ -47,9 +62,24 @@ def test_two_processes_take_the_steps_of_one(place):
     The teacher is spread over both, which changes nothing either.
     """
     words = ("--data", "train.npz", "--train", "factors", "--steps", "9", "--batch-size", "24", "--lr", "1e-3", "--loss", "logits=1,hidden=1,labels=0.5")  # fmt: skip
-    one = run(place, (sys.executable,), *words, "-o", "one", "--json")
-    assert one.returncode == 0, one.stderr
-    two = run(place, TORCHRUN, *words, "-o", "two", "--processes", "2", "--shard-teacher", "--json", "--save-seconds", "0")
+    options = {
+        "train": "factors",
+        "steps": 9,
+        "batch_size": 24,
+        "learning_rate": 1e-3,
+        "loss": "logits=1,hidden=1,labels=0.5",
+    }
+    lrcompress.recover(
+        place / "compressed",
+        data=str(place / "train.npz"),
+        select=str(place / "select.npz"),
+        output=place / "one",
+        threads=1,
+        **options,
+    )
+    two = run(
+        place, TORCHRUN, *words, "-o", "two", "--processes", "2", "--shard-teacher", "--json", "--save-seconds", "0"
+    )
     assert two.returncode == 0, two.stderr
     assert two.stdout.count('"ok": true') == 1 and '"processes": 2' in two.stdout
     start, a, b = (load_file(place / n / "model.safetensors") for n in ("compressed", "one", "two"))
@@ -59,12 +89,15 @@ def test_two_processes_take_the_steps_of_one(place):
     assert not list(place.glob(".two*"))
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_ends_all_with_one_line(place):
     """Sample 7 has a label outside the classes, which one of the two sees."""
     found = run(place, TORCHRUN, "--data", "bad.npz", "--loss", "labels", "--batch-size", "101", "--steps", "5", "-o", "bad", "--lr", "0.01", "--quiet")  # fmt: skip
     assert found.returncode != 0
     lines = [line for line in found.stderr.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1 and "classes 0…4" in lines[0] and not list(place.glob("*bad")) + list(place.glob(".bad*")), found.stderr
+    assert len(lines) == 1 and "classes 0…4" in lines[0] and not list(place.glob("*bad")) + list(place.glob(".bad*")), (
+        found.stderr
+    )
 
 
 def test_a_world_smaller_than_promised_is_refused(monkeypatch):
@@ -81,6 +114,7 @@ def test_a_world_smaller_than_promised_is_refused(monkeypatch):
         World.join()
 
 
+@pytest.mark.slow
 def test_the_launcher_that_starts_one_of_two_is_found_out(place):
     launcher = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "3", "-m")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -47,7 +47,19 @@ def environment():
 
 def command(output: str, kind: str, steps: int) -> list[str]:
     script = [sys.executable, "-m", "lrcompress", "recover", "compressed", "--data", "train.npz", "-o", output]
-    options = ["--steps", str(steps), "--batch-size", "16", "--save-seconds", "0", "--threads", "1", "--name", "one", "--quiet"]
+    options = [
+        "--steps",
+        str(steps),
+        "--batch-size",
+        "16",
+        "--save-seconds",
+        "0",
+        "--threads",
+        "1",
+        "--name",
+        "one",
+        "--quiet",
+    ]
     return [*script, *options, *KINDS[kind]]
 
 
@@ -68,7 +80,11 @@ def kill_often(folder: Path, kind: str, steps: int, kills: int, seed: int) -> No
     unbroken(folder, kind, steps)
     for _ in range(kills):
         process = subprocess.Popen(
-            command(output, kind, steps), cwd=folder, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            command(output, kind, steps),
+            cwd=folder,
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         before = {p: p.stat().st_mtime_ns for p in states(folder, output)}
         until = time.monotonic() + 60
