@@ -250,7 +250,11 @@ def retrain(context: Context, compressed: Stage) -> Stage:
     if part.train == "adapters":
         return compressed
     options = {"train": "factors", **_options(context, part)}
-    inputs = {"compressed": compressed.key, "options": options, **{n: context.split_key(n) for n in ("train", "select")}}
+    inputs = {
+        "compressed": compressed.key,
+        "options": options,
+        **{n: context.split_key(n) for n in ("train", "select")},
+    }
 
     def build(stage: Path) -> dict[str, Any]:
         found = api.recover(

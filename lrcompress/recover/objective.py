@@ -14,7 +14,7 @@ from ..errors import ModelError
 from ..model import tensors_of
 from . import losses
 from .blocks import captured
-from .teacher import Answers, Ask
+from .teacher import Answers
 from .world import World
 
 ANSWER = "answer"
@@ -23,28 +23,46 @@ _MEASURED = 256
 Forward = Callable[[Mapping[str, Tensor]], Tensor]
 
 
+class Asked:
+    """Asks a network: its answer, and the hidden states of the named modules, in float32 or wider.
+
+    `precision`: what is computed in where a call does not say `exact`; None: as the weights are.
+    """
+
+    def __init__(
+        self, forward: Forward, hidden: Sequence[str], held: dict[str, Tensor], precision: torch.dtype | None
+    ) -> None:
+        self._forward, self._hidden, self._held, self._precision = forward, hidden, held, precision
+
+    def __call__(self, inputs: Mapping[str, Tensor], *, exact: bool = False) -> Answers:
+        self._held.clear()
+        cast = None if exact else self._precision
+        where = next(iter(inputs.values())).device.type
+        with torch.autocast(where, cast or torch.bfloat16, enabled=cast is not None):
+            answers = {ANSWER: self._forward(inputs)}
+        silent = next((n for n in self._hidden if n not in self._held), None)
+        if silent is not None:
+            what = "a module that answers with a tensor"
+            raise ModelError(f"hidden states: {silent}", what, "none", "name others with --hidden")
+        answers |= {n: self._held[n] for n in self._hidden}
+        return {n: a.float() if a.dtype in (torch.float16, torch.bfloat16) else a for n, a in answers.items()}
+
+
 @contextlib.contextmanager
-def asking(forward: Forward, module: nn.Module, hidden: Sequence[str], precision: torch.dtype | None) -> Iterator[Ask]:
-    """Yield what asks a network: its answer, and the hidden states of the named modules, in float32 or wider."""
+def asking(
+    forward: Forward, module: nn.Module, hidden: Sequence[str], precision: torch.dtype | None
+) -> Iterator[Asked]:
+    """Yield what asks `module` through `forward`, and listens to the named modules in it."""
     with captured(module, hidden) as held:
+        yield Asked(forward, hidden, held, precision)
 
-        def ask(inputs: Mapping[str, Tensor]) -> Answers:
-            held.clear()
-            where = next(iter(inputs.values())).device.type
-            with torch.autocast(where, precision or torch.bfloat16, enabled=precision is not None):
-                answers = {ANSWER: forward(inputs)}
-            silent = next((n for n in hidden if n not in held), None)
-            if silent is not None:
-                raise ModelError(
-                    f"hidden states: {silent}",
-                    "a module that answers with a tensor",
-                    "none",
-                    "name others with --hidden",
-                )
-            answers |= {n: held[n] for n in hidden}
-            return {n: a.float() if a.dtype in (torch.float16, torch.bfloat16) else a for n, a in answers.items()}
 
-        yield ask
+def laid_out(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return inputs with the channels of images last, which is how convolutions like them."""
+    return {
+        n: v.contiguous(memory_format=torch.channels_last) if v.dim() == 4 and v.is_floating_point() else v
+        for n, v in inputs.items()
+    }
 
 
 @dataclass
@@ -103,29 +121,31 @@ def mask_of(inputs: Mapping[str, Tensor], answer: Tensor) -> Tensor | None:
 
 
 class Held:
-    """The mean loss on held-out data; the teacher answers each batch of it once only, and the batches are shared out."""
+    """The mean loss on held-out data, in full precision; the teacher answers each batch of it once only, and the batches are shared out."""
 
     def __init__(
-        self, objective: Objective, student: Ask, teacher: Ask | None, data: Data, batch_size: int, world: World
+        self, objective: Objective, student: Asked, teacher: Asked | None, data: Data, batch_size: int, world: World
     ) -> None:
         self._objective, self._student, self._world = objective, student, world
-        batches = [(tensors_of(b.inputs, world.device), b.labels) for b in data.batches(batch_size)]
+        batches = [(laid_out(tensors_of(b.inputs, world.device)), b.labels) for b in data.batches(batch_size)]
         rounds = -(-len(batches) // world.size)
         # All processes ask the teacher equally often: it may be spread over them. A turn too many weighs nothing.
         turns = [world.rank + i * world.size for i in range(rounds)]
         self._mine = [(*batches[min(t, len(batches) - 1)], t < len(batches)) for t in turns]
         with torch.no_grad():
-            self._known = [None if teacher is None else teacher(inputs) for inputs, _, _ in self._mine]
+            self._known = [None if teacher is None else teacher(inputs, exact=True) for inputs, _, _ in self._mine]
             if teacher is not None:
                 first = {k: v[:_MEASURED] for k, v in batches[0][0].items()}
-                objective.measure(teacher(first), first)
+                objective.measure(teacher(first, exact=True), first)
 
     def mean(self) -> float:
         total = torch.zeros(2, dtype=torch.float64, device=self._world.device)
         with torch.no_grad():
             for (inputs, labels, counts), known in zip(self._mine, self._known, strict=True):
                 if counts:
-                    found = self._objective.per_sample(self._student(inputs), known, labels, inputs).double()
+                    found = self._objective.per_sample(
+                        self._student(inputs, exact=True), known, labels, inputs
+                    ).double()
                     total += torch.stack(
                         [found.sum(), torch.tensor(len(found), dtype=torch.float64, device=found.device)]
                     )

@@ -34,7 +34,7 @@ class Soap(torch.optim.Optimizer):
         self._every, self._most = every, most
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,12 +23,12 @@ from ..model import tensors_of
 from ..progress import Advance, Progress, Silent
 from ..work.jobs import Packed
 from .logs import Log, NoLog
-from .objective import Held, Objective
+from .objective import Asked, Held, Objective, laid_out
 from .order import Augment, Order, read_units, width_of
 from .schedule import Clock, Schedule
 from .settings import Outcome, Settings
 from .state import Saved, State
-from .teacher import Ask, Teacher
+from .teacher import Teacher
 from .trained import Trained
 from .world import World
 
@@ -41,8 +42,8 @@ _LONGEST = 1.0
 class Networks:
     """Whom to ask. `lockstep`: the teacher is spread over the processes, which must all ask it together."""
 
-    student: Ask
-    teacher: Ask | None
+    student: Asked
+    teacher: Asked | None
     lockstep: bool = False
 
 
@@ -242,6 +243,7 @@ class Training:
             inputs = tensors_of(batch.inputs, self.world.device)
             if self.augment is not None:
                 inputs = self.augment(inputs, piece, epoch)
+            inputs = laid_out(inputs)
             known = None
             if self.teacher is not None:
                 with torch.no_grad():
@@ -281,20 +283,22 @@ class Training:
     # the teacher, and what is kept ------------------------------------------------------------------------------------
 
     def _teacher(self) -> Teacher | None:
-        ask = self.networks.teacher
-        if ask is None:
+        net = self.networks
+        if net.teacher is None:
             return None
+        keep = self.augment is None and not net.lockstep
+        # What is asked once is asked exactly.
+        ask = partial(net.teacher, exact=keep)
         first = [p for units in self.order.epoch(0) for p in self._pieces(units) if len(p)]
         if self.world.size > 1:  # later epochs bring samples that were other processes' first
             first = [
                 p for units in self.order.epoch(0) for r in range(self.world.size)
                 for p in np.array_split(units[r :: self.world.size], self.settings.accumulate) if len(p)
             ]  # fmt: skip
-        keep = self.augment is None and not self.networks.lockstep
         return Teacher(ask, self._read, first, units=self.order.units, width=width_of(self.train_data), keep=keep)
 
     def _read(self, units: np.ndarray) -> Mapping[str, Tensor]:
-        return tensors_of(read_units(self.train_data, units).inputs, self.world.device)
+        return laid_out(tensors_of(read_units(self.train_data, units).inputs, self.world.device))
 
     def _copies(self) -> dict[str, Tensor]:
         return {n: p.detach().clone() for n, p in self.trained.parameters.items()}
