@@ -23,7 +23,7 @@ from ..model import OpenedModel
 from ..model.checkpoint import MARKER, RETRAINER, Compressed, load_compressed, module_layers, state_of, write_retrained
 from ..progress import Progress, Silent
 from ..recover import Outcome, Saved, World
-from ..recover.logs import log_to
+from ..recover.logs import Log, log_to
 from ..work import Store
 from .recovering import Asked, Job, TrainingOptions, answer_name, prepare, settings_of
 from .recovering import train as run_job
@@ -80,42 +80,39 @@ def recover(
     if threads:
         torch.set_num_threads(threads)
     dest = None if output is None else Path(output)
+    trust = {"trust_pickle": trust_pickle, "trust_remote_code": trust_remote_code}
     world = World.join(device_of(compute), processes)
-    try:
-        with contextlib.ExitStack() as stack:
-            with world.together():
-                if dest is not None:
-                    check_output(dest, maker=_maker(asked), marker=MARKER)
-                base = compressed if isinstance(compressed, Compressed) else load_compressed(Path(compressed))
-                samples = for_model(data, base.opened), None if select is None else for_model(select, base.opened)
-                trust = {"trust_pickle": trust_pickle, "trust_remote_code": trust_remote_code}
-                teacher = _teacher(base, original, trust, needed=set(settings.loss) != {"labels"})
-                job = prepare(
-                    base, teacher, asked, settings, samples, metric=metric, world=world, shard_teacher=shard_teacher
-                )
-            with world.together():
-                store = stack.enter_context(_store(job, dest))
-                logged = stack.enter_context(_log(job, dest, log))
-            saved = None if store is None else Saved(store, "state")
-            before = job.scorer.value()
-            outcome = run_job(job, saved=saved, log=logged, progress=_progress(world, progress))
-            report = _report(job, outcome, before, dest)
-            with world.together():
-                if dest is not None and world.first:
-                    _write(dest, job, outcome, report)
-                if store is not None:
-                    store.remove()
-        return RecoverResult(report, job.module, dest)
-    finally:
-        world.leave()
+    with contextlib.ExitStack() as stack:
+        stack.callback(world.leave)
+        with world.together():
+            if dest is not None:
+                check_output(dest, maker=_maker(asked), marker=MARKER)
+            base = compressed if isinstance(compressed, Compressed) else load_compressed(Path(compressed))
+            samples = for_model(data, base.opened), None if select is None else for_model(select, base.opened)
+            teacher = _teacher(base, original, trust, needed=set(settings.loss) != {"labels"})
+            job = prepare(
+                base, teacher, asked, settings, samples, metric=metric, world=world, shard_teacher=shard_teacher
+            )
+            store = stack.enter_context(_store(job, dest))
+            logged = stack.enter_context(_log(job, dest, log))
+        return _run(job, store, logged, dest, progress if progress is not None and world.first else Silent())
+
+
+def _run(job: Job, store: Store | None, log: Log, dest: Path | None, progress: Progress) -> RecoverResult:
+    """Train, report, write; the states of the run go when the output is there."""
+    before = job.scorer.value()
+    outcome = run_job(job, saved=None if store is None else Saved(store, "state"), log=log, progress=progress)
+    report = _report(job, outcome, before, dest)
+    with job.world.together():
+        if dest is not None and job.world.first:
+            _write(dest, job, outcome, report)
+        if store is not None:
+            store.remove()
+    return RecoverResult(report, job.module, dest)
 
 
 def _maker(asked: Asked) -> str:
     return MAKER if asked.train == "adapters" else RETRAINER
-
-
-def _progress(world: World, progress: Progress | None) -> Progress:
-    return progress if progress is not None and world.first else Silent()
 
 
 def _teacher(

@@ -194,9 +194,7 @@ def test_only_factors_biases_and_scales_are_trained(base, tmp_path):
     after = load_compressed(tmp_path / "out").module.state_dict()
     same = {n for n in before if torch.equal(before[n], after[n])}
     frozen = {
-        n
-        for n in before
-        if n.startswith("bn.running") or n.startswith("bn.num") or n in ("conv1.weight", "mix.weight", "fc2.weight")
+        n for n in before if n.startswith(("bn.running", "bn.num")) or n in ("conv1.weight", "mix.weight", "fc2.weight")
     }
     assert same == frozen, same ^ frozen
 

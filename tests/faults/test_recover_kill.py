@@ -50,12 +50,26 @@ def environment():
 
 def words(output: str, kind: str, steps: int, save_seconds: float = 0.0) -> list[str]:
     options = ["--steps", str(steps), "--batch-size", "16", "--save-seconds", str(save_seconds), "--threads", "1"]
-    return ["recover", "compressed", "--data", "train.npz", "-o", output, "--name", "one", "--quiet", *options, *KINDS[kind]]
+    return [
+        "recover",
+        "compressed",
+        "--data",
+        "train.npz",
+        "-o",
+        output,
+        "--name",
+        "one",
+        "--quiet",
+        *options,
+        *KINDS[kind],
+    ]
 
 
 def as_a_command(folder: Path, argv: list[str]) -> subprocess.Popen[bytes]:
     null = subprocess.DEVNULL
-    return subprocess.Popen([sys.executable, "-m", "lrcompress", *argv], cwd=folder, env=environment(), stdout=null, stderr=null)
+    return subprocess.Popen(
+        [sys.executable, "-m", "lrcompress", *argv], cwd=folder, env=environment(), stdout=null, stderr=null
+    )
 
 
 class Forked:
