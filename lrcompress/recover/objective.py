@@ -14,7 +14,7 @@ from ..errors import ModelError
 from ..model import tensors_of
 from . import losses
 from .blocks import captured
-from .teacher import Answers
+from .teacher import KEPT_BYTES, Answers
 from .world import World
 
 ANSWER = "answer"
@@ -126,22 +126,33 @@ class Held:
     def __init__(
         self, objective: Objective, student: Asked, teacher: Asked | None, data: Data, batch_size: int, world: World
     ) -> None:
-        self._objective, self._student, self._world = objective, student, world
+        self._objective, self._student, self._teacher, self._world = objective, student, teacher, world
+        self._room_bytes = KEPT_BYTES
         batches = [(laid_out(tensors_of(b.inputs, world.device)), b.labels) for b in data.batches(batch_size)]
         rounds = -(-len(batches) // world.size)
         # All processes ask the teacher equally often: it may be spread over them. A turn too many weighs nothing.
         turns = [world.rank + i * world.size for i in range(rounds)]
         self._mine = [(*batches[min(t, len(batches) - 1)], t < len(batches)) for t in turns]
         with torch.no_grad():
-            self._known = [None if teacher is None else teacher(inputs, exact=True) for inputs, _, _ in self._mine]
+            self._known = [self._ask(inputs) for inputs, _, _ in self._mine]
             if teacher is not None:
                 first = {k: v[:_MEASURED] for k, v in batches[0][0].items()}
                 objective.measure(teacher(first, exact=True), first)
+
+    def _ask(self, inputs: Mapping[str, Tensor]) -> Answers | None:
+        """Return the teacher's answers while there is room for them; later ones are asked for again every time."""
+        if self._teacher is None or self._room_bytes <= 0:
+            return None
+        answers = self._teacher(inputs, exact=True)
+        self._room_bytes -= sum(a.nbytes for a in answers.values())
+        return answers
 
     def mean(self) -> float:
         total = torch.zeros(2, dtype=torch.float64, device=self._world.device)
         with torch.no_grad():
             for (inputs, labels, counts), known in zip(self._mine, self._known, strict=True):
+                if known is None and self._teacher is not None:
+                    known = self._teacher(inputs, exact=True)
                 if counts:
                     found = self._objective.per_sample(
                         self._student(inputs, exact=True), known, labels, inputs

@@ -1,7 +1,6 @@
 """Find a learning rate: short runs from the start on the same batches, judged on held-out samples, uphill and downhill.
 
-A rate is compared with its neighbours, a factor √10 apart, until both are worse. What a short run says of a long one
-is little where it is noise; so the highest rate is taken whose loss is not above the lowest by more than noise is.
+A rate is compared with its neighbours, a factor √10 apart, until both are worse.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ def _probe(training: Training) -> Held:
     )
     chosen = data.take((rows[:, None] * width + np.arange(width)).reshape(-1))
     net = training.networks
-    # The energies are those of the whole data: a probe must not measure them again.
+    # With energies of its own: those of the run must stay as they were measured.
     objective = replace(training.objective, energies=dict(training.objective.energies))
     return Held(objective, net.student, net.teacher, chosen, _PROBED, training.world)
 

@@ -476,3 +476,14 @@ def test_a_log_takes_every_loss(base, tmp_path, monkeypatch):
     run(base, steps=4, learning_rate=1e-3, output=tmp_path / "a")
     assert closed == [str(tmp_path / "a.tensorboard")]
     assert [s for t, s in seen if t == "loss/train"] == [1, 2, 3, 4] and ("loss/select", 4) in seen
+
+
+def test_answers_beyond_the_room_for_them_are_asked_for_again(base, monkeypatch):
+    """Held-out data whose answers do not fit into memory give the same losses."""
+    from lrcompress.recover import objective
+
+    options = {"steps": 6, "learning_rate": 1e-3, "loss": "logits=1,hidden=1"}
+    monkeypatch.setattr(objective, "KEPT_BYTES", 1 << 30)
+    kept = run(base, **options).data["loss"]["history"]
+    monkeypatch.setattr(objective, "KEPT_BYTES", 0)
+    assert run(base, **options).data["loss"]["history"] == kept
