@@ -192,7 +192,7 @@ def train(job: Job, *, saved: Saved | None, log: Log, progress: Progress) -> Out
             job.trained, Networks(student, teacher, job.lockstep), objective, job.train_data, job.select_data, settings, job.world,
             job.scorer.decide if job.scorer.decides else None, saved, progress, log, job.finish,
         )  # fmt: skip
-        return training.run(lambda t: find_rate(t, CENTRES[job.asked.train]))
+        return training.run(lambda t: find_rate(t, CENTRES[job.asked.train], settling=job.asked.train == "factors"))
 
 
 @contextlib.contextmanager
