@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import sys
 import time
 import warnings
@@ -48,7 +49,7 @@ class Shell:
 
     def note(self, line: str) -> None:
         """Print one line on stderr, unless --quiet."""
-        if not self.quiet:
+        if not self.quiet and speaks():
             click.echo(line, err=True)
 
 
@@ -60,7 +61,7 @@ def common(function: Callable[..., Result]) -> Callable[..., None]:
     @click.option("--verbose", "-v", is_flag=True, help="More on stderr.")
     @functools.wraps(function)
     def wrapped(as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
-        shell = Shell(as_json, quiet, verbose, Silent() if quiet else terminal_progress())
+        shell = Shell(as_json, quiet, verbose, Silent() if quiet or not speaks() else terminal_progress())
         started = time.perf_counter()
         with collect_warnings(shell) as notes:
             result = function(shell=shell, **options)
@@ -88,7 +89,14 @@ def collect_warnings(shell: Shell) -> Iterator[list[str]]:
         yield notes
 
 
+def speaks() -> bool:
+    """Tell whether this process prints: of several that torchrun started, the first one does."""
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1 or os.environ.get("RANK", "0") == "0"
+
+
 def print_result(result: Result, *, seconds: float, notes: list[str], as_json: bool) -> None:
+    if not speaks():
+        return
     if as_json:
         head = {"ok": result.exit_code == 0, "schema": SCHEMA, "seconds": round(seconds, 3), "warnings": notes}
         click.echo(json.dumps(finite({**head, **result.data}), allow_nan=False))
@@ -98,6 +106,8 @@ def print_result(result: Result, *, seconds: float, notes: list[str], as_json: b
 
 def print_failure(error: dict[str, Any], line: str, *, as_json: bool) -> None:
     """Print the one line of an error on stderr and, with --json, the one object on stdout."""
+    if not speaks():
+        return
     click.echo(f"error: {line}", err=True)
     if as_json:
         click.echo(json.dumps({"ok": False, "schema": SCHEMA, "error": error}))

@@ -30,17 +30,43 @@ from .output import Result, Shell, common, human_bytes
 @click.option("--alpha-pattern", multiple=True, metavar="GLOB=A", help="Another alpha for layers whose path matches.")
 @click.option("--name", help="Name of the adapter; default: the output's name, or 'recover'.")
 @click.option(
-    "--loss", default="auto", show_default=True, help="logits, embedding (both distil the original), labels, or auto."
+    "--train", default="adapters", show_default=True, metavar="adapters|factors",
+    help="Train adapters on frozen factors, or the factors, biases and scales themselves.",
+)  # fmt: skip
+@click.option(
+    "--loss", default="auto", show_default=True, metavar="NAME[=WEIGHT],…",
+    help="logits, embedding, hidden (these distil the original), labels, auto, or a weighted sum.",
+)  # fmt: skip
+@click.option(
+    "--hidden", multiple=True, metavar="GLOB", help="Modules that the loss 'hidden' compares; default: the blocks."
 )
+@click.option("--temperature", type=float, default=2.0, show_default=True, help="Temperature of the loss 'logits'.")
+@click.option("--augment", is_flag=True, help="Images: flip and shift them, for the original and the model alike.")
 @click.option("--metric", help="Metric on --select that picks the best state; default: the loss.")
-@click.option("--steps", type=int, default=400, show_default=True)
-@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
-@click.option("--learning-rate", type=float, default=2e-3, show_default=True)
-@click.option("--max-seconds", type=float, help="Stop after this time (the result then depends on the machine).")
+@click.option("--steps", type=int, help="Steps of training  [default: 400, or what --max-seconds allows]")
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Samples of all processes."
+)
+@click.option("--accumulate", type=int, default=1, show_default=True, help="Pieces that a batch is run in, for memory.")
+@click.option("--lr", "--learning-rate", "learning_rate", default="auto", show_default=True, metavar="RATE|auto")
+@click.option(
+    "--patience", type=int, default=0, show_default=True, help="Evaluations without gain until it stops; 0: never."
+)
+@click.option("--max-seconds", type=float, help="Train for this time (the result then depends on the machine).")
+@click.option("--checkpointing", is_flag=True, help="Keep inputs of blocks only, and run blocks again for gradients.")
+@click.option("--precision", default="auto", show_default=True, metavar="auto|fp32|bf16")
+@click.option(
+    "--save-seconds", type=float, default=30.0, show_default=True, help="How often a state is kept to resume from."
+)
+@click.option("--processes", type=int, metavar="N", help="Fail unless torchrun started N processes.")
+@click.option("--shard-teacher", is_flag=True, help="Spread the original over all processes.")
+@click.option(
+    "--log", type=click.Path(), metavar="DIR", help="TensorBoard log  [default: OUTPUT.tensorboard, if installed]"
+)
 @click.option("--original", type=click.Path(), help="The model that was factorized, if it moved.")
 @click.option("--trust-pickle", is_flag=True, help="Allow an original that can run code while it is opened.")
 @click.option("--trust-remote-code", is_flag=True, help="Allow code that a Hugging Face folder brings.")
-@click.option("-o", "--output", type=click.Path(), help="Folder to write  [default: adapters/NAME]")
+@click.option("-o", "--output", type=click.Path(), help="Folder to write  [default: adapters/NAME, or recovered]")
 @compute_options
 @online_option
 @common
@@ -48,24 +74,27 @@ def recover(
     shell: Shell, compressed: str, name: str | None, output: str | None, rank_pattern: tuple[str, ...],
     alpha_pattern: tuple[str, ...], **options: Any,
 ) -> Result:  # fmt: skip
-    """Train a correction of the factorized model COMPRESSED that wins its accuracy back.
+    """Train the factorized model COMPRESSED so that it wins its accuracy back.
 
-    The factors stay frozen; what is trained can be shipped later as a payload of a few kilobytes.
+    An adapter leaves the factors as they are and can be shipped later as a payload of a few kilobytes. With --train
+    factors the factors themselves are trained: another compressed folder, of the same size.
     """
     from ..verbs.recover import recover as verb
 
     name = name or (Path(output).name if output else "recover")
+    output = output or ("recovered" if options["train"] == "factors" else f"adapters/{name}")
     options |= {"rank_pattern": _numbers(rank_pattern, int), "alpha_pattern": _numbers(alpha_pattern, float)}
-    found = verb(compressed, name=name, output=output or f"adapters/{name}", progress=shell.progress, **options)
-    d = found.data
+    d = verb(compressed, name=name, output=output, progress=shell.progress, **options).data
 
     def show(value: float | None) -> str:
         return "–" if value is None else f"{value:.4f}"
 
     lines = [
         f"{d['metric']} on held-out data: original {show(d['original'])}, before {show(d['before'])}, after {show(d['after'])}",
-        f"loss ({d['loss']['kind']}) {d['loss']['before']:.4g} → {d['loss']['after']:.4g}, best at step {d['best_step']} of {d['steps']}",
-        f"{d['trainable_params']:,} trained numbers ({human_bytes(d['payload_bytes'])} as fp32), {d['train_seconds']:.1f} s",
+        f"loss ({d['loss']['kind']}) {d['loss']['before']:.4g} → {d['loss']['after']:.4g}, best at step {d['best_step']} of {d['steps']}"
+        f", learning rate {d['learning_rate']:.2g}",
+        f"{d['trainable_params']:,} trained numbers ({human_bytes(d['payload_bytes'])} as fp32), {d['train_seconds']:.1f} s"
+        + ("" if d["same_anywhere"] else "; the clock ended it: another run gives other bytes"),
         f"written to {d['output']}",
     ]
     return Result(d, text="\n".join(lines))

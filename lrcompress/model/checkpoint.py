@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..factorize import Rank
-from ..files import made_by, sha256_json, write_json
+from ..files import contained, made_by, sha256_json, write_json
 from . import OpenedModel, describe, open_model, skeleton
 from .folding import refold
 from .layers import FactorizedLayer
@@ -32,6 +33,8 @@ from .ties import bases_with, share_factors, shared_with
 from .writing import INDEX, SHARD_BYTES, TENSORS, weights_of, write_tensors
 
 MAKER = "lrcompress factorize"
+#: Who makes one of another whose factors were trained; whoever opens a checkpoint takes both.
+RETRAINER = "lrcompress recover --train factors"
 MARKER = "lrcompress.json"
 SCHEMA = 1
 
@@ -175,13 +178,36 @@ def write_compressed(
     return digest
 
 
+def write_retrained(
+    stage: Path, dest: Path, base: Compressed, *, tensors: Mapping[str, Tensor], layers: Mapping[str, Any],
+    report: Mapping[str, Any],
+) -> str:  # fmt: skip
+    """Write `base` with other numbers into the folder `stage` that will become `dest`; return its digest.
+
+    What it was made from, and how it is built, stays what `base` says; paths are taken from where `dest` is.
+    """
+    spec = json.loads(json.dumps(base.spec))
+    for name in spec["model"].get("files", ()):
+        assert base.path is not None
+        shutil.copyfile(contained(base.path, name), stage / name)
+    if base.path is not None:
+        arch = spec["model"].get("arch") or {}
+        for part, key in ((spec["source"], "path"), (arch, "relative")):
+            if part.get(key) and not os.path.isabs(part[key]):  # noqa: PTH117
+                place, colon, name = part[key].partition(":") if key == "relative" else (part[key], "", "")
+                part[key] = os.path.relpath((base.path / place).resolve(), dest.resolve()) + colon + name
+    digest = _digest(tensors, write_tensors(stage, tensors), layers)
+    write_json(stage / MARKER, {**spec, "made_by": RETRAINER, "digest": digest, "layers": dict(layers), **report})
+    return digest
+
+
 def open_weights(path: Path) -> StoredTensors:
     """Open the weights of a checkpoint: the one file, or what the index names beside it."""
     return open_index(path) if path.name == INDEX else open_stored(path)
 
 
 def is_compressed(folder: Path) -> bool:
-    return folder.is_dir() and made_by(folder, MARKER) == MAKER
+    return folder.is_dir() and made_by(folder, MARKER) in (MAKER, RETRAINER)
 
 
 def load_compressed(folder: Path) -> Compressed:

@@ -25,7 +25,7 @@ from .baselines import baselines
 from .store import MAKER, MARKER, Stage, Store, locked, versions
 
 #: Stages whose files must be the same bytes whenever the recipe runs again on one machine.
-HASHED = ("base", "factorize", "recover", "export", "baselines", "update-")
+HASHED = ("base", "factorize", "retrain", "recover", "export", "baselines", "update-")
 
 __all__ = ["run"]
 
@@ -44,13 +44,13 @@ def run(
 
 
 def _run(recipe: Recipe, folder: Path, progress: Progress) -> dict[str, Any]:
-    total = 6 + len(recipe.updates) + (recipe.model.train is not None)
+    total = 6 + len(recipe.updates) + (recipe.model.train is not None) + (recipe.recover.train == "both")
     store = Store(folder, progress, total)
     context = steps.Context(recipe, store, progress)
     _record(recipe, store, complete=False)
     if recipe.model.train is not None:
         context.base = steps.base(context)
-    compressed = steps.factorize(context)
+    compressed = steps.retrain(context, steps.factorize(context))
     recovered = steps.recover(context, compressed)
     exported = steps.export(context, compressed, recovered)
     compared = baselines(context, compressed, recovered, exported)

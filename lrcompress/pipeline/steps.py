@@ -225,20 +225,52 @@ def spectra(module: torch.nn.Module | None, layers: list[dict[str, Any]]) -> dic
 
 def _training(context: Context, part: TrainingPart, kind: str) -> dict[str, Any]:
     """Return the options of `recover`; the metric decides only where the loss is a poor guide."""
+    return {"adapter_kind": kind, "rank": part.rank, **_options(context, part)}
+
+
+def _options(context: Context, part: TrainingPart) -> dict[str, Any]:
     name = context.recipe.metric.name
+    own = (
+        "steps", "batch_size", "accumulate", "learning_rate", "patience", "max_seconds", "temperature", "hidden",
+        "augment", "checkpointing", "precision",
+    )  # fmt: skip
     return {
-        "adapter_kind": kind,
-        "rank": part.rank,
         "loss": part.teacher,
-        "steps": part.steps,
-        "batch_size": part.batch_size,
-        "learning_rate": part.learning_rate,
-        "max_seconds": part.max_seconds,
+        **{n: getattr(part, n) for n in own},
         "metric": None if name in ("accuracy", "top5") else name,
         "seed": context.recipe.seed,
         "threads": context.recipe.threads,
         "compute": "cpu",
     }
+
+
+def retrain(context: Context, compressed: Stage) -> Stage:
+    """Train the factors, where the recipe says so; what comes of them takes the place of the factorized network."""
+    part = context.recipe.recover
+    if part.train == "adapters":
+        return compressed
+    options = {"train": "factors", **_options(context, part)}
+    inputs = {
+        "compressed": compressed.key,
+        "options": options,
+        **{n: context.split_key(n) for n in ("train", "select")},
+    }
+
+    def build(stage: Path) -> dict[str, Any]:
+        found = api.recover(
+            compressed.folder / "compressed",
+            data=context.data("train"),
+            select=context.data("select"),
+            name="recovered",
+            output=stage / "compressed",
+            original=context.opened,
+            progress=context.progress,
+            **options,
+        )
+        size = _same_anywhere(stage / "compressed", context.store.folder)
+        return {**compressed.result, "bytes_after": size, "trained": _without_paths(found.data)}
+
+    return context.store.stage("retrain", inputs, build)
 
 
 def recover(context: Context, compressed: Stage) -> Stage:

@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
+from ..errors import CommandError
 from ..model import InputSpec
+from ..recover.losses import parse as parse_loss
 from ..yamlfile import Part
 
 
@@ -106,19 +108,43 @@ class FactorizePart(Part):
 
 
 class TrainingPart(Part):
-    """How a correction is trained. `max_seconds` makes the result depend on the machine's speed; `steps` does not."""
+    """How a correction is trained. `max_seconds` makes the result depend on the machine's speed; `steps` does not.
+
+    `teacher`: the loss, a name or a weighted sum such as "logits=1,labels=0.5"; `auto` is what fits the answers.
+    """
 
     rank: Annotated[int, Field(ge=1)] = 8
-    teacher: Literal["auto", "logits", "embedding", "labels"] = "auto"
-    steps: Annotated[int, Field(ge=1)] = 400
+    teacher: str = "auto"
+    steps: Annotated[int, Field(ge=1)] | None = None
     batch_size: Annotated[int, Field(ge=1)] = 64
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    patience: Annotated[int, Field(ge=0)] = 0
     max_seconds: Annotated[float, Field(gt=0)] | None = None
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+    hidden: tuple[str, ...] = ()
+    augment: bool = False
+    checkpointing: bool = False
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+
+    @model_validator(mode="after")
+    def _known_losses(self) -> TrainingPart:
+        try:
+            mix = parse_loss(self.teacher)
+        except CommandError as e:
+            raise ValueError(f"teacher: {e.expected}, not {e.got}; {e.remedy}") from e
+        if self.hidden and "hidden" not in mix:
+            raise ValueError("the loss hidden in teacher, where hidden names modules")
+        return self
 
 
 class RecoverPart(TrainingPart):
-    """The first correction: the kinds are tried in turn and the best on `select` is shipped."""
+    """The first correction: the kinds are tried in turn and the best on `select` is shipped.
 
+    `train`: adapters on the factors as they are, or both: the factors first, then adapters on what came of them.
+    """
+
+    train: Literal["adapters", "both"] = "adapters"
     kinds: Annotated[tuple[str, ...], Field(min_length=1)] = ("lora",)
 
 

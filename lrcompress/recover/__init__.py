@@ -1,5 +1,17 @@
-"""Win accuracy back: train adapters on a frozen, factorized network against what the original answers."""
+"""Win accuracy back: train adapters or factors of a compressed network against what the original answers.
 
-from .training import Outcome, Settings, train
+    training = Training(trained, Networks(student, teacher), objective, data, select, settings)
+    outcome = training.run(lambda t: find_rate(t, 1e-3, settling=True))      # the parameters are in their best state now
 
-__all__ = ["Outcome", "Settings", "train"]
+The start is a candidate like any other: training never ends below it. One file per matter: `losses` and `objective`,
+`order` (which samples a step sees), `teacher` (asked once), `schedule` and `rates`, `state` (exact resume), `world`
+(several processes), `trained` (which parameters, in which gauge), `blocks` (hidden states, checkpointing).
+"""
+
+from .settings import Outcome, Settings
+from .state import Saved
+from .trained import Trained
+from .training import Networks, Training
+from .world import World
+
+__all__ = ["Networks", "Outcome", "Saved", "Settings", "Trained", "Training", "World"]

@@ -1,7 +1,8 @@
-"""The training loop of recovery: frozen base, adapters only, the best state on held-out data is what remains.
+"""The training loop of recovery: the best state on held-out data is what remains, and the start is one of the states.
 
-The start (ΔW = 0) is a candidate like any other, so recovery never ends below where it began. Everything random
-comes from the seed; the same seed, data and thread count give the same bytes unless `max_seconds` cuts the run.
+Everything random comes from the seed: the same seed, data and thread count give the same bytes, however often the run
+is broken off and goes on, unless `max_seconds` ends it. Processes share every batch; their gradients are summed and
+divided by the samples of the whole batch, so that one process and several take the same steps up to rounding.
 """
 
 from __future__ import annotations
@@ -9,199 +10,350 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..adapt import BaseAdapter
 from ..data import Data
 from ..errors import DataError, ModelError
 from ..model import tensors_of
-from ..progress import Progress
-from .losses import LOSSES
+from ..progress import Advance, Progress, Silent
+from ..work.jobs import Packed
+from .logs import Log, NoLog
+from .objective import Asked, Held, Objective, laid_out
+from .order import Augment, Order, read_units, width_of
+from .schedule import Clock, Schedule
+from .settings import Outcome, Settings
+from .state import Saved, State
+from .teacher import Teacher
+from .trained import Trained
+from .world import World
 
-Forward = Callable[[Mapping[str, Tensor]], Tensor]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to train. `max_seconds` stops early and makes the result depend on the machine."""
-
-    loss: str = "logits"
-    steps: int = 400
-    batch_size: int = 64
-    learning_rate: float = 2e-3
-    warmup: float = 0.05
-    weight_decay: float = 0.0
-    evaluations: int = 12
-    max_seconds: float | None = None
-    seed: int = 0
+#: Part of a run's time that evaluations may take, and of its trained samples that they may read.
+_JUDGING, _JUDGED = 0.15, 0.5
+#: The longest gradient that is followed as it is.
+_LONGEST = 1.0
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What training found: losses on `select` at the start and at the kept state, and the step it was found at."""
+class Networks:
+    """Whom to ask. `lockstep`: the teacher is spread over the processes, which must all ask it together."""
 
-    start_loss: float
-    best_loss: float
-    best_step: int
-    steps: int
-    seconds: float
-    history: tuple[tuple[int, float], ...]
-    cut: bool
+    student: Asked
+    teacher: Asked | None
+    lockstep: bool = False
 
 
-def train(
-    adapters: Mapping[str, BaseAdapter],
-    student: Forward,
-    teacher: Forward,
-    *,
-    train_data: Data,
-    select_data: Data,
-    settings: Settings,
-    module: nn.Module,
-    score: Callable[[], float] | None = None,
-    progress: Progress,
-    device: str = "cpu",
-) -> Outcome:
-    """Train `adapters` in place and leave them in their best state on `select_data`.
+@dataclass
+class Training:
+    """One run. `score` returns what decides, lower is better; None: the mean loss on `select`.
 
-    `score` returns what decides, lower is better (default: the loss on `select_data`). Everything else in `module`
-    stays frozen and in evaluation mode. Raises `DataError` for labels that are missing or outside the classes.
+    `finish` is called on the best state and may change the network in a way that leaves its answers: it is judged again.
     """
-    if len(train_data) == 0 or len(select_data) == 0:
-        raise DataError(
-            "recovery data", "samples to train on and to select on", f"{len(train_data)} and {len(select_data)}"
-        )
-    frozen = _freeze_all_but(module, adapters)
-    try:
-        return _train(adapters, student, teacher, train_data, select_data, settings, score, progress, device)
-    finally:
-        for p in frozen:
-            p.requires_grad_(True)
 
+    trained: Trained
+    networks: Networks
+    objective: Objective
+    train_data: Data
+    select_data: Data
+    settings: Settings
+    world: World = field(default_factory=World)
+    score: Callable[[], float] | None = None
+    saved: Saved | None = None
+    progress: Progress = field(default_factory=Silent)
+    log: Log = field(default_factory=NoLog)
+    finish: Callable[[], None] | None = None
 
-def _train(
-    adapters: Mapping[str, BaseAdapter],
-    student: Forward,
-    teacher: Forward,
-    train_data: Data,
-    select_data: Data,
-    settings: Settings,
-    score: Callable[[], float] | None,
-    progress: Progress,
-    device: str,
-) -> Outcome:
-    loss_of = _Objective(student, teacher, settings.loss, device)
-    decide = score or (lambda: loss_of.mean(select_data, settings.batch_size))
-    parameters = [p for a in adapters.values() for p in a.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings))
-    started = time.perf_counter()
-    best = start = decide()
-    best_step, kept = 0, [p.detach().clone() for p in parameters]
-    history = [(0, start)]
-    every = max(1, settings.steps // settings.evaluations)
-    step, epoch, cut = 0, 0, False
-    with progress.task("recover", total=settings.steps) as advance:
-        while step < settings.steps and not cut:
-            for batch in train_data.batches(
-                min(settings.batch_size, len(train_data)), seed=settings.seed * 100_003 + epoch
-            ):
-                loss = loss_of(batch.inputs, batch.labels)
-                if not torch.isfinite(loss):
-                    raise ModelError(
-                        "recovery", "a finite loss", f"{float(loss.detach())} at step {step}", "lower the learning rate"
+    def __post_init__(self) -> None:
+        s, data = self.settings, self.train_data
+        if len(data) == 0 or len(self.select_data) == 0:
+            got = f"{len(data)} and {len(self.select_data)}"
+            raise DataError("recovery data", "samples to train on and to select on", got)
+        self.order = Order.of(data, s.batch_size, s.seed)
+        self.augment = Augment.of(data, s.seed) if s.augment else None
+        self.parameters = list(self.trained.parameters.values())
+        self.clock, self.state = Clock(), State()
+
+    def run(self, find_rate: Callable[[Training], None]) -> Outcome:
+        """Train, and leave the parameters in their best state on `select`. `find_rate` fills in the state's rate.
+
+        Raises `ModelError` for a loss that is not finite, `DataError` for labels or inputs that cannot be learnt from.
+        """
+        with torch.random.fork_rng():
+            torch.manual_seed(self.settings.seed)
+            return self._run(find_rate)
+
+    def _run(self, find_rate: Callable[[Training], None]) -> Outcome:
+        self.teacher = self._teacher()
+        with self.world.together():
+            net = self.networks
+            self.held = Held(self.objective, net.student, net.teacher, self.select_data, _EVALUATED, self.world)
+        self.begin()
+        resumed = self._resume()
+        if resumed is None:
+            self._start()
+        if self.state.rate is None:
+            find_rate(self)
+            self._save()
+        stopped = self._loop()
+        self._restore(self.state.kept)
+        s = self.state
+        if self.finish is not None and s.best_step > 0:
+            self.finish()
+            s.best = self.decide()
+            if not s.best < s.start:  # rounding took back what was won
+                s.best, s.best_step = s.start, 0
+        return Outcome(
+            s.start, s.best, s.best_step, s.step, self.clock.seconds, tuple((a, b) for a, b in s.history), s.rate or 0.0,
+            tuple((a, b) for a, b in s.rates), stopped, resumed,
+        )  # fmt: skip
+
+    # the parts of a run ---------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Make a fresh optimizer."""
+        groups: dict[float, list[Tensor]] = {}
+        for name, p in self.trained.parameters.items():
+            groups.setdefault(_step(self.trained.scales[name]), []).append(p)
+        self.optimizer = torch.optim.AdamW(
+            [{"params": members, "scale": scale} for scale, members in groups.items()], lr=1.0,
+            weight_decay=self.settings.weight_decay, fused=True,
+        )  # fmt: skip
+
+    def restart(self) -> None:
+        """Go back to the start, with a fresh optimizer."""
+        self._restore(self.state.kept)
+        self.begin()
+
+    def decide(self) -> float:
+        """Return what decides about the present state: the same number in every process."""
+        value = self.held.mean() if self.score is None else self.score()
+        return float(self.world.from_first(value))
+
+    def _start(self) -> None:
+        before = time.perf_counter()
+        value = self.decide()
+        if not math.isfinite(value):
+            raise ModelError(
+                "recovery: the start", "a finite loss on the held-out data", value, "check the model and the data"
+            )
+        self.state.reserve_seconds = self.world.from_first(time.perf_counter() - before)
+        self.state.start = self.state.best = value
+        self.state.history = [(0, value)]
+        self.state.kept = self._copies()
+        self.state.evaluations = self._evaluations()
+
+    def _evaluations(self) -> int:
+        """Return how often to evaluate: as often as asked for, where that leaves most of the work to training."""
+        s, steps = self.settings, self.settings.most_steps
+        most = s.evaluations
+        if steps is not None:
+            read = steps * self.order.per_batch * width_of(self.train_data)
+            most = min(most, max(2, int(_JUDGED * read / len(self.select_data))))
+        if s.max_seconds is not None:
+            most = min(most, max(1, int(_JUDGING * s.max_seconds / max(self.state.reserve_seconds, 1e-6))))
+        return most
+
+    @property
+    def schedule(self) -> Schedule:
+        s = self.settings
+        reserve = min(self.state.reserve_seconds, 0.25 * (s.max_seconds or 0.0))
+        return Schedule(s.most_steps, None if s.max_seconds is None else s.max_seconds - reserve, s.warmup)
+
+    def _loop(self) -> str:
+        state, schedule, s = self.state, self.schedule, self.settings
+        total, saved_at = s.most_steps, time.perf_counter()
+        with self.progress.task("recover", total=total or round(s.max_seconds or 0)) as advance:
+            shown = _Shown(advance, by_steps=total is not None)
+            shown.at(state.step, self.clock.seconds, "")
+            while True:
+                batches = self.order.epoch(state.epoch)
+                for units in batches[state.position :]:
+                    loss, seconds = self.step(
+                        units, state.epoch, state.rate or 0.0, schedule.rate(self._place(schedule))
                     )
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
-                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-                optimizer.step()
-                schedule.step()
-                step += 1
-                advance(1, f"loss {float(loss.detach()):.4f}")
-                cut = settings.max_seconds is not None and time.perf_counter() - started > settings.max_seconds
-                if step % every == 0 or step == settings.steps or cut:
-                    value = decide()
-                    history.append((step, value))
-                    if math.isfinite(value) and value < best:
-                        best, best_step, kept = value, step, [p.detach().clone() for p in parameters]
-                if step == settings.steps or cut:
-                    break
-            epoch += 1
-    with torch.no_grad():
-        for p, value_kept in zip(parameters, kept, strict=True):
-            p.copy_(value_kept)
-    return Outcome(start, best, best_step, step, time.perf_counter() - started, tuple(history), cut)
+                    state.step, state.position = state.step + 1, state.position + 1
+                    state.seconds = seconds
+                    place = self._place(schedule)
+                    note = f"loss {loss:.4f}, eta {schedule.remaining(state.step, seconds):.0f} s"
+                    shown.at(state.step, seconds, note)
+                    self.log.add_scalar("loss/train", loss, state.step)
+                    if place >= 1 or math.floor(place * state.evaluations) > state.done_evaluations:
+                        self._evaluate(place)
+                        if s.patience and state.since_best >= s.patience:
+                            return "patience"
+                    if place >= 1:
+                        return "steps" if total is not None and state.step >= total else "time"
+                    if time.perf_counter() - saved_at >= s.save_seconds:
+                        self._save()
+                        saved_at = time.perf_counter()
+                state.epoch, state.position = state.epoch + 1, 0
 
+    def _place(self, schedule: Schedule) -> float:
+        return schedule.position(self.state.step, self.state.seconds)
 
-def _rate(step: int, settings: Settings) -> float:
-    warm = max(1, int(settings.warmup * settings.steps))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, settings.steps - warm)))
+    def _evaluate(self, place: float) -> None:
+        state = self.state
+        value = self.decide()
+        state.done_evaluations = math.floor(min(place, 1.0) * state.evaluations)
+        state.history.append((state.step, value))
+        self.log.add_scalar("loss/select" if self.score is None else "score/select", value, state.step)
+        if math.isfinite(value) and value < state.best:
+            state.best, state.best_step, state.since_best, state.kept = value, state.step, 0, self._copies()
+        else:
+            state.since_best += 1
 
+    # one step -------------------------------------------------------------------------------------------------------
 
-def _freeze_all_but(module: nn.Module, adapters: Mapping[str, BaseAdapter]) -> list[nn.Parameter]:
-    own = {id(p) for a in adapters.values() for p in a.parameters()}
-    frozen = [p for p in module.parameters() if p.requires_grad and id(p) not in own]
-    for p in frozen:
-        p.requires_grad_(False)
-    return frozen
+    def step(
+        self, units: np.ndarray, epoch: int, rate: float, share: float, *, name: str = "step"
+    ) -> tuple[float, float]:
+        """Take one step on a batch of all processes; return its loss, and the seconds of the first process."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * share * group["scale"]
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, error = 0.0, None
+        try:
+            loss = self._gradients(units, epoch, f"{name} {self.state.step + 1}")
+        except Exception as e:
+            if self.world.size == 1:
+                raise
+            error = e
+        loss, seconds = self._summed(loss, error)
+        if not math.isfinite(loss):
+            raise ModelError(
+                "recovery", "a finite loss", f"{loss} at {name} {self.state.step + 1}", "lower the learning rate: --lr"
+            )
+        torch.nn.utils.clip_grad_norm_(self.parameters, _LONGEST)
+        self.optimizer.step()
+        return loss, seconds
 
+    def _gradients(self, units: np.ndarray, epoch: int, where: str) -> float:
+        """Add the gradients of this process's share, divided by the samples of the whole batch; return its loss."""
+        samples, total = len(units) * width_of(self.train_data), 0.0
+        for piece in self._pieces(units):
+            if len(piece) == 0:
+                if self.networks.lockstep and self.networks.teacher is not None:
+                    self.networks.teacher(self._read(units[:1]))
+                continue
+            batch = read_units(self.train_data, piece)
+            inputs = tensors_of(batch.inputs, self.world.device)
+            if self.augment is not None:
+                inputs = self.augment(inputs, piece, epoch)
+            inputs = laid_out(inputs)
+            known = None
+            if self.teacher is not None:
+                with torch.no_grad():
+                    known = self.teacher.answers(piece, inputs)
+            loss = self.objective.per_sample(self.networks.student(inputs), known, batch.labels, inputs).sum() / samples
+            if not torch.isfinite(loss):
+                _check_inputs(inputs, where)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        return total
 
-class _Objective:
-    """The loss of a batch; the teacher's answers are computed once per sample set where they are asked again."""
+    def _pieces(self, units: np.ndarray) -> list[np.ndarray]:
+        return np.array_split(units[self.world.rank :: self.world.size], self.settings.accumulate)
 
-    def __init__(self, student: Forward, teacher: Forward, loss: str, device: str) -> None:
-        self._student, self._teacher, self._name, self._device = student, teacher, loss, device
-        self._loss = LOSSES[loss]
-        self._held: dict[int, list[Tensor]] = {}
-
-    def __call__(self, inputs: Mapping[str, object], targets: object) -> Tensor:
-        tensors = tensors_of(inputs, self._device)
-        return self._of(tensors, targets, None)
-
-    def _of(self, tensors: Mapping[str, Tensor], targets: object, known: Tensor | None) -> Tensor:
-        answer = self._student(tensors)
-        if self._name == "labels":
-            return self._loss(answer, _checked_labels(targets, answer))
-        if known is None:
-            known = self.teach(tensors)
-        if "attention_mask" in tensors and answer.dim() == 3 and tensors["attention_mask"].shape == answer.shape[:2]:
-            real = tensors["attention_mask"].bool()
-            answer, known = answer[real], known[real]
-        return self._loss(answer, known)
-
-    def teach(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        with torch.no_grad():
-            return self._teacher(tensors)
-
-    def mean(self, data: Data, batch_size: int) -> float:
-        """Return the mean loss over `data`; the teacher answers each batch of it once only."""
-        first = id(data) not in self._held
-        answers = self._held.setdefault(id(data), [])
-        total = count = 0.0
-        with torch.no_grad():
-            for i, batch in enumerate(data.batches(batch_size)):
-                tensors = tensors_of(batch.inputs, self._device)
-                if self._name != "labels" and first:
-                    answers.append(self.teach(tensors))
-                size = len(next(iter(tensors.values())))
-                total += size * float(self._of(tensors, batch.labels, answers[i] if answers else None))
-                count += size
-        return total / count
-
-
-def _checked_labels(targets: object, answer: Tensor) -> Tensor:
-    if targets is None:
-        raise DataError(
-            "recovery data", "labels for the loss 'labels'", "none", "add an array y, or distil with --loss logits"
+    def _summed(self, loss: float, error: Exception | None) -> tuple[float, float]:
+        """Sum gradients and loss over the processes; an error of one is raised in all."""
+        seconds = self.clock.seconds
+        if self.world.size == 1:
+            return loss, seconds
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        told = torch.tensor(
+            [0.0, loss, seconds if self.world.first else 0.0], dtype=torch.float64, device=self.world.device
         )
-    labels = torch.as_tensor(targets, device=answer.device)
-    if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= answer.shape[-1]):
+        flat = torch.cat([*(g.flatten().double() for g in grads), told])
+        if error is not None:
+            flat = torch.zeros_like(flat)
+            flat[-3] = 1.0
+        flat = self.world.sum(flat)
+        if float(flat[-3]) > 0:
+            self.world.agree(error)
+        start = 0
+        for p in self.parameters:
+            p.grad = flat[start : start + p.numel()].view_as(p).to(p.dtype)
+            start += p.numel()
+        return float(flat[-2]), float(flat[-1])
+
+    # the teacher, and what is kept ------------------------------------------------------------------------------------
+
+    def _teacher(self) -> Teacher | None:
+        net = self.networks
+        if net.teacher is None:
+            return None
+        keep = self.augment is None and not net.lockstep
+        # What is asked once is asked exactly.
+        ask = partial(net.teacher, exact=keep)
+        first = [p for units in self.order.epoch(0) for p in self._pieces(units) if len(p)]
+        if self.world.size > 1:  # later epochs bring samples that were other processes' first
+            first = [
+                p for units in self.order.epoch(0) for r in range(self.world.size)
+                for p in np.array_split(units[r :: self.world.size], self.settings.accumulate) if len(p)
+            ]  # fmt: skip
+        return Teacher(ask, self._read, first, units=self.order.units, width=width_of(self.train_data), keep=keep)
+
+    def _read(self, units: np.ndarray) -> Mapping[str, Tensor]:
+        return laid_out(tensors_of(read_units(self.train_data, units).inputs, self.world.device))
+
+    def _copies(self) -> dict[str, Tensor]:
+        return {n: p.detach().clone() for n, p in self.trained.parameters.items()}
+
+    def _restore(self, kept: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, p in self.trained.parameters.items():
+                p.copy_(kept[name])
+
+    def _save(self) -> None:
+        if self.saved is None:
+            return
+        self.state.seconds = self.clock.seconds
+        if self.teacher is not None:
+            self.state.teacher_kept = self.teacher.kept.usable
+        self.saved.save(self.state.pack(self.trained.parameters, self.optimizer))
+
+    def _resume(self) -> int | None:
+        """Take up a state that was kept; return the step it was at."""
+        packed = self.saved.load() if self.saved is not None else None
+        about = self.world.from_first(None if packed is None else packed.about)
+        if about is None:
+            return None
+        tensors = self.world.tensors_from_first({} if packed is None else packed.tensors)
+        self.state = State.unpack(Packed(tensors, about), self.trained.parameters, self.optimizer)
+        self.clock.restart(self.state.seconds)
+        if self.teacher is not None and not self.state.teacher_kept:
+            self.teacher.kept.drop()
+        return self.state.step
+
+
+#: Samples of the held-out data that are judged together.
+_EVALUATED = 250
+
+
+class _Shown:
+    """Moves a progress bar by steps, or by seconds where the clock ends the run."""
+
+    def __init__(self, advance: Advance, *, by_steps: bool) -> None:
+        self._advance, self._by_steps, self._done = advance, by_steps, 0
+
+    def at(self, step: int, seconds: float, note: str) -> None:
+        now = step if self._by_steps else int(seconds)
+        self._advance(now - self._done, note)
+        self._done = now
+
+
+def _check_inputs(inputs: Mapping[str, Tensor], where: str) -> None:
+    bad = next((n for n, v in inputs.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())), None)
+    if bad is not None:
         raise DataError(
-            "recovery data: labels", f"classes 0…{answer.shape[-1] - 1}", f"{int(labels.min())}…{int(labels.max())}"
+            f"recovery data at {where}: {bad}", "finite inputs", "NaN or infinity", "take these samples out"
         )
-    return labels
+
+
+def _step(scale: float) -> float:
+    """Return a scale rounded to a power of √2: few groups are stepped faster than many."""
+    return float(2 ** (round(2 * math.log2(scale)) / 2))

@@ -1,33 +1,32 @@
-"""The verb `recover`: attach adapters to a compressed model, train them, write them as an adapter folder."""
+"""The verb `recover`: win accuracy back by training, adapters on frozen factors or the factors themselves.
+
+recover("compressed", data="train.npz", name="first", output="adapters/first")
+recover("compressed", data="train.npz", train="factors", max_seconds=60, output="recovered")
+"""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .. import metrics
-from ..adapt import BaseAdapter, adapter_class, kinds
-from ..adapt._files import MARKER, write_adapter
-from ..adapt.core import why_none
+from ..adapt._files import write_adapter
 from ..data import Data
-from ..errors import CommandError, DataError
-from ..files import check_output, staged_folder
+from ..files import check_output, sha256_json, staged_folder
 from ..model import OpenedModel
-from ..model.adapting import by_pattern, fresh, layer_target, takes
-from ..model.checkpoint import Compressed, load_compressed
-from ..model.surgery import adaptable_layers, attach, factorized_layers, wrap_dense
+from ..model.checkpoint import MARKER, RETRAINER, Compressed, load_compressed, module_layers, state_of, write_retrained
 from ..progress import Progress, Silent
-from ..recover import Outcome, Settings, train
-from ..recover.losses import LOSSES, auto
-from .predict import predictor
+from ..recover import Outcome, Saved, World
+from ..recover.logs import Log, log_to
+from ..work import Store
+from .recovering import Asked, Job, TrainingOptions, answer_name, prepare, settings_of
+from .recovering import train as run_job
 from .sources import device_of, for_model
 
 MAKER = "lrcompress recover"
@@ -35,7 +34,7 @@ MAKER = "lrcompress recover"
 
 @dataclass(frozen=True)
 class RecoverResult:
-    """`model`: the compressed network with the trained adapter attached and active; `data`: the report."""
+    """`model`: the compressed network with what was trained in place; `data`: the report."""
 
     data: dict[str, Any]
     model: nn.Module
@@ -46,6 +45,7 @@ def recover(
     compressed: str | Path | Compressed = "compressed",
     *,
     data: str | Data,
+    train: str = "adapters",
     adapter_kind: str = "lora",
     rank: int = 8,
     alpha: float | None = None,
@@ -54,197 +54,153 @@ def recover(
     name: str = "recover",
     output: str | Path | None = None,
     select: str | Data | None = None,
-    loss: str = "auto",
     metric: str | None = None,
-    steps: int = 400,
-    batch_size: int = 64,
-    learning_rate: float = 2e-3,
-    max_seconds: float | None = None,
     seed: int = 0,
     threads: int | None = None,
     compute: str = "auto",
     original: str | Path | OpenedModel | None = None,
+    processes: int | None = None,
+    shard_teacher: bool = False,
+    log: str | Path | None = None,
     trust_pickle: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
+    **training: Unpack[TrainingOptions],
 ) -> RecoverResult:
-    """Train an adapter of `adapter_kind` and `rank` on the compressed model; keep its best state on `select`.
+    """Train the compressed model against its original; keep the best state on `select`, the start being one.
 
-    `rank_pattern`, `alpha_pattern`: other ranks and alphas by fnmatch pattern on the layer's path, the first that fits.
-    `loss`: logits or embedding (distilled from the original), labels, or auto. Without `select` a tenth of `data` is
-    held out for it. `name` must be a plain name. Raises `CommandError`, `ModelError`, `DataError`.
+    `train`: "adapters" of `adapter_kind` and `rank` on frozen factors, or "factors", which makes another compressed
+    folder. `rank_pattern`, `alpha_pattern`: other ranks and alphas by fnmatch pattern on the layer's path, the first
+    that fits. `metric`: what picks the best state, instead of the loss. Without `select` a tenth of `data` is held out.
+    `processes`: how many torchrun must have started. `training`: see `TrainingOptions`. With `output`, a killed run
+    continues where the same is asked again. Raises `CommandError`, `ModelError`, `DataError`, `HostError`.
     """
-    progress = progress or Silent()
-    _check(adapter_kind, rank, name, loss, steps)
+    asked = Asked(train, adapter_kind, rank, alpha, rank_pattern or {}, alpha_pattern or {}, name)
+    settings = settings_of(training, seed)
     if threads:
         torch.set_num_threads(threads)
     dest = None if output is None else Path(output)
-    if dest is not None:
-        check_output(dest, maker=MAKER, marker=MARKER)
-    base = compressed if isinstance(compressed, Compressed) else load_compressed(Path(compressed))
-    module = copy.deepcopy(base.need_module("recover"))
     trust = {"trust_pickle": trust_pickle, "trust_remote_code": trust_remote_code}
-    train_data, select_data = _split(
-        for_model(data, base.opened), None if select is None else for_model(select, base.opened)
-    )
-    teacher_model = None
+    world = World.join(device_of(compute), processes)
+    with contextlib.ExitStack() as stack:
+        stack.callback(world.leave)
+        with world.together():
+            if dest is not None:
+                check_output(dest, maker=_maker(asked), marker=MARKER)
+            base = compressed if isinstance(compressed, Compressed) else load_compressed(Path(compressed))
+            samples = for_model(data, base.opened), None if select is None else for_model(select, base.opened)
+            teacher = _teacher(base, original, trust, needed=set(settings.loss) != {"labels"})
+            job = prepare(
+                base, teacher, asked, settings, samples, metric=metric, world=world, shard_teacher=shard_teacher
+            )
+            store = stack.enter_context(_store(job, dest))
+            logged = stack.enter_context(_log(job, dest, log))
+        return _run(job, store, logged, dest, progress if progress is not None and world.first else Silent())
+
+
+def _run(job: Job, store: Store | None, log: Log, dest: Path | None, progress: Progress) -> RecoverResult:
+    """Train, report, write; the states of the run go when the output is there."""
+    before = job.scorer.value()
+    outcome = run_job(job, saved=None if store is None else Saved(store, "state"), log=log, progress=progress)
+    report = _report(job, outcome, before, dest)
+    with job.world.together():
+        if dest is not None and job.world.first:
+            _write(dest, job, outcome, report)
+        if store is not None:
+            store.remove()
+    return RecoverResult(report, job.module, dest)
+
+
+def _maker(asked: Asked) -> str:
+    return MAKER if asked.train == "adapters" else RETRAINER
+
+
+def _teacher(
+    base: Compressed, original: str | Path | OpenedModel | None, trust: Mapping[str, bool], *, needed: bool
+) -> OpenedModel | None:
     if isinstance(original, OpenedModel):
-        teacher_model = original
-    elif loss != "labels" or original is not None:
-        teacher_model = base.open_original(None if original is None else Path(original), **trust)
-    device = device_of(compute)
-    adapters = _attached(module, name, adapter_kind, rank, alpha, seed, rank_pattern or {}, alpha_pattern or {})
-    module.to(device)
-    student = _answering(base.opened, module)
-    teacher = student if teacher_model is None else _answering(teacher_model, _on(teacher_model, device))
-    if loss == "auto":
-        loss = _auto_loss(base.opened, module, train_data, device)
-    settings = Settings(
-        loss=loss, steps=steps, batch_size=batch_size, learning_rate=learning_rate, max_seconds=max_seconds, seed=seed
+        return original
+    if not needed and original is None:
+        return None
+    return base.open_original(None if original is None else Path(original), **trust)
+
+
+def _store(job: Job, dest: Path | None) -> contextlib.AbstractContextManager[Store | None]:
+    """Return where the run's states are kept: beside the output, under the hash of everything that decides it."""
+    if dest is None or not job.world.first:
+        return contextlib.nullcontext()
+    return Store.open(dest, ["recover", sha256_json(job.deciding())])
+
+
+def _log(job: Job, dest: Path | None, log: str | Path | None) -> Any:
+    """Return the TensorBoard log: where it was asked for, or beside the output, whose bytes hold no times of day."""
+    if not job.world.first:
+        return log_to(None, asked=False)
+    folder = Path(log) if log is not None else None if dest is None else dest.parent / f"{dest.name}.tensorboard"
+    return log_to(folder, asked=log is not None)
+
+
+def _report(job: Job, outcome: Outcome, before: float | None, dest: Path | None) -> dict[str, Any]:
+    if job.asked.train == "factors" and outcome.best_step == 0:
+        job.module = copy.deepcopy(job.base.need_module("recover"))  # bit for bit what it was
+    after = job.scorer.value(job.module.to(job.world.device))
+    job.module.cpu()
+    named = job.scorer.name is not None
+    adapters = job.asked.train == "adapters"
+    mix = job.settings.loss
+    kind = (
+        next(iter(mix))
+        if set(mix.values()) == {1.0} and len(mix) == 1
+        else ",".join(f"{n}={w:g}" for n, w in mix.items())
     )
-    scorer = _scorer(metric, base.opened, module, teacher_model, select_data, device)
-    before = scorer.of(module)
-    outcome = train(
-        adapters, student, teacher, train_data=train_data, select_data=select_data, settings=settings, module=module,
-        score=scorer.decide if scorer.name and metric else None, progress=progress, device=device,
-    )  # fmt: skip
-    after = scorer.of(module)
-    module.cpu()
-    trainable = sum(p.numel() for a in adapters.values() for p in a.parameters())
-    report = {
-        "metric": scorer.name or f"loss_{loss}",
-        "original": scorer.original,
-        "before": before if scorer.name else outcome.start_loss,
-        "after": after if scorer.name else outcome.best_loss,
-        **_trained(outcome, loss),
-        "adapter": adapter_kind,
-        "rank": rank,
-        "trainable_params": trainable,
-        "payload_bytes": 4 * trainable,
-        "output": None if dest is None else str(dest),
-    }
-    if dest is not None:
-        info = {"name": name, "seed": seed, "steps": outcome.steps, "best_step": outcome.best_step, "loss": loss}
-        with staged_folder(dest, maker=MAKER, marker=MARKER) as stage:
-            write_adapter(stage, adapters, maker=MAKER, base=base.digest, info=info)
-    return RecoverResult(report, module, dest)
-
-
-def _attached(
-    module: nn.Module, name: str, kind: str, rank: int, alpha: float | None, seed: int, ranks: Mapping[str, int],
-    alphas: Mapping[str, float],
-) -> dict[str, BaseAdapter]:  # fmt: skip
-    """Attach a fresh adapter to every layer that can carry one; no layer gets a rank above its own."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def make(layer: str, _: tuple[int, ...]) -> BaseAdapter:
-        r, a = by_pattern(layer, ranks, rank), by_pattern(layer, alphas, alpha)
-        return fresh(kind, wrap_dense(module, layer).target, r, a, generator=generator)
-
-    layers = [n for n in adaptable_layers(module) if takes(kind, layer_target(module, n))]
-    if not layers:
-        forms = {(m.form, m.layer_kind) for _, m in factorized_layers(module)}
-        why = "; ".join(f"{f}: {why_none(f, k)}" for f, k in sorted(forms)) or "no layer is factorized"
-        where, expected = "lrcompress recover --adapter", "a kind that these layers take"
-        raise CommandError(where, expected, f"{kind} ({why})", "factorize them with svd")
-    for pattern in (*ranks, *alphas):
-        if not any(fnmatchcase(n, pattern) for n in layers):
-            where, near = "lrcompress recover --rank-pattern, --alpha-pattern", ", ".join(layers[:4])
-            raise CommandError(where, "a pattern that matches a layer", pattern, f"layers are {near}, …")
-    return attach(module, name, make, layers)
-
-
-def _trained(outcome: Outcome, loss: str) -> dict[str, Any]:
-    history = [list(h) for h in outcome.history]
+    decided = job.scorer.decides
     return {
-        "loss": {"kind": loss, "before": outcome.start_loss, "after": outcome.best_loss, "history": history},
+        "train": job.asked.train,
+        "metric": job.scorer.name or f"loss_{kind}",
+        "original": job.scorer.original,
+        "before": before if named else outcome.start_loss,
+        "after": after if named else outcome.best_loss,
+        "loss": {
+            "kind": kind, "weights": dict(mix), "before": outcome.start_loss, "after": outcome.best_loss,
+            "history": [list(h) for h in outcome.history], "decides": "metric" if decided else "loss",
+        },
         "steps": outcome.steps,
         "best_step": outcome.best_step,
+        "stopped": outcome.stopped,
+        "resumed_at": outcome.resumed_at,
         "train_seconds": outcome.seconds,
-    }
+        "learning_rate": outcome.learning_rate,
+        "rates": [list(r) for r in outcome.rates],
+        "adapter": job.asked.kind if adapters else None,
+        "rank": job.asked.rank if adapters else None,
+        "trainable_params": job.numbers,
+        "payload_bytes": 4 * job.numbers,
+        "processes": job.world.size,
+        "same_anywhere": job.settings.max_seconds is None,
+        "output": None if dest is None else str(dest),
+    }  # fmt: skip
 
 
-def _check(kind: str, rank: int, name: str, loss: str, steps: int) -> None:
-    where = "lrcompress recover"
-    if kind not in kinds():
-        raise CommandError(f"{where} --adapter", f"one of {', '.join(kinds())}", kind)
-    if rank < 1:
-        raise CommandError(f"{where} --rank", "a whole number of at least 1", rank)
-    if not name.replace("-", "_").isidentifier():
-        raise CommandError(f"{where} --name", "letters, digits, - and _", name)
-    if loss not in {"auto", *LOSSES}:
-        raise CommandError(f"{where} --loss", f"auto or one of {', '.join(LOSSES)}", loss)
-    if steps < 1:
-        raise CommandError(f"{where} --steps", "a whole number of at least 1", steps)
-    assert adapter_class(kind)
+def _write(dest: Path, job: Job, outcome: Outcome, report: Mapping[str, Any]) -> None:
+    """Write the adapter folder, or the compressed folder: complete, or not at all."""
+    about = {
+        "name": job.asked.name, "seed": job.settings.seed, "steps": outcome.steps, "best_step": outcome.best_step,
+        "loss": report["loss"]["kind"], "learning_rate": outcome.learning_rate,
+    }  # fmt: skip
+    with staged_folder(dest, maker=_maker(job.asked), marker=MARKER) as stage:
+        if job.asked.train == "adapters":
+            write_adapter(stage, job.adapters, maker=MAKER, base=job.base.digest, info=about)
+        else:
+            about["base"] = job.base.digest
+            module = job.module
+            write_retrained(
+                stage,
+                dest,
+                job.base,
+                tensors=state_of(module),
+                layers=module_layers(module),
+                report={"recovered": about},
+            )
 
 
-def _split(data: Data, select: Data | None) -> tuple[Data, Data]:
-    if len(data) < 2 and select is None:
-        raise DataError("recovery data", "at least 2 samples, so that one can be held out", len(data))
-    if select is not None:
-        return data, select
-    held = min(max(len(data) // 10, 1), 2000)
-    # Every tenth sample, so that ordered files are represented.
-    index = np.arange(len(data))
-    chosen = np.unique(np.linspace(0, len(data) - 1, held).round().astype(int))
-    return data.take(np.setdiff1d(index, chosen)), data.take(chosen)
-
-
-def answer_name(outputs: Mapping[str, Tensor]) -> str:
-    return next((n for n in metrics.TELLING if n in outputs), next(iter(outputs)))
-
-
-def _answering(opened: OpenedModel, module: nn.Module) -> Any:
-    def answer(inputs: Mapping[str, Tensor]) -> Tensor:
-        outputs = opened.outputs(module, inputs)
-        return outputs[answer_name(outputs)]
-
-    return answer
-
-
-def _on(opened: OpenedModel, device: str) -> nn.Module:
-    assert opened.module is not None
-    return opened.module.to(device).eval()
-
-
-def _auto_loss(opened: OpenedModel, module: nn.Module, data: Data, device: str) -> str:
-    batch = next(iter(data.batches(min(8, len(data)))))
-    with torch.no_grad():
-        outputs = opened.outputs(module, {k: torch.as_tensor(v, device=device) for k, v in batch.inputs.items()})
-    name = answer_name(outputs)
-    return auto(name, outputs[name].cpu())
-
-
-class _Scorer:
-    """A metric on `select`: its value for a module, and as a number to minimise."""
-
-    def __init__(
-        self, metric: metrics.Metric | None, opened: OpenedModel, module: nn.Module, data: Data, device: str
-    ) -> None:
-        self._metric, self._opened, self._module, self._data, self._device = metric, opened, module, data, device
-        self.name = metric.name if metric else None
-        self.original: float | None = None
-
-    def of(self, module: nn.Module) -> float | None:
-        if self._metric is None:
-            return None
-        return float(self._metric.evaluate(predictor(self._opened, module, self._device), self._data, 250).value)
-
-    def decide(self) -> float:
-        value = self.of(self._module)
-        assert value is not None and self._metric is not None
-        return -value if self._metric.direction == "max" else value
-
-
-def _scorer(
-    metric: str | None, opened: OpenedModel, module: nn.Module, teacher: OpenedModel | None, data: Data, device: str
-) -> _Scorer:
-    """Score by `metric`, or for information only by accuracy where `data` has class numbers."""
-    chosen = metrics.get(metric) if metric else None
-    if chosen is None and data.labels is not None and np.issubdtype(data.labels.dtype, np.integer) and not data.pairs:
-        chosen = metrics.get("accuracy")
-    scorer = _Scorer(chosen, opened, module, data, device)
-    if teacher is not None and teacher.module is not None:
-        scorer.original = scorer.of(teacher.module.to(device))
-    return scorer
+__all__ = ["RecoverResult", "answer_name", "recover"]

@@ -75,6 +75,12 @@ def test_defaults_paths_and_variables(tmp_path: Path, monkeypatch: pytest.Monkey
         ("ratio: 0.5", "ratio: !!python/object/apply:os.system [true]", ":13", []),
         ("ratio: 0.5", "ratio: [", ":", ["valid YAML"]),
         ("name: later", "name: recover", ": updates", ["not 'recover'"]),
+        ("updates:", "recover: {teacher: 'logits=1,lables=2'}\nupdates:", ":14: recover", ["did you mean 'labels'"]),
+        ("updates:", "recover: {hidden: ['layer*']}\nupdates:", ":14: recover", ["the loss hidden"]),
+        ("updates:", "recover: {trian: both}\nupdates:", ":14: recover.trian", ["did you mean 'train'"]),
+        ("updates:", "recover: {train: factor}\nupdates:", ":14: recover.train", ["'adapters' or 'both'"]),
+        ("updates:", "recover: {learning_rate: 0}\nupdates:", ":14: recover.learning_rate", ["greater than 0"]),
+        ("updates:", "recover: {acumulate: 2}\nupdates:", ":14: recover.acumulate", ["did you mean 'accumulate'"]),
         ("  source: ${PLACE:-../here}/net.safetensors\n", "", ":3: model", ["exactly one of source and train"]),
     ],
 )

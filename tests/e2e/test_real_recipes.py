@@ -103,6 +103,25 @@ def test_resnet20_through_all_stages(load: Any, tmp_path: Path) -> None:
     assert report["params_after"] <= 0.4 * report["params_before"]
 
 
+@pytest.mark.timeout(900)
+@pytest.mark.slow
+def test_factors_are_trained_before_adapters_where_a_recipe_says_so(load: Any, tmp_path: Path) -> None:
+    found = smaller(
+        load("quickstart"),
+        recover__train="both",
+        recover__steps=60,
+        model__train_args={"steps": 200},
+        updates=[],
+        metric__max_drop=0.2,
+    )
+    report = pipeline.run(found, tmp_path / "run")
+    folders = {p.name.rpartition("-")[0] for p in (tmp_path / "run" / "stages").iterdir()}
+    assert {"factorize", "retrain", "recover"} <= folders
+    rows = {r["name"]: r for r in report["rows"]}
+    assert rows["factorized + adapter"]["drop"] < 0.2
+    assert pipeline.run(found, tmp_path / "run")["nothing_to_do"]
+
+
 @pytest.mark.timeout(1500)
 @pytest.mark.slow
 def test_minilm_through_all_stages(load: Any, tmp_path: Path) -> None:

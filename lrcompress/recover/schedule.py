@@ -1,0 +1,53 @@
+"""How far a run is, by steps or by the clock, and the rate that belongs to it.
+
+The rate warms up in a line and falls as a cosine; it reaches its end when the steps or the seconds are up, whichever
+comes first: a run that the clock ends is not cut in the middle of its schedule.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Clock:
+    """Seconds of work, those of earlier processes included."""
+
+    used_seconds: float = 0.0
+    _since: float = field(default_factory=time.perf_counter)
+
+    @property
+    def seconds(self) -> float:
+        return self.used_seconds + time.perf_counter() - self._since
+
+    def restart(self, used_seconds: float) -> None:
+        self.used_seconds, self._since = used_seconds, time.perf_counter()
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """`steps` and `seconds` at which training ends; None where that does not end it."""
+
+    steps: int | None
+    seconds: float | None
+    warmup: float
+
+    def position(self, step: int, seconds: float) -> float:
+        """Return the part of the run that is done, at least 1 at its end."""
+        by_steps = step / self.steps if self.steps is not None else 0.0
+        by_clock = seconds / self.seconds if self.seconds is not None else 0.0
+        return max(by_steps, by_clock)
+
+    def rate(self, position: float) -> float:
+        """Return the share of the highest rate at a position."""
+        first = 1 / self.steps if self.steps is not None else 0.005
+        if position < self.warmup:
+            return min(1.0, (position + first) / self.warmup)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (position - self.warmup) / (1 - self.warmup))))
+
+    def remaining(self, step: int, seconds: float) -> float:
+        """Return the seconds that are left, as the pace so far tells."""
+        position = self.position(step, seconds)
+        return seconds * (1 / position - 1) if 0 < position < 1 else 0.0

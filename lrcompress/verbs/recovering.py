@@ -1,0 +1,353 @@
+"""What `recover` works on: the network and its original, what is trained of it, samples, and what decides."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import metrics
+from ..adapt import BaseAdapter, kinds
+from ..adapt.core import why_none
+from ..data import Data
+from ..errors import CommandError, DataError
+from ..model import OpenedModel
+from ..model.adapting import by_pattern, fresh, layer_target, takes
+from ..model.checkpoint import Compressed
+from ..model.surgery import adaptable_layers, attach, factorized_layers, wrap_dense
+from ..progress import Progress
+from ..recover import Networks, Outcome, Saved, Settings, Trained, Training, World, losses, trained
+from ..recover.blocks import checkpointed, hidden_states, rebuilt_kernels
+from ..recover.logs import Log
+from ..recover.objective import Objective, asking
+from ..recover.rates import find_rate
+from ..recover.settings import TRAINED
+from ..recover.sharding import shard
+from .predict import predictor
+
+#: Where the search for a rate begins: absolute for adapters, relative to a factor's size for factors.
+CENTRES = {"adapters": 3e-3, "factors": 1e-3}
+#: Samples that are held out where no others are given, at most.
+_HELD_OUT = 2000
+
+
+class TrainingOptions(TypedDict, total=False):
+    """How to train: see `lrcompress.recover.Settings`. `loss` is text such as "logits=1,labels=0.5"."""
+
+    loss: str
+    steps: int | None
+    batch_size: int
+    accumulate: int
+    learning_rate: float | str | None
+    warmup: float
+    weight_decay: float
+    evaluations: int
+    patience: int
+    max_seconds: float | None
+    temperature: float
+    hidden: tuple[str, ...]
+    augment: bool
+    checkpointing: bool
+    precision: str
+    save_seconds: float
+
+
+def settings_of(options: TrainingOptions, seed: int) -> Settings:
+    """Check options and return them as settings; `CommandError` names the first that is wrong."""
+    plain: dict[str, Any] = dict(options)
+    rate = plain.pop("learning_rate", None)
+    if isinstance(rate, str):
+        try:
+            rate = None if rate == "auto" else float(rate)
+        except ValueError as e:
+            raise CommandError("lrcompress recover --lr", "auto, or a number above 0", rate) from e
+    mix = losses.parse(plain.pop("loss", losses.AUTO))
+    hidden = tuple(plain.pop("hidden", ()))
+    if hidden and "hidden" not in mix:
+        raise CommandError(
+            "lrcompress recover --hidden", "the loss hidden", ",".join(mix), "add it: --loss auto=1,hidden=1"
+        )
+    return Settings(loss=mix, learning_rate=rate, hidden=hidden, seed=seed, **plain)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be trained: the factors, or adapters of a kind, with ranks and alphas by layer pattern."""
+
+    train: str = "adapters"
+    kind: str = "lora"
+    rank: int = 8
+    alpha: float | None = None
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    alphas: Mapping[str, float] = field(default_factory=dict)
+    name: str = "recover"
+
+    def __post_init__(self) -> None:
+        where = "lrcompress recover"
+        if self.train not in TRAINED:
+            raise CommandError(f"{where} --train", " or ".join(TRAINED), self.train)
+        if self.kind not in kinds():
+            raise CommandError(f"{where} --adapter", f"one of {', '.join(kinds())}", self.kind)
+        if self.rank < 1:
+            raise CommandError(f"{where} --rank", "a whole number of at least 1", self.rank)
+        if not self.name.replace("-", "_").isidentifier():
+            raise CommandError(f"{where} --name", "letters, digits, - and _", self.name)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**self.__dict__, "ranks": list(self.ranks.items()), "alphas": list(self.alphas.items())}
+
+
+@dataclass
+class Job:
+    """All that a run needs. `module` is the student, with adapters attached; `teacher` the original, where it is asked."""
+
+    base: Compressed
+    module: nn.Module
+    teacher: OpenedModel | None
+    asked: Asked
+    settings: Settings
+    train_data: Data
+    select_data: Data
+    world: World
+    scorer: Scorer
+    adapters: dict[str, BaseAdapter]
+    trained: Trained
+    numbers: int
+    hidden: list[str]
+    forms: dict[str, str]
+    lockstep: bool = False
+
+    def finish(self) -> None:
+        """Put trained factors into the gauge that the checkpoint keeps."""
+        trained.to_own_gauge(self.module, self.forms)
+
+    def deciding(self) -> dict[str, Any]:
+        """Return everything that the result depends on."""
+        return {
+            "base": self.base.digest, "model": self.base.spec.get("model"), "asked": self.asked.as_dict(),
+            "settings": self.settings.deciding(), "train": self.train_data.digest(), "select": self.select_data.digest(),
+            "metric": self.scorer.name if self.scorer.decides else None,
+            "original": None if self.teacher is None else self.teacher.digest, "processes": self.world.size,
+            "device": self.world.device, "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "lockstep": self.lockstep,
+        }  # fmt: skip
+
+
+def prepare(
+    base: Compressed, teacher: OpenedModel | None, asked: Asked, settings: Settings, data: tuple[Data, Data | None], *,
+    metric: str | None, world: World, shard_teacher: bool,
+) -> Job:  # fmt: skip
+    """Put together what a run needs; everything that can be wrong with it is said here."""
+    module = copy.deepcopy(base.need_module("recover"))
+    train_data, select_data = split(*data)
+    adapters: dict[str, BaseAdapter] = {}
+    forms: dict[str, str] = {}
+    if asked.train == "adapters":
+        adapters = attached(module, asked, settings.seed)
+        what = trained.adapters_of(adapters)
+        numbers = what.numbers
+    else:
+        numbers = trained.factors_of(module).numbers
+        forms = trained.to_plain_gauge(module)
+        what = trained.factors_of(module)
+    module.to(world.device)
+    mix = losses.resolved(settings.loss, _fitting(base.opened, module, train_data, world.device))
+    settings = replace(settings, loss=mix)
+    hidden = hidden_states(module, settings.hidden, base.spec.get("folded", {})) if "hidden" in mix else []
+    if teacher is not None and teacher.module is not None:
+        teacher.module.to(world.device).eval()
+        if shard_teacher:
+            shard(teacher.module, world)
+    scorer = Scorer.of(metric, base.opened, module, teacher, select_data, world.device)
+    return Job(
+        base, module, teacher, asked, settings, train_data, select_data, world, scorer, adapters, what, numbers, hidden, forms,
+        shard_teacher,
+    )  # fmt: skip
+
+
+def train(job: Job, *, saved: Saved | None, log: Log, progress: Progress) -> Outcome:
+    """Train what the job says in place."""
+    opened, settings = job.base.opened, job.settings
+    precision = precision_of(settings.precision, job.world.device)
+    objective = Objective(settings.loss, settings.temperature, job.hidden, {})
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(trained.only(job.module, job.trained))
+        stack.enter_context(rebuilt_kernels(job.module))
+        if settings.checkpointing:
+            stack.enter_context(checkpointed(job.module))
+        student = stack.enter_context(asking(answering(opened, job.module), job.module, job.hidden, precision))
+        teacher = None
+        if objective.needs_teacher:
+            assert job.teacher is not None and job.teacher.module is not None
+            original = job.teacher.module
+            stack.enter_context(_frozen(original))
+            teacher = stack.enter_context(asking(answering(job.teacher, original), original, job.hidden, precision))
+        training = Training(
+            job.trained, Networks(student, teacher, job.lockstep), objective, job.train_data, job.select_data, settings, job.world,
+            job.scorer.decide if job.scorer.decides else None, saved, progress, log, job.finish,
+        )  # fmt: skip
+        return training.run(lambda t: find_rate(t, CENTRES[job.asked.train], settling=job.asked.train == "factors"))
+
+
+@contextlib.contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Let no gradient be wanted of a module's parameters."""
+    before = {p: p.requires_grad for p in module.parameters()}
+    for p in before:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p, wanted in before.items():
+            p.requires_grad_(wanted)
+
+
+def precision_of(name: str, device: str) -> torch.dtype | None:
+    """Return what to cast to: bfloat16 if asked for, or where the device is fast with it; None for float32."""
+    fast = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if name == "bf16" or (name == "auto" and fast) else None
+
+
+def attached(module: nn.Module, asked: Asked, seed: int) -> dict[str, BaseAdapter]:
+    """Attach a fresh adapter to every layer that can carry one; no layer gets a rank above its own."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def make(layer: str, _: tuple[int, ...]) -> BaseAdapter:
+        r, a = by_pattern(layer, asked.ranks, asked.rank), by_pattern(layer, asked.alphas, asked.alpha)
+        return fresh(asked.kind, wrap_dense(module, layer).target, r, a, generator=generator)
+
+    layers = [n for n in adaptable_layers(module) if takes(asked.kind, layer_target(module, n))]
+    if not layers:
+        forms = {(m.form, m.layer_kind) for _, m in factorized_layers(module)}
+        why = "; ".join(f"{f}: {why_none(f, k)}" for f, k in sorted(forms)) or "no layer is factorized"
+        where, expected = "lrcompress recover --adapter", "a kind that these layers take"
+        raise CommandError(where, expected, f"{asked.kind} ({why})", "factorize them with svd")
+    for pattern in (*asked.ranks, *asked.alphas):
+        if not any(fnmatchcase(n, pattern) for n in layers):
+            where, near = "lrcompress recover --rank-pattern, --alpha-pattern", ", ".join(layers[:4])
+            raise CommandError(where, "a pattern that matches a layer", pattern, f"layers are {near}, …")
+    return attach(module, asked.name, make, layers)
+
+
+# samples ----------------------------------------------------------------------------------------------------------
+
+
+def split(data: Data, select: Data | None) -> tuple[Data, Data]:
+    """Return samples to train on and samples to select on: every tenth of `data` where no others are given."""
+    width = 2 if data.pairs else 1
+    units = len(data) // width
+    if units < 2:
+        what = "at least 2 pairs" if data.pairs else "at least 2 samples"
+        raise DataError("recovery data", f"{what} to train on", units, "give more data")
+    if select is not None:
+        _check_alike(data, select)
+        return data, select
+    held = min(max(units // 10, 1), _HELD_OUT // width)
+    # Spread evenly, so that ordered files are represented.
+    chosen = np.unique(np.linspace(0, units - 1, held).round().astype(int))
+    rest = np.setdiff1d(np.arange(units), chosen)
+
+    def samples(which: np.ndarray) -> np.ndarray:
+        found: np.ndarray = (which[:, None] * width + np.arange(width)).reshape(-1)
+        return found
+
+    return data.take(samples(rest)), data.take(samples(chosen))
+
+
+def _check_alike(data: Data, select: Data) -> None:
+    """Refuse samples to select on that are not such as are trained on; whole numbers may be more or fewer: tokens."""
+    if len(select) == 0:
+        raise DataError("recovery data: select", "at least one sample", "none")
+    one, other = (next(iter(d.take(slice(0, 2 if d.pairs else 1)).batches(2))) for d in (data, select))
+    if set(one.inputs) != set(other.inputs):
+        raise DataError("recovery data: select", f"inputs {', '.join(one.inputs)}", ", ".join(other.inputs))
+    for name, a in one.inputs.items():
+        b = other.inputs[name]
+        if a.ndim != b.ndim or (a.dtype.kind == "f" and a.shape[1:] != b.shape[1:]):
+            raise DataError(f"recovery data: select, {name}", f"samples of shape {a.shape[1:]}", b.shape[1:])
+
+
+# networks and scores ----------------------------------------------------------------------------------------------
+
+
+def answer_name(outputs: Mapping[str, Tensor]) -> str:
+    return next((n for n in metrics.TELLING if n in outputs), next(iter(outputs)))
+
+
+def answering(opened: OpenedModel, module: nn.Module) -> Any:
+    """Return a function from inputs to the one output that stands for the answer."""
+
+    def answer(inputs: Mapping[str, Tensor]) -> Tensor:
+        outputs = opened.outputs(module, inputs)
+        return outputs[answer_name(outputs)]
+
+    return answer
+
+
+def _fitting(opened: OpenedModel, module: nn.Module, data: Data, device: str) -> str:
+    """Return the distillation loss that fits what a network answers to a few samples."""
+    batch = next(iter(data.batches(min(8, len(data)))))
+    with torch.no_grad():
+        outputs = opened.outputs(module, {k: torch.as_tensor(v, device=device) for k, v in batch.inputs.items()})
+    name = answer_name(outputs)
+    return losses.auto(name, outputs[name].cpu())
+
+
+@dataclass
+class Scorer:
+    """A metric on `select`: its value for a module, and as a number to minimise. `decides`: it was asked for."""
+
+    metric: metrics.Metric | None
+    opened: OpenedModel
+    module: nn.Module
+    data: Data
+    device: str
+    decides: bool = False
+    original: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        metric: str | None,
+        opened: OpenedModel,
+        module: nn.Module,
+        teacher: OpenedModel | None,
+        data: Data,
+        device: str,
+    ) -> Scorer:
+        """Score by `metric`, or for information only by accuracy where `data` has class numbers."""
+        chosen = metrics.get(metric) if metric else None
+        if (
+            chosen is None
+            and data.labels is not None
+            and np.issubdtype(data.labels.dtype, np.integer)
+            and not data.pairs
+        ):
+            chosen = metrics.get("accuracy")
+        scorer = cls(chosen, opened, module, data, device, metric is not None)
+        if teacher is not None and teacher.module is not None:
+            scorer.original = scorer.value(teacher.module)
+        return scorer
+
+    @property
+    def name(self) -> str | None:
+        return self.metric.name if self.metric else None
+
+    def value(self, module: nn.Module | None = None) -> float | None:
+        """Return the metric of a module; None where there is no metric."""
+        if self.metric is None:
+            return None
+        predict = predictor(self.opened, module or self.module, self.device)
+        return float(self.metric.evaluate(predict, self.data, 250).value)
+
+    def decide(self) -> float:
+        value = self.value()
+        assert value is not None and self.metric is not None
+        return -value if self.metric.direction == "max" else value
