@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from ..model.surgery import adaptable_layers, attach, wrap_dense
 from ..progress import Progress, Silent
 from ..recover import Outcome, Settings, train
 from ..recover.losses import LOSSES, auto
+from .closed import ClosedForm
 from .predict import predictor
 from .sources import device_of, for_model
 
@@ -63,6 +64,7 @@ def recover(
     threads: int | None = None,
     compute: str = "auto",
     original: str | Path | OpenedModel | None = None,
+    closed: str = "auto",
     trust_pickle: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -71,7 +73,8 @@ def recover(
 
     `rank_pattern`, `alpha_pattern`: other ranks and alphas by fnmatch pattern on the layer's path, the first that fits.
     `loss`: logits or embedding (distilled from the original), labels, or auto. Without `select` a tenth of `data` is
-    held out for it. `name` must be a plain name. Raises `CommandError`, `ModelError`, `DataError`.
+    held out for it. `closed`: auto starts training from the closed forms, only trains nothing, off starts from zero.
+    `name` must be a plain name. Raises `CommandError`, `ModelError`, `DataError`.
     """
     progress = progress or Silent()
     _check(adapter_kind, rank, name, loss, steps)
@@ -103,6 +106,17 @@ def recover(
     )
     scorer = _scorer(metric, base.opened, module, teacher_model, select_data, device)
     before = scorer.of(module)
+
+    def loss_of_start() -> float:
+        return train(
+            adapters, student, teacher, train_data=train_data, select_data=select_data, module=module, device=device,
+            settings=replace(settings, steps=0), score=scorer.decide if scorer.name and metric else None, progress=Silent(),
+        ).start_loss  # fmt: skip
+
+    closed_form = ClosedForm(closed, base, teacher_model, device, trust, progress)
+    adapters = closed_form.start(module, name, adapters, fit=train_data, held=select_data, decide=loss_of_start)
+    if closed == "only":
+        settings = replace(settings, steps=0)
     outcome = train(
         adapters, student, teacher, train_data=train_data, select_data=select_data, settings=settings, module=module,
         score=scorer.decide if scorer.name and metric else None, progress=progress, device=device,
@@ -122,6 +136,7 @@ def recover(
         "payload_bytes": 4 * trainable,
         "output": None if dest is None else str(dest),
     }
+    closed_form.report_in(report)
     if dest is not None:
         info = {"name": name, "seed": seed, "steps": outcome.steps, "best_step": outcome.best_step, "loss": loss}
         with staged_folder(dest, maker=MAKER, marker=MARKER) as stage:

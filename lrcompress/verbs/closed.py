@@ -1,0 +1,156 @@
+"""Closed forms as `recover` uses them: where training starts, or all there is; and refits of the base itself."""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .._version import __version__
+from ..adapt import BaseAdapter
+from ..data import Data
+from ..errors import CommandError, LrcompressWarning, ModelError
+from ..files import staged_folder
+from ..model import OpenedModel
+from ..model.checkpoint import MAKER, MARKER, Compressed, module_layers, state_of, write_compressed
+from ..model.folding import fold_again
+from ..model.layers import FactorizedLayer
+from ..progress import Progress
+from ..recover.closed_adapters import KINDS, Corrected, correct
+from ..recover.closed_refits import Refitted, refit
+
+MODES = ("auto", "only", "off")
+
+
+@dataclass
+class ClosedForm:
+    """One use of closed forms by a verb. `mode`: auto (where there is one), only (`CommandError` where not), or off."""
+
+    mode: str
+    base: Compressed
+    teacher: OpenedModel | None
+    device: str
+    trust: Mapping[str, bool]
+    progress: Progress
+    _found: Corrected | None = None
+    _seconds: float = 0.0
+    _rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise CommandError("lrcompress recover --closed", f"one of {', '.join(MODES)}", self.mode)
+
+    def start(
+        self, module: nn.Module, name: str, adapters: dict[str, BaseAdapter], *, fit: Data, held: Data,
+        decide: Callable[[], float],
+    ) -> dict[str, BaseAdapter]:  # fmt: skip
+        """Set fresh adapters by closed forms; return those to go on with: all, or with "only" those that were set.
+
+        `decide`: the loss of `module`, on its device, on held-out data.
+        """
+        kind = next(iter(adapters.values())).kind
+        if self.mode == "off" or (self.mode == "auto" and (kind not in KINDS or self.teacher is None)):
+            return adapters
+        if kind not in KINDS:
+            raise CommandError(
+                "lrcompress recover --closed only", f"an adapter of kind {' or '.join(KINDS)}", kind,
+                "this kind has no closed form in the metric of correlated inputs: train it, with --closed off",
+            )  # fmt: skip
+
+        def moved() -> float:
+            module.to(self.device)
+            value = decide()
+            module.cpu()
+            return value
+
+        started = time.perf_counter()
+        original = original_network(self.base, self.teacher or self.base.open_original(None, **self.trust))
+        try:
+            module.cpu()
+            self._found = correct(
+                self.base.opened, original, module, adapters, fit=fit, held=held, decide=moved, progress=self.progress
+            )
+        except ModelError as e:
+            if self.mode == "only":
+                raise
+            warnings.warn(
+                f"training starts from zero, there is no closed form here: {e}", LrcompressWarning, stacklevel=3
+            )
+        finally:
+            module.to(self.device)
+        self._seconds = time.perf_counter() - started
+        return adapters if self.mode == "auto" else self._only(module, name, adapters)
+
+    def report_in(self, report: dict[str, Any]) -> None:
+        """Add what was done to a verb's report, whose start is the compressed network without any correction."""
+        found = self._found
+        if found is None:
+            report["closed"] = None
+            return
+        report["closed"] = {
+            "mode": self.mode, "before": found.before, "after": found.after, "seconds": self._seconds,
+            "bytes": sum(row["bytes"] for row in found.rows if row["applied"]), "layers": list(found.rows),
+        }  # fmt: skip
+        report["loss"]["before"] = found.before
+        if report["metric"].startswith("loss_"):
+            report["before"] = found.before
+
+    def _only(self, module: nn.Module, name: str, adapters: dict[str, BaseAdapter]) -> dict[str, BaseAdapter]:
+        """Take the adapters off that were not set; all stay, at zero, where none was."""
+        assert self._found is not None
+        applied = set(self._found.applied)
+        if not applied:
+            note = "no closed form lowers the loss on held-out data: the adapter is zero, train it"
+            warnings.warn(note, LrcompressWarning, stacklevel=4)
+            return adapters
+        for layer in set(adapters) - applied:
+            wrapped = module.get_submodule(layer)
+            assert isinstance(wrapped, FactorizedLayer)
+            wrapped.remove_adapter(name)
+        return {n: a for n, a in adapters.items() if n in applied}
+
+
+def original_network(base: Compressed, opened: OpenedModel) -> nn.Module:
+    """Return a copy of the original with the normalizations folded that were folded in `base`."""
+    if opened.module is None:
+        raise ModelError(opened.path or "the original", "a network", "a state dict", "give --arch")
+    network = copy.deepcopy(opened.module).cpu().eval()
+    try:
+        fold_again(network, base.spec.get("folded", {}))
+    except (AttributeError, AssertionError) as e:
+        raise ModelError(opened.path or "the original", "the parts that were folded", str(e), "factorize again") from e
+    return network
+
+
+def refitted(
+    base: Compressed,
+    opened: OpenedModel,
+    *,
+    fit: Data,
+    held: Data,
+    output: Path | None,
+    progress: Progress | None = None,
+) -> tuple[nn.Module, Refitted]:
+    """Refit the layers of a compressed network and write it, where `output` is given, as a compressed folder.
+
+    The folder is one that `factorize` could have made: same format, another digest. Nothing is written where no refit
+    helps. Raises `ModelError`.
+    """
+    module = copy.deepcopy(base.need_module("recover --closed refit"))
+    found = refit(base.opened, original_network(base, opened), module, fit=fit, held=held, progress=progress)
+    if output is not None and found.applied:
+        report = {**base.spec.get("report", {}), "refitted": list(found.rows), "refitted_from": base.digest}
+        versions = {**base.spec.get("versions", {}), "lrcompress": __version__}
+        about = {"report": report, "threads": base.spec.get("threads"), "versions": versions}
+        with staged_folder(output, maker=MAKER, marker=MARKER) as stage:
+            write_compressed(
+                stage, output, opened, tensors=state_of(module), layers=module_layers(module), report=about,
+                folded=base.spec.get("folded"),
+            )  # fmt: skip
+    return module, found
