@@ -37,6 +37,10 @@ from .output import Result, Shell, common, human_bytes
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--learning-rate", type=float, default=2e-3, show_default=True)
 @click.option("--max-seconds", type=float, help="Stop after this time (the result then depends on the machine).")
+@click.option(
+    "--closed", type=click.Choice(["auto", "only", "off", "refit"]), default="auto", show_default=True,
+    help="auto: training starts from closed forms; only: nothing is trained; off; refit: change the base itself.",
+)  # fmt: skip
 @click.option("--original", type=click.Path(), help="The model that was factorized, if it moved.")
 @click.option("--trust-pickle", is_flag=True, help="Allow an original that can run code while it is opened.")
 @click.option("--trust-remote-code", is_flag=True, help="Allow code that a Hugging Face folder brings.")
@@ -56,8 +60,11 @@ def recover(
 
     name = name or (Path(output).name if output else "recover")
     options |= {"rank_pattern": _numbers(rank_pattern, int), "alpha_pattern": _numbers(alpha_pattern, float)}
-    found = verb(compressed, name=name, output=output or f"adapters/{name}", progress=shell.progress, **options)
+    output = output or ("recovered" if options["closed"] == "refit" else f"adapters/{name}")
+    found = verb(compressed, name=name, output=output, progress=shell.progress, **options)
     d = found.data
+    if options["closed"] == "refit":
+        return Result(d, text=_refit_lines(d))
 
     def show(value: float | None) -> str:
         return "–" if value is None else f"{value:.4f}"
@@ -68,7 +75,29 @@ def recover(
         f"{d['trainable_params']:,} trained numbers ({human_bytes(d['payload_bytes'])} as fp32), {d['train_seconds']:.1f} s",
         f"written to {d['output']}",
     ]
+    if d["closed"] is not None:
+        lines[1:1] = _closed_lines(d["closed"])
     return Result(d, text="\n".join(lines))
+
+
+def _closed_lines(closed: dict[str, Any]) -> list[str]:
+    """Return what closed forms did, a line per layer with its reason."""
+    rows, applied = closed["layers"], [row for row in closed["layers"] if row["applied"]]
+    head = f"closed form: loss {closed['before']:.4g} → {closed['after']:.4g}, {len(applied)} of {len(rows)} layers"
+    return [f"{head} ({human_bytes(closed['bytes'])}), {closed['seconds']:.1f} s", *map(_row_line, rows)]
+
+
+def _refit_lines(d: dict[str, Any]) -> str:
+    changed = sum(row["applied"] for row in d["layers"])
+    head = f"refit: loss {d['before']:.4g} → {d['after']:.4g}, {changed} of {len(d['layers'])} layers"
+    lines = [f"{head} ({human_bytes(d['bytes'])} more), {d['seconds']:.1f} s", *map(_row_line, d["layers"])]
+    return "\n".join([*lines, f"written to {d['output']}" if d["output"] else "nothing written"])
+
+
+def _row_line(row: dict[str, Any]) -> str:
+    if row["error_before"] is None:
+        return f"  {row['layer']}: {row['reason']}"
+    return f"  {row['layer']}: error {row['error_before']:.3g} → {row['error_after']:.3g}; {row['reason']}"
 
 
 def _numbers(pairs: tuple[str, ...], kind: type[int] | type[float]) -> dict[str, Any]:

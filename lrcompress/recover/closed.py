@@ -76,7 +76,11 @@ class Wanted:
     def loss(self, rebuilt: Tensor) -> float:
         """Return E‖t − Ŵ x̂‖² of a layer that stands for `rebuilt`."""
         if self.drift is not None:
-            return self.drift.loss(rebuilt)
+            d = self.drift
+            w = rebuilt.double().reshape(*d.cross.shape[:-1], -1)
+            # E‖t‖² − 2⟨T, Ŵ⟩ + ⟨Ŵ Ŝ, Ŵ⟩: the diagonal alone of what `Drift.loss` weighs.
+            total = d.answers.diagonal(dim1=-2, dim2=-1).sum() - 2 * (d.cross * w).sum() + ((w @ d.drifted) * w).sum()
+            return max(float(total), 0.0)
         return self.metric.loss(apart_of(self.weight.double() - rebuilt.double(), self.metric.groups))
 
 

@@ -121,7 +121,7 @@ def _refit_one(layer: nn.Module, seen: Seen, shared: frozenset[int], betas: Sequ
         drift = seen.fit.blended(seen.weight, beta)
         if beta < 1 and seen.bias is not None:  # the blend is of products; the original's bias is in its answers
             drift = _with_mean(drift, (1 - beta) * seen.bias.double())
-        for trial in _trials(own, drift, shared):
+        for trial in _trials(own, drift, shared, sweeping=beta == max(betas)):
             bias = drift.shift(trial.weight) if own.takes_bias else None
             loss = seen.held.loss(trial.weight, None, shift if bias is None else bias)
             if loss < lowest:
@@ -189,8 +189,8 @@ class _Own:
         return added
 
 
-def _trials(own: _Own, drift: Drift, shared: frozenset[int]) -> Iterator[_Trial]:
-    """Yield what a layer could become for these wanted answers."""
+def _trials(own: _Own, drift: Drift, shared: frozenset[int], *, sweeping: bool) -> Iterator[_Trial]:
+    """Yield what a layer could become for these wanted answers; sweeps over many factors take time, and are optional."""
     base, factors = own.weight, own.factors
     if own.takes_bias:
         yield _Trial("bias", {}, base)
@@ -209,7 +209,7 @@ def _trials(own: _Own, drift: Drift, shared: frozenset[int]) -> Iterator[_Trial]
             yield _Trial("weight", {"weight": target}, target)
     elif set(factors) == {"U", "V"} and not grouped:
         yield from _pair(own, drift)
-    else:
+    elif sweeping:
         yield from _swept(own, drift, grouped=grouped)
 
 

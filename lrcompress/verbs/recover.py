@@ -26,7 +26,7 @@ from ..model.surgery import adaptable_layers, attach, wrap_dense
 from ..progress import Progress, Silent
 from ..recover import Outcome, Settings, train
 from ..recover.losses import LOSSES, auto
-from .closed import ClosedForm
+from .closed import ClosedForm, refitted
 from .predict import predictor
 from .sources import device_of, for_model
 
@@ -73,19 +73,22 @@ def recover(
 
     `rank_pattern`, `alpha_pattern`: other ranks and alphas by fnmatch pattern on the layer's path, the first that fits.
     `loss`: logits or embedding (distilled from the original), labels, or auto. Without `select` a tenth of `data` is
-    held out for it. `closed`: auto starts training from the closed forms, only trains nothing, off starts from zero.
+    held out for it. `closed`: auto starts training from the closed forms, only trains nothing, off starts from zero;
+    refit changes the base by least squares instead and writes a compressed folder.
     `name` must be a plain name. Raises `CommandError`, `ModelError`, `DataError`.
     """
     progress = progress or Silent()
     _check(adapter_kind, rank, name, loss, steps)
     if threads:
         torch.set_num_threads(threads)
+    trust = {"trust_pickle": trust_pickle, "trust_remote_code": trust_remote_code}
+    if closed == "refit":
+        return _refitted(compressed, data, select, original, output, trust, progress)
     dest = None if output is None else Path(output)
     if dest is not None:
         check_output(dest, maker=MAKER, marker=MARKER)
     base = compressed if isinstance(compressed, Compressed) else load_compressed(Path(compressed))
     module = copy.deepcopy(base.need_module("recover"))
-    trust = {"trust_pickle": trust_pickle, "trust_remote_code": trust_remote_code}
     train_data, select_data = _split(
         for_model(data, base.opened), None if select is None else for_model(select, base.opened)
     )
@@ -113,7 +116,7 @@ def recover(
             settings=replace(settings, steps=0), score=scorer.decide if scorer.name and metric else None, progress=Silent(),
         ).start_loss  # fmt: skip
 
-    closed_form = ClosedForm(closed, base, teacher_model, device, trust, progress)
+    closed_form = ClosedForm(closed, base, teacher_model, loss != "labels", device, trust, progress)
     adapters = closed_form.start(module, name, adapters, fit=train_data, held=select_data, decide=loss_of_start)
     if closed == "only":
         settings = replace(settings, steps=0)
@@ -142,6 +145,20 @@ def recover(
         with staged_folder(dest, maker=MAKER, marker=MARKER) as stage:
             write_adapter(stage, adapters, maker=MAKER, base=base.digest, info=info)
     return RecoverResult(report, module, dest)
+
+
+def _refitted(
+    compressed: str | Path | Compressed, data: str | Data, select: str | Data | None,
+    original: str | Path | OpenedModel | None, output: str | Path | None, trust: Mapping[str, bool], progress: Progress,
+) -> RecoverResult:  # fmt: skip
+    """Refit the base itself, without training, and write a compressed folder."""
+    dest = None if output is None else Path(output)
+    base = compressed if isinstance(compressed, Compressed) else load_compressed(Path(compressed))
+    if not isinstance(original, OpenedModel):
+        original = base.open_original(None if original is None else Path(original), **trust)
+    fit, held = _split(for_model(data, base.opened), None if select is None else for_model(select, base.opened))
+    module, report = refitted(base, original, fit=fit, held=held, output=dest, progress=progress)
+    return RecoverResult(report, module, None if report["output"] is None else dest)
 
 
 def _attached(
