@@ -36,10 +36,13 @@ from .closed_pass import BATCH, HELD_SAMPLES, Seen, evenly, observe
 
 #: Kinds that have a closed form.
 KINDS = ("lora", "core")
+NOTHING_LOST = "nothing is lost here beyond rounding"
 #: How the wanted answers are blended with the original's own.
 BETAS = (0.0, 0.5, 1.0)
 #: An error nearer than this share to that of the same bytes spent on rank is the same.
 _AS_WELL = 1e-3
+#: A relative error below this is the rounding of single-precision products.
+ROUNDING = 1e-3
 #: A correction takes at least this share of its layer's error, or is not worth its bytes.
 WORTH = 0.01
 
@@ -136,6 +139,9 @@ def _correct_one(layer: FactorizedLayer, adapter: BaseAdapter, seen: Seen, betas
     bias, base = layer.bias, layer.weight.double()
     fit, held = seen.wanted(bias, held=False), seen.wanted(bias, held=True)
     before = held.loss(base)
+    if relative(before, seen.total) < ROUNDING:
+        error = relative(before, seen.total)
+        return _row(seen.name, adapter, reason=NOTHING_LOST, error_before=error, error_after=error)
     kept = {k: t.clone() for k, t in adapter.tensors().items()}
     best, tensors, beta = before, kept, 0.0
     for b in betas if fit.drift is not None else (0.0,):
@@ -150,7 +156,7 @@ def _correct_one(layer: FactorizedLayer, adapter: BaseAdapter, seen: Seen, betas
     _put(adapter, tensors)
     before, after = relative(before, seen.total), relative(best, seen.total)
     row: dict[str, Any] = {"error_before": before, "error_after": after, "blend": beta}
-    if not after <= (1 - WORTH) * before or before == 0:
+    if not after <= (1 - WORTH) * before:
         _put(adapter, kept)
         return _row(seen.name, adapter, reason=_not_worth(before, after), **row)
     rank, rank_loss = _spent_on_rank(layer, adapter, fit, held, beta)
@@ -196,8 +202,6 @@ def _spent_on_rank(
 
 
 def _not_worth(before: float, after: float) -> str:
-    if before == 0:
-        return "nothing is lost here"
     if after >= before:
         return "it does not lower the error of held-out answers"
     return f"it lowers the error of held-out answers by less than {WORTH:.0%}: not worth its bytes"

@@ -33,7 +33,7 @@ from ..model.layers import FactorizedLayer
 from ..model.surgery import factorized_layers, find_layers
 from ..progress import Progress
 from .closed import affine, left_given_right, relative, right_given_left
-from .closed_adapters import BETAS
+from .closed_adapters import BETAS, NOTHING_LOST, ROUNDING
 from .closed_pass import BATCH, HELD_SAMPLES, Seen, evenly, observe
 
 #: The factor whose first axis is the outputs, by form: it takes a gain per output.
@@ -117,6 +117,10 @@ def _refit_one(layer: nn.Module, seen: Seen, shared: frozenset[int], betas: Sequ
     shift = zero if own.bias is None else own.bias.double()
     before = lowest = seen.held.loss(own.weight, None, shift)
     best: tuple[_Trial, Tensor | None, float] | None = None
+    total = seen.total
+    if relative(before, total) < ROUNDING:
+        error = relative(before, total)
+        return _row(seen.name, layer, reason=NOTHING_LOST, error_before=error, error_after=error)
     for beta in betas:
         drift = seen.fit.blended(seen.weight, beta)
         if beta < 1 and seen.bias is not None:  # the blend is of products; the original's bias is in its answers
@@ -126,11 +130,9 @@ def _refit_one(layer: nn.Module, seen: Seen, shared: frozenset[int], betas: Sequ
             loss = seen.held.loss(trial.weight, None, shift if bias is None else bias)
             if loss < lowest:
                 lowest, best = loss, (trial, bias, beta)
-    total = seen.total
     row: dict[str, Any] = {"error_before": relative(before, total), "error_after": relative(lowest, total)}
     if best is None:
-        reason = "nothing is lost here" if before == 0 else "no refit lowers the error of held-out answers"
-        return _row(seen.name, layer, reason=reason, **row)
+        return _row(seen.name, layer, reason="no refit lowers the error of held-out answers", **row)
     trial, bias, beta = best
     size = own.put(trial, bias)
     stored = own.bias.double() if own.bias is not None else zero
