@@ -470,3 +470,32 @@ def test_padding_is_left_out():
     p, w = p / p.sum(), net.embed.weight.detach().double()
     total = (p[:, None] * (w - p @ w).square()).sum()
     assert row["error_before"] == pytest.approx(float((p[:, None] * e.square()).sum() / total) ** 0.5, rel=1e-5)
+
+
+class Tokens(nn.Module):
+    """Two layers over every token of (batch, tokens, 12)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(12, 16), nn.Linear(16, 6)
+
+    def forward(self, x, attention_mask):
+        return self.two(torch.tanh(self.one(x)))
+
+
+def test_tokens_that_are_padding_count_for_nothing():
+    """What stands in the padding, even where it is a thousand times larger, changes no adapter and no error."""
+    torch.manual_seed(0)
+    net = Tokens().eval()
+    x = next(iter(rows(1200, 12, 1).batches(1200))).inputs["input"].reshape(200, 6, 12)
+    mask = (np.arange(6) < np.random.default_rng(0).integers(1, 7, 200)[:, None]).astype(np.int64)
+    found = []
+    for filler in (0.0, 1000.0):
+        filled = np.where(mask[..., None] > 0, x, np.float32(filler))
+        module = crude(net)
+        adapters = attached(module)
+        data = [Data.of_arrays({"x": filled[p], "attention_mask": mask[p]}) for p in (slice(0, 150), slice(150, 200))]
+        rows_ = correct(open_model(net), net, module, adapters, fit=data[0], held=data[1]).rows
+        found.append((rows_, [a.plain_delta().detach() for a in adapters.values()]))
+    assert found[0][0] == found[1][0] and all(r["applied"] for r in found[0][0])
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
