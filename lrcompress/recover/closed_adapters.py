@@ -25,7 +25,6 @@ from ..adapt import BaseAdapter
 from ..adapt.core import Adapter as Core
 from ..adapt.lora import Adapter as LoRA
 from ..data import Data
-from ..errors import ModelError
 from ..factorize import form
 from ..fit import Judge, read_batches
 from ..model import OpenedModel
@@ -101,7 +100,7 @@ def correct(
                 layer = module.get_submodule(seen.path)
                 assert isinstance(layer, FactorizedLayer)
                 rows.append(_correct_one(layer, adapters[seen.name], seen, betas))
-    except ModelError:
+    except BaseException:
         take_back()
         raise
     after = decide()

@@ -79,18 +79,18 @@ class ClosedForm:
             return value
 
         started = time.perf_counter()
-        original = original_network(self.base, self.teacher or self.base.open_original(None, **self.trust))
         try:
+            original = original_network(self.base, self.teacher or self.base.open_original(None, **self.trust))
             module.cpu()
             self._found = correct(
                 self.base.opened, original, module, adapters, fit=fit, held=held, decide=moved, progress=self.progress
             )
-        except ModelError as e:
+        except (ModelError, RuntimeError) as e:  # a program of one fixed batch size runs in training, not here
             if self.mode == "only":
                 raise
-            warnings.warn(
-                f"training starts from zero, there is no closed form here: {e}", LrcompressWarning, stacklevel=3
-            )
+            why = next(iter(str(e).splitlines()), type(e).__name__)
+            note = f"training starts from zero, there is no closed form here: {why}"
+            warnings.warn(note, LrcompressWarning, stacklevel=3)
         finally:
             module.to(self.device)
         self._seconds = time.perf_counter() - started
@@ -126,12 +126,15 @@ class ClosedForm:
 
 
 def original_network(base: Compressed, opened: OpenedModel) -> nn.Module:
-    """Return a copy of the original with the normalizations folded that were folded in `base`."""
+    """Return the original on the CPU, as a copy with the normalizations folded that were folded in `base`."""
     if opened.module is None:
         raise ModelError(opened.path or "the original", "a network", "a state dict", "give --arch")
+    folded = base.spec.get("folded", {})
+    if not folded and all(p.device.type == "cpu" for p in opened.module.parameters()):
+        return opened.module.eval()
     network = copy.deepcopy(opened.module).cpu().eval()
     try:
-        fold_again(network, base.spec.get("folded", {}))
+        fold_again(network, folded)
     except (AttributeError, AssertionError) as e:
         raise ModelError(opened.path or "the original", "the parts that were folded", str(e), "factorize again") from e
     return network

@@ -18,7 +18,7 @@ from lrcompress.adapt import kinds
 from lrcompress.adapt._files import read_adapter
 from lrcompress.cli.main import run
 from lrcompress.data import Data
-from lrcompress.errors import CommandError, LrcompressWarning
+from lrcompress.errors import CommandError, LrcompressWarning, ModelError
 from lrcompress.factorize import Statistics, form
 from lrcompress.fit import Judge, read_batches
 from lrcompress.model import InputSpec, open_model
@@ -27,6 +27,7 @@ from lrcompress.model.checkpoint import load_compressed
 from lrcompress.model.folding import fold_again
 from lrcompress.model.surgery import attach, factorized_layers, find_layers, replace_layer, wrap_dense
 from lrcompress.model.ties import share_factors
+from lrcompress.recover import closed_adapters, closed_pass
 from lrcompress.recover.closed_adapters import correct
 from lrcompress.recover.closed_refits import refit
 from lrcompress.runtime import Session
@@ -390,6 +391,23 @@ def test_where_closed_forms_are_left_out(base):
         recover(base / "compressed", data=few, adapter_kind="loha", closed="only")
     with pytest.raises(CommandError, match="auto, only, off"):
         recover(base / "compressed", data=few, closed="always")
+
+
+def test_a_network_that_cannot_be_followed_is_trained_from_zero(base, monkeypatch):
+    """Whatever stops the pass halfway, the adapters that were set are fresh again; only says what it was."""
+
+    def halfway(*args, **kwargs):
+        yield from itertools.islice(closed_pass.observe(*args, **kwargs), 3)
+        raise ModelError("the model", "the same layers in every batch", "others")
+
+    monkeypatch.setattr(closed_adapters, "observe", halfway)
+    how = {"data": str(base / "train.npz"), "rank": 4, "threads": 1, "steps": 3}
+    with pytest.warns(LrcompressWarning, match="training starts from zero"):
+        found = recover(base / "compressed", **how)
+    off = recover(base / "compressed", **how, closed="off")
+    assert found.data["closed"] is None and found.data["loss"] == off.data["loss"]
+    with pytest.raises(ModelError, match="the same layers"):
+        recover(base / "compressed", **how, closed="only")
 
 
 def test_nothing_to_correct_leaves_a_zero_adapter(tmp_path):
