@@ -183,6 +183,18 @@ def test_what_only_fits_its_own_data_is_not_applied():
     assert found.after <= found.before
 
 
+def test_what_is_not_worth_its_bytes_stays_fresh(monkeypatch):
+    """A correction that lowers the error, by less than it should, leaves no trace in the adapter."""
+    monkeypatch.setattr(closed_adapters, "WORTH", 1.0)
+    net = chain(12, 9)
+    module = crude(net)
+    adapters = attached(module)
+    before = {k: t.clone() for k, t in adapters["0"].tensors().items()}
+    [row] = correct(open_model(net), net, module, adapters, fit=rows(300, 12, 1), held=rows(99, 12, 2)).rows
+    assert not row["applied"] and row["error_after"] < row["error_before"] and "not worth its bytes" in row["reason"]
+    assert all(torch.equal(t, before[k]) for k, t in adapters["0"].tensors().items())
+
+
 def test_scaling_is_divided_out():
     net = chain(12, 9)
     deltas = []
