@@ -436,12 +436,24 @@ def test_nothing_to_correct_leaves_a_zero_adapter(tmp_path):
 
 
 def test_the_same_data_give_the_same_bytes(base, tmp_path):
+    """Only layers that were set carry an adapter, in the file and on the network that is returned."""
     for name in ("one", "two"):
-        recover(
-            base / "compressed", data=str(base / "train.npz"), rank=3, closed="only", threads=1, output=tmp_path / name
+        found = recover(
+            base / "compressed",
+            data=str(base / "train.npz"),
+            rank=3,
+            closed="only",
+            threads=1,
+            name="a",
+            output=tmp_path / name,
         )
     one, two = ((tmp_path / n / "adapter_model.safetensors").read_bytes() for n in ("one", "two"))
     assert one == two
+    carrying = {n for n, m in factorized_layers(found.model) if "a" in m.adapters}
+    applied = {r["layer"] for r in found.data["closed"]["layers"] if r["applied"]}
+    assert carrying == applied == set(read_adapter(tmp_path / "two").adapters) and len(applied) < len(
+        found.data["closed"]["layers"]
+    )
 
 
 def test_a_refitted_base_is_a_compressed_folder(base, tmp_path, monkeypatch, capsys):
