@@ -58,6 +58,10 @@ from .output import Result, Shell, common, human_bytes
 @click.option(
     "--save-seconds", type=float, default=30.0, show_default=True, help="How often a state is kept to resume from."
 )
+@click.option(
+    "--closed", type=click.Choice(["auto", "only", "off", "refit"]), default="auto", show_default=True,
+    help="auto: training starts from closed forms; only: nothing is trained; off; refit: change the base itself.",
+)  # fmt: skip
 @click.option("--processes", type=int, metavar="N", help="Fail unless torchrun started N processes.")
 @click.option("--shard-teacher", is_flag=True, help="Spread the original over all processes.")
 @click.option(
@@ -82,9 +86,12 @@ def recover(
     from ..verbs.recover import recover as verb
 
     name = name or (Path(output).name if output else "recover")
-    output = output or ("recovered" if options["train"] == "factors" else f"adapters/{name}")
+    rebased = options["train"] == "factors" or options["closed"] == "refit"
+    output = output or ("recovered" if rebased else f"adapters/{name}")
     options |= {"rank_pattern": _numbers(rank_pattern, int), "alpha_pattern": _numbers(alpha_pattern, float)}
     d = verb(compressed, name=name, output=output, progress=shell.progress, **options).data
+    if options["closed"] == "refit":
+        return Result(d, text=_refit_lines(d))
 
     def show(value: float | None) -> str:
         return "–" if value is None else f"{value:.4f}"
@@ -97,7 +104,29 @@ def recover(
         + ("" if d["same_anywhere"] else "; the clock ended it: another run gives other bytes"),
         f"written to {d['output']}",
     ]
+    if d["closed"] is not None:
+        lines[1:1] = _closed_lines(d["closed"])
     return Result(d, text="\n".join(lines))
+
+
+def _closed_lines(closed: dict[str, Any]) -> list[str]:
+    """Return what closed forms did, a line per layer with its reason."""
+    rows, applied = closed["layers"], [row for row in closed["layers"] if row["applied"]]
+    head = f"closed form: loss {closed['before']:.4g} → {closed['after']:.4g}, {len(applied)} of {len(rows)} layers"
+    return [f"{head} ({human_bytes(closed['bytes'])}), {closed['seconds']:.1f} s", *map(_row_line, rows)]
+
+
+def _refit_lines(d: dict[str, Any]) -> str:
+    changed = sum(row["applied"] for row in d["layers"])
+    head = f"refit: loss {d['before']:.4g} → {d['after']:.4g}, {changed} of {len(d['layers'])} layers"
+    lines = [f"{head} ({human_bytes(d['bytes'])} more), {d['seconds']:.1f} s", *map(_row_line, d["layers"])]
+    return "\n".join([*lines, f"written to {d['output']}" if d["output"] else "nothing written"])
+
+
+def _row_line(row: dict[str, Any]) -> str:
+    if row["error_before"] is None:
+        return f"  {row['layer']}: {row['reason']}"
+    return f"  {row['layer']}: error {row['error_before']:.3g} → {row['error_after']:.3g}; {row['reason']}"
 
 
 def _numbers(pairs: tuple[str, ...], kind: type[int] | type[float]) -> dict[str, Any]:

@@ -7,12 +7,13 @@ found = search(bench, menus, allocation, limit, "params")   # swaps that pay on 
 fitted = apply_in_depth(opened, network, copy, layers, choices, statistics, data)
 """
 
+from ._moments import JointMoments
 from .depth import Fitted, apply_in_depth, fitting_layers
 from .judge import Judge, read_batches
 from .norms import reestimated
 from .tuning import Bench, calibrated, jointly, search, sensitivities
 
 __all__ = [
-    "Bench", "Fitted", "Judge", "apply_in_depth", "calibrated", "fitting_layers", "jointly", "read_batches", "reestimated",
+    "Bench", "Fitted", "JointMoments", "Judge", "apply_in_depth", "calibrated", "fitting_layers", "jointly", "read_batches", "reestimated",
     "search", "sensitivities",
 ]  # fmt: skip

@@ -6,6 +6,7 @@ read that. A weight that another layer holds too is left alone. What a normaliza
 
     folded = fold_norms(opened, module, a_few_samples)        # {"bn1": "conv1", …}; the module is changed
     refold(module, folded)                                    # the same places, in a network yet to be filled
+    fold_again(original, folded)                              # the same network, from its first weights
 """
 
 from __future__ import annotations
@@ -54,6 +55,13 @@ def refold(module: nn.Module, folded: Mapping[str, str]) -> None:
         if getattr(layer, "bias", None) is None and isinstance(layer, _FOLDING):
             weight = layer.weight
             layer.bias = nn.Parameter(torch.zeros(len(weight), dtype=weight.dtype))
+
+
+def fold_again(module: nn.Module, folded: Mapping[str, str]) -> None:
+    """Fold what `fold_norms` folded in a network of the same weights. `AttributeError` if a part is missing."""
+    for norm, layer in folded.items():
+        _fold(module.get_submodule(layer), module.get_submodule(norm))
+        set_submodule(module, norm, nn.Identity())
 
 
 def _fold(layer: nn.Module, norm: nn.Module) -> None:

@@ -86,11 +86,19 @@ class Training:
             torch.manual_seed(self.settings.seed)
             return self._run(find_rate)
 
-    def _run(self, find_rate: Callable[[Training], None]) -> Outcome:
-        self.teacher = self._teacher()
+    def judge(self) -> float:
+        """Return what decides about the network as it is; nothing is trained."""
+        self._look()
+        return self.decide()
+
+    def _look(self) -> None:
         with self.world.together():
             net = self.networks
             self.held = Held(self.objective, net.student, net.teacher, self.select_data, _EVALUATED, self.world)
+
+    def _run(self, find_rate: Callable[[Training], None]) -> Outcome:
+        self.teacher = self._teacher()
+        self._look()
         self.begin()
         resumed = self._resume()
         if resumed is None:

@@ -25,7 +25,8 @@ from ..progress import Progress, Silent
 from ..recover import Outcome, Saved, World
 from ..recover.logs import Log, log_to
 from ..work import Store
-from .recovering import Asked, Job, TrainingOptions, answer_name, prepare, settings_of
+from .closed import ClosedForm, check_mode, refitted
+from .recovering import Asked, Job, TrainingOptions, answer_name, judge, prepare, settings_of, split, untrained
 from .recovering import train as run_job
 from .sources import device_of, for_model
 
@@ -59,6 +60,7 @@ def recover(
     threads: int | None = None,
     compute: str = "auto",
     original: str | Path | OpenedModel | None = None,
+    closed: str = "auto",
     processes: int | None = None,
     shard_teacher: bool = False,
     log: str | Path | None = None,
@@ -72,6 +74,8 @@ def recover(
     `train`: "adapters" of `adapter_kind` and `rank` on frozen factors, or "factors", which makes another compressed
     folder. `rank_pattern`, `alpha_pattern`: other ranks and alphas by fnmatch pattern on the layer's path, the first
     that fits. `metric`: what picks the best state, instead of the loss. Without `select` a tenth of `data` is held out.
+    `closed`: auto starts adapters from closed forms where these help, only trains nothing, off starts from zero; refit
+    changes the base by least squares instead and writes a compressed folder.
     `processes`: how many torchrun must have started. `training`: see `TrainingOptions`. With `output`, a killed run
     continues where the same is asked again. Raises `CommandError`, `ModelError`, `DataError`, `HostError`.
     """
@@ -81,6 +85,9 @@ def recover(
         torch.set_num_threads(threads)
     dest = None if output is None else Path(output)
     trust = {"trust_pickle": trust_pickle, "trust_remote_code": trust_remote_code}
+    check_mode(closed, asked.train)
+    if closed == "refit":
+        return _refitted(compressed, data, select, original, dest, trust, progress or Silent())
     world = World.join(device_of(compute), processes)
     with contextlib.ExitStack() as stack:
         stack.callback(world.leave)
@@ -93,22 +100,49 @@ def recover(
             job = prepare(
                 base, teacher, asked, settings, samples, metric=metric, world=world, shard_teacher=shard_teacher
             )
+            job.closed = closed if asked.train == "adapters" and not shard_teacher else "off"
             store = stack.enter_context(_store(job, dest))
             logged = stack.enter_context(_log(job, dest, log))
-        return _run(job, store, logged, dest, progress if progress is not None and world.first else Silent())
+        return _run(job, store, logged, dest, trust, progress if progress is not None and world.first else Silent())
 
 
-def _run(job: Job, store: Store | None, log: Log, dest: Path | None, progress: Progress) -> RecoverResult:
+def _run(
+    job: Job, store: Store | None, log: Log, dest: Path | None, trust: Mapping[str, bool], progress: Progress
+) -> RecoverResult:
     """Train, report, write; the states of the run go when the output is there."""
     before = job.scorer.value()
-    outcome = run_job(job, saved=None if store is None else Saved(store, "state"), log=log, progress=progress)
+    form = ClosedForm(
+        job.closed, job.base, job.teacher, set(job.settings.loss) != {"labels"}, job.world.device, trust, progress
+    )
+    job.adapters = form.start(
+        job.module, job.asked.name, job.adapters, fit=job.train_data, held=job.select_data, decide=lambda: judge(job)
+    )  # fmt: skip
+    if job.closed == "only":
+        job.restrict()
+        outcome = untrained(judge(job))
+    else:
+        outcome = run_job(job, saved=None if store is None else Saved(store, "state"), log=log, progress=progress)
     report = _report(job, outcome, before, dest)
+    form.report_in(report)
     with job.world.together():
         if dest is not None and job.world.first:
             _write(dest, job, outcome, report)
         if store is not None:
             store.remove()
     return RecoverResult(report, job.module, dest)
+
+
+def _refitted(
+    compressed: str | Path | Compressed, data: str | Data, select: str | Data | None,
+    original: str | Path | OpenedModel | None, dest: Path | None, trust: Mapping[str, bool], progress: Progress,
+) -> RecoverResult:  # fmt: skip
+    """Refit the base itself, without training, and write a compressed folder."""
+    base = compressed if isinstance(compressed, Compressed) else load_compressed(Path(compressed))
+    teacher = _teacher(base, original, trust, needed=True)
+    assert teacher is not None
+    fit, held = split(for_model(data, base.opened), None if select is None else for_model(select, base.opened))
+    module, report = refitted(base, teacher, fit=fit, held=held, output=dest, progress=progress)
+    return RecoverResult(report, module, None if report["output"] is None else dest)
 
 
 def _maker(asked: Asked) -> str:

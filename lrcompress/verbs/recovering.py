@@ -22,10 +22,10 @@ from ..model import OpenedModel
 from ..model.adapting import by_pattern, fresh, layer_target, takes
 from ..model.checkpoint import Compressed
 from ..model.surgery import adaptable_layers, attach, factorized_layers, wrap_dense
-from ..progress import Progress
+from ..progress import Progress, Silent
 from ..recover import Networks, Outcome, Saved, Settings, Trained, Training, World, losses, trained
 from ..recover.blocks import checkpointed, hidden_states, rebuilt_kernels
-from ..recover.logs import Log
+from ..recover.logs import Log, NoLog
 from ..recover.objective import Objective, asking
 from ..recover.rates import find_rate
 from ..recover.settings import TRAINED
@@ -123,10 +123,16 @@ class Job:
     hidden: list[str]
     forms: dict[str, str]
     lockstep: bool = False
+    closed: str = "off"
 
     def finish(self) -> None:
         """Put trained factors into the gauge that the checkpoint keeps."""
         trained.to_own_gauge(self.module, self.forms)
+
+    def restrict(self) -> None:
+        """Go on with `adapters` as they are now: some may have gone."""
+        self.trained = trained.adapters_of(self.adapters)
+        self.numbers = self.trained.numbers
 
     def deciding(self) -> dict[str, Any]:
         """Return everything that the result depends on."""
@@ -136,7 +142,7 @@ class Job:
             "metric": self.scorer.name if self.scorer.decides else None,
             "original": None if self.teacher is None else self.teacher.digest, "processes": self.world.size,
             "device": self.world.device, "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "lockstep": self.lockstep,
+            "lockstep": self.lockstep, "closed": self.closed,
         }  # fmt: skip
 
 
@@ -174,6 +180,24 @@ def prepare(
 
 def train(job: Job, *, saved: Saved | None, log: Log, progress: Progress) -> Outcome:
     """Train what the job says in place."""
+    with ready(job, saved, log, progress) as training:
+        return training.run(lambda t: find_rate(t, CENTRES[job.asked.train], settling=job.asked.train == "factors"))
+
+
+def untrained(loss: float) -> Outcome:
+    """Return the outcome of a run without a step."""
+    return Outcome(loss, loss, 0, 0, 0.0, ((0, loss),), 0.0, (), "steps")
+
+
+def judge(job: Job) -> float:
+    """Return what decides about the network as it is, on `select`."""
+    with ready(job, None, NoLog(), Silent()) as training:
+        return training.judge()
+
+
+@contextlib.contextmanager
+def ready(job: Job, saved: Saved | None, log: Log, progress: Progress) -> Iterator[Training]:
+    """Set networks up for training, as long as it lasts."""
     opened, settings = job.base.opened, job.settings
     precision = precision_of(settings.precision, job.world.device)
     objective = Objective(settings.loss, settings.temperature, job.hidden, {})
@@ -189,11 +213,10 @@ def train(job: Job, *, saved: Saved | None, log: Log, progress: Progress) -> Out
             original = job.teacher.module
             stack.enter_context(_frozen(original))
             teacher = stack.enter_context(asking(answering(job.teacher, original), original, job.hidden, precision))
-        training = Training(
+        yield Training(
             job.trained, Networks(student, teacher, job.lockstep), objective, job.train_data, job.select_data, settings, job.world,
             job.scorer.decide if job.scorer.decides else None, saved, progress, log, job.finish,
         )  # fmt: skip
-        return training.run(lambda t: find_rate(t, CENTRES[job.asked.train], settling=job.asked.train == "factors"))
 
 
 @contextlib.contextmanager
