@@ -21,18 +21,30 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .api import export, factorize, inspect, load, plan, recover, to_dense, validate
+    from .api import adapt, export, factorize, inspect, load, plan, recover, to_dense, validate
     from .pipeline import run
 
 # Equal input must give equal bytes: without this, MKL's results depend on where in memory a matrix lies.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 #: Verbs whose name is also a subpackage or module: `lrcompress.factorize(…)` and `lrcompress.factorize.svd` both work.
-_VERBS = ("export", "factorize", "inspect", "plan", "recover", "validate")
+_VERBS = ("adapt", "export", "factorize", "inspect", "plan", "recover", "validate")
 #: Other functions -> the module that has them.
 _FUNCTIONS = {"load": "api", "run": "pipeline", "to_dense": "api"}
 
-__all__ = ["__version__", "export", "factorize", "inspect", "load", "plan", "recover", "run", "to_dense", "validate"]
+__all__ = [
+    "__version__",
+    "adapt",
+    "export",
+    "factorize",
+    "inspect",
+    "load",
+    "plan",
+    "recover",
+    "run",
+    "to_dense",
+    "validate",
+]
 
 
 class _Verb(ModuleType):

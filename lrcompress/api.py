@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from .model.checkpoint import Compressed
     from .model.surgery import to_dense
+    from .verbs.adapt import AdaptResult, adapt
     from .verbs.export import ExportResult, export
     from .verbs.factorize import FactorizeResult, factorize
     from .verbs.inspect import InspectResult, inspect
@@ -30,13 +31,14 @@ if TYPE_CHECKING:
     from .verbs.validate import ValidateResult, validate
 
 __all__ = [
-    "Compressed", "ExportResult", "FactorizeResult", "InspectResult", "PlanResult", "RecoverResult",
-    "ValidateResult", "export", "factorize", "inspect", "load", "plan", "recover", "to_dense", "validate",
+    "AdaptResult", "Compressed", "ExportResult", "FactorizeResult", "InspectResult", "PlanResult", "RecoverResult",
+    "ValidateResult", "adapt", "export", "factorize", "inspect", "load", "plan", "recover", "to_dense", "validate",
 ]  # fmt: skip
 
 #: Name -> module that defines it: a verb loads what it needs when it is first named.
 _HOME = {
     "Compressed": "model.checkpoint", "to_dense": "model.surgery",
+    "AdaptResult": "verbs.adapt", "adapt": "verbs.adapt",
     "ExportResult": "verbs.export", "export": "verbs.export",
     "FactorizeResult": "verbs.factorize", "factorize": "verbs.factorize",
     "InspectResult": "verbs.inspect", "inspect": "verbs.inspect",

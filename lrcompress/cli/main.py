@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "plan": ("lrcompress.cli.plan", "plan", "Choose form and rank of every layer under a budget."),
     "factorize": ("lrcompress.cli.factorize", "factorize", "Make a pretrained network small."),
     "recover": ("lrcompress.cli.recover", "recover", "Train a correction that wins the accuracy back."),
+    "adapt": ("lrcompress.cli.adapt", "adapt", "Train kinds of adapters at equal bytes for new data; keep the best."),
     "adapter": ("lrcompress.cli.adapter", "adapter", "Convert, merge, check and combine adapters."),
     "export": ("lrcompress.cli.export", "export", "Write ONNX with separate factors and adapter slots."),
     "validate": ("lrcompress.cli.validate", "validate", "Check an exported model in ONNX Runtime, here and on ARM."),

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Any
 
 import click
 
 from ..errors import CommandError
+
+_UNITS = {"": 1, "b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 1024, "mib": 1024**2, "gib": 1024**3}
 
 
 def arch_arguments(pairs: tuple[str, ...]) -> dict[str, Any]:
@@ -43,6 +47,20 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(**options)
 
     return wrapped
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes as a person writes it: 6MB, 512 KiB, 1500000."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
+        if found is None or found[2].lower() not in _UNITS:
+            self.fail(f"{value!r} is no size; for example 6MB or 512KiB", param, ctx)
+        return int(Decimal(found[1]) * _UNITS[found[2].lower()])
 
 
 def compute_options(function: Callable[..., Any]) -> Callable[..., Any]:

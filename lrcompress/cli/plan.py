@@ -2,30 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from decimal import Decimal
 from typing import Any
 
 import click
 
-from .options import arch_arguments, cache_option, compute_options, model_options, online_option, planning_options
+from .options import Size, arch_arguments, cache_option, compute_options, model_options, online_option, planning_options
 from .output import Result, Shell, common, human_bytes, table
-
-_UNITS = {"": 1, "b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 1024, "mib": 1024**2, "gib": 1024**3}
-
-
-class Size(click.ParamType[int]):
-    """A number of bytes as a person writes it: 6MB, 512 KiB, 1500000."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
-        if found is None or found[2].lower() not in _UNITS:
-            self.fail(f"{value!r} is no size; for example 6MB or 512KiB", param, ctx)
-        return int(Decimal(found[1]) * _UNITS[found[2].lower()])
 
 
 @click.command(

@@ -26,6 +26,7 @@ from .output import Result, Shell, common, human_bytes
 )
 @click.option("--rank", type=int, default=8, show_default=True)
 @click.option("--alpha", type=float, help="Scaling is alpha/rank; default alpha = rank.")
+@click.option("--include", multiple=True, metavar="GLOB", help="Adapters only on layers whose path matches.")
 @click.option("--rank-pattern", multiple=True, metavar="GLOB=N", help="Another rank for layers whose path matches.")
 @click.option("--alpha-pattern", multiple=True, metavar="GLOB=A", help="Another alpha for layers whose path matches.")
 @click.option("--name", help="Name of the adapter; default: the output's name, or 'recover'.")

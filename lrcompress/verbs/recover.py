@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
@@ -50,6 +50,7 @@ def recover(
     adapter_kind: str = "lora",
     rank: int = 8,
     alpha: float | None = None,
+    include: Sequence[str] = (),
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     name: str = "recover",
@@ -72,14 +73,14 @@ def recover(
     """Train the compressed model against its original; keep the best state on `select`, the start being one.
 
     `train`: "adapters" of `adapter_kind` and `rank` on frozen factors, or "factors", which makes another compressed
-    folder. `rank_pattern`, `alpha_pattern`: other ranks and alphas by fnmatch pattern on the layer's path, the first
+    folder. `include`: only layers whose path one of these fnmatch patterns fits. `rank_pattern`, `alpha_pattern`: other ranks and alphas by fnmatch pattern on the layer's path, the first
     that fits. `metric`: what picks the best state, instead of the loss. Without `select` a tenth of `data` is held out.
     `closed`: auto starts adapters from closed forms where these help, only trains nothing, off starts from zero; refit
     changes the base by least squares instead and writes a compressed folder.
     `processes`: how many torchrun must have started. `training`: see `TrainingOptions`. With `output`, a killed run
     continues where the same is asked again. Raises `CommandError`, `ModelError`, `DataError`, `HostError`.
     """
-    asked = Asked(train, adapter_kind, rank, alpha, rank_pattern or {}, alpha_pattern or {}, name)
+    asked = Asked(train, adapter_kind, rank, alpha, rank_pattern or {}, alpha_pattern or {}, name, tuple(include))
     settings = settings_of(training, seed)
     if threads:
         torch.set_num_threads(threads)
@@ -96,7 +97,7 @@ def recover(
                 check_output(dest, maker=_maker(asked), marker=MARKER)
             base = compressed if isinstance(compressed, Compressed) else load_compressed(Path(compressed))
             samples = for_model(data, base.opened), None if select is None else for_model(select, base.opened)
-            teacher = _teacher(base, original, trust, needed=set(settings.loss) != {"labels"})
+            teacher = original_of(base, original, trust, needed=set(settings.loss) != {"labels"})
             job = prepare(
                 base, teacher, asked, settings, samples, metric=metric, world=world, shard_teacher=shard_teacher
             )
@@ -138,7 +139,7 @@ def _refitted(
 ) -> RecoverResult:  # fmt: skip
     """Refit the base itself, without training, and write a compressed folder."""
     base = compressed if isinstance(compressed, Compressed) else load_compressed(Path(compressed))
-    teacher = _teacher(base, original, trust, needed=True)
+    teacher = original_of(base, original, trust, needed=True)
     assert teacher is not None
     fit, held = split(for_model(data, base.opened), None if select is None else for_model(select, base.opened))
     module, report = refitted(base, teacher, fit=fit, held=held, output=dest, progress=progress)
@@ -149,7 +150,7 @@ def _maker(asked: Asked) -> str:
     return MAKER if asked.train == "adapters" else RETRAINER
 
 
-def _teacher(
+def original_of(
     base: Compressed, original: str | Path | OpenedModel | None, trust: Mapping[str, bool], *, needed: bool
 ) -> OpenedModel | None:
     if isinstance(original, OpenedModel):
@@ -191,6 +192,7 @@ def _report(job: Job, outcome: Outcome, before: float | None, dest: Path | None)
     return {
         "train": job.asked.train,
         "metric": job.scorer.name or f"loss_{kind}",
+        "direction": job.scorer.metric.direction if job.scorer.metric else "min",
         "original": job.scorer.original,
         "before": before if named else outcome.start_loss,
         "after": after if named else outcome.best_loss,
@@ -237,4 +239,4 @@ def _write(dest: Path, job: Job, outcome: Outcome, report: Mapping[str, Any]) ->
             )
 
 
-__all__ = ["RecoverResult", "answer_name", "recover"]
+__all__ = ["MAKER", "RecoverResult", "answer_name", "original_of", "recover"]

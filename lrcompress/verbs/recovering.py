@@ -88,6 +88,7 @@ class Asked:
     ranks: Mapping[str, int] = field(default_factory=dict)
     alphas: Mapping[str, float] = field(default_factory=dict)
     name: str = "recover"
+    include: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         where = "lrcompress recover"
@@ -101,7 +102,12 @@ class Asked:
             raise CommandError(f"{where} --name", "letters, digits, - and _", self.name)
 
     def as_dict(self) -> dict[str, Any]:
-        return {**self.__dict__, "ranks": list(self.ranks.items()), "alphas": list(self.alphas.items())}
+        return {
+            **self.__dict__,
+            "ranks": list(self.ranks.items()),
+            "alphas": list(self.alphas.items()),
+            "include": list(self.include),
+        }
 
 
 @dataclass
@@ -252,6 +258,13 @@ def attached(module: nn.Module, asked: Asked, seed: int) -> dict[str, BaseAdapte
         why = "; ".join(f"{f}: {why_none(f, k)}" for f, k in sorted(forms)) or "no layer is factorized"
         where, expected = "lrcompress recover --adapter", "a kind that these layers take"
         raise CommandError(where, expected, f"{asked.kind} ({why})", "factorize them with svd")
+    for pattern in asked.include:
+        if not any(fnmatchcase(n, pattern) for n in layers):
+            near = ", ".join(layers[:4])
+            where, expected = "lrcompress recover --include", "a pattern that matches a layer"
+            raise CommandError(where, expected, pattern, f"layers are {near}, …")
+    if asked.include:
+        layers = [n for n in layers if any(fnmatchcase(n, p) for p in asked.include)]
     for pattern in (*asked.ranks, *asked.alphas):
         if not any(fnmatchcase(n, pattern) for n in layers):
             where, near = "lrcompress recover --rank-pattern, --alpha-pattern", ", ".join(layers[:4])

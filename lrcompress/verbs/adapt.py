@@ -1,0 +1,241 @@
+"""The verb `adapt`: a new task or another domain, the base frozen; kinds of adapters at equal bytes, the best is kept.
+
+Every kind gets the same bytes (two per number: payloads travel as float16), spread over the layers by the gradient of
+the loss at the start, and the same training. What they are worth is compared on `select`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from ..adapt import BaseAdapter, adapter_class, kinds
+from ..adapt._files import MARKER, read_adapter
+from ..data import Data
+from ..errors import BudgetError, CommandError
+from ..files import check_output, sha256_json, staged_folder, write_json
+from ..model import OpenedModel
+from ..model.adapting import layer_target, takes
+from ..model.checkpoint import Compressed, load_compressed
+from ..model.surgery import adaptable_layers, attach, wrap_dense
+from ..progress import Progress, Silent
+from ..recover import World
+from ..recover.logs import NoLog
+from ..recover.share import RANKS, Prices, prices, ranks_within
+from .recover import MAKER, original_of, recover
+from .recovering import Asked, Job, TrainingOptions, prepare, ready, settings_of, split
+from .sources import device_of, for_model
+
+#: Bytes of a number in a payload of float16.
+BYTES = 2
+#: Batches that the gradient is looked at with, and directions it is looked at along.
+_BATCHES, _DIRECTIONS = 8, 32
+
+
+@dataclass(frozen=True)
+class AdaptResult:
+    """`model`: the network with the best adapter attached and active; `data`: the report."""
+
+    data: dict[str, Any]
+    model: nn.Module
+    output: Path | None = None
+
+
+def adapt(
+    compressed: str | Path | Compressed = "compressed",
+    *,
+    data: str | Data,
+    adapter_kinds: Sequence[str] = (),
+    max_bytes: int = 16384,
+    name: str = "adapt",
+    output: str | Path | None = None,
+    select: str | Data | None = None,
+    metric: str | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+    compute: str = "auto",
+    original: str | Path | OpenedModel | None = None,
+    trust_pickle: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    **training: Unpack[TrainingOptions],
+) -> AdaptResult:
+    """Train an adapter of each kind within `max_bytes` and keep the one that is best on `select`.
+
+    `adapter_kinds`: none for all that the layers take. The loss is that of the labels, where the data have any. With
+    `output` a killed run continues with what was not done. `training`: as in `recover`, for each kind. Raises
+    `BudgetError` where no layer's smallest adapter fits, `CommandError`, `ModelError`, `DataError`.
+    """
+    progress = progress or Silent()
+    if threads:
+        torch.set_num_threads(threads)
+    dest = None if output is None else Path(output)
+    if dest is not None:
+        check_output(dest, maker=MAKER, marker=MARKER)
+    base = compressed if isinstance(compressed, Compressed) else load_compressed(Path(compressed))
+    samples = for_model(data, base.opened), None if select is None else for_model(select, base.opened)
+    if training.get("loss", "auto") == "auto" and samples[0].labels is not None:
+        training["loss"] = "labels"
+    settings = settings_of(training, seed)
+    trust = {"trust_pickle": trust_pickle, "trust_remote_code": trust_remote_code}
+    teacher = original_of(base, original, trust, needed=set(settings.loss) != {"labels"})
+    fit, held = split(*samples)
+    probed = Asked(kind="lora", rank=_DIRECTIONS, name=name)
+    job = prepare(
+        base, teacher, probed, settings, (fit, held), metric=None, world=World.join(device_of(compute), None),
+        shard_teacher=False,
+    )  # fmt: skip
+    chosen = _kinds(adapter_kinds, job)
+    spectra = _spectra(job)
+    plans = {kind: _plan(kind, job, spectra, max_bytes) for kind in chosen}
+    key = [base.digest, fit.digest(), held.digest(), settings.deciding(), metric, name]
+    rows = []
+    with _workplace(dest) as place:
+        for kind, ranks in plans.items():
+            about, folder = place / f"{kind}.json", place / kind
+            own = sha256_json([*key, sorted(ranks.items())])
+            report = _done(about, own)
+            if report is None:
+                report = recover(
+                    base, data=fit, select=held, adapter_kind=kind, rank=max(ranks.values()), rank_pattern=ranks,
+                    include=tuple(ranks), name=name, metric=metric, seed=seed, compute=compute, original=teacher, closed="off",
+                    progress=progress, output=folder, trust_pickle=trust_pickle, trust_remote_code=trust_remote_code, **training,
+                ).data  # fmt: skip
+                write_json(about, {"key": own, "report": report})
+            rows.append(_row(kind, ranks, report))
+        best = _best(rows, maximize=rows[0]["direction"] == "max")
+        model = _with_adapter(base, place / best["kind"], name)
+        if dest is not None:
+            with staged_folder(dest, maker=MAKER, marker=MARKER) as stage:
+                shutil.copytree(place / best["kind"], stage, dirs_exist_ok=True)
+    report = {
+        "metric": best["metric"], "before": best["before"], "after": best["after"], "best": best["kind"], "n": len(held),
+        "max_bytes": max_bytes, "kinds": rows, "hints": _hints(rows, best, len(held)),
+        "output": None if dest is None else str(dest),
+    }  # fmt: skip
+    return AdaptResult(report, model, dest)
+
+
+@contextlib.contextmanager
+def _workplace(dest: Path | None) -> Iterator[Path]:
+    """Yield where the kinds' adapters go: a hidden folder beside the output, which goes when all are done."""
+    if dest is None:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+        return
+    place = dest.parent / f".{dest.name}.kinds"
+    place.mkdir(parents=True, exist_ok=True)
+    yield place
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def _done(about: Path, key: str) -> dict[str, Any] | None:
+    """Return the report of a kind that an earlier run of the same command has trained."""
+    try:
+        found = json.loads(about.read_text())
+    except (OSError, ValueError):
+        return None
+    return dict(found["report"]) if isinstance(found, dict) and found.get("key") == key else None
+
+
+def _kinds(asked: Sequence[str], job: Job) -> list[str]:
+    """Return the kinds to try: those asked for, or all that some layer takes."""
+    where = "lrcompress adapt --adapter"
+    unknown = [k for k in asked if k not in kinds()]
+    if unknown:
+        raise CommandError(where, f"some of {', '.join(kinds())}", unknown[0])
+    layers = adaptable_layers(job.module)
+    able = [k for k in asked or kinds() if any(takes(k, layer_target(job.module, n)) for n in layers)]
+    missing = [k for k in asked if k not in able]
+    if missing:
+        raise CommandError(
+            where, "kinds that these layers take", missing[0], "factorize them with svd, or leave it out"
+        )
+    return able
+
+
+# bytes ----------------------------------------------------------------------------------------------------------------
+
+
+def _spectra(job: Job) -> dict[str, Tensor]:
+    """Return the squared singular values of the gradient by each layer's weight, seen along random directions."""
+    with ready(job, None, NoLog(), Silent()) as training:
+        training.gradient(_BATCHES)
+    found = {}
+    for layer, adapter in job.adapters.items():
+        gradients = [p.grad for p in adapter.parameters() if p.grad is not None and p.grad.dim() >= 2]
+        largest = max(gradients, key=lambda g: float(g.norm()))
+        found[layer] = torch.linalg.svdvals(largest.flatten(1).double()).square()
+    return found
+
+
+def _plan(kind: str, job: Job, spectra: Mapping[str, Tensor], max_bytes: int) -> dict[str, int]:
+    """Return the rank of every layer that gets an adapter of this kind; `BudgetError` where none fits."""
+    offers: dict[str, Prices] = {}
+    for layer in spectra:
+        target = wrap_dense(job.module, layer).target
+        if takes(kind, target):
+            own, options = adapter_class(kind), {"groups": target.groups, "core": target.core}
+            offers[layer] = prices(
+                {(r := own.rank_for(target, rank)): own.n_params(target.shape, r, **options) for rank in RANKS}
+            )
+    found = ranks_within(offers, spectra, max_bytes // BYTES)
+    if not found:
+        least = BYTES * min(offer[0][1] for offer in offers.values())
+        got = f"{max_bytes} bytes; the smallest {kind} takes {least}"
+        raise BudgetError("lrcompress adapt --max-bytes", "room for one layer", got, f"allow {least}")
+    return found
+
+
+# results --------------------------------------------------------------------------------------------------------------
+
+
+def _row(kind: str, ranks: Mapping[str, int], report: Mapping[str, Any]) -> dict[str, Any]:
+    direction = "min" if str(report["metric"]).startswith("loss_") else report["direction"]
+    return {
+        "kind": kind, "metric": report["metric"], "direction": direction, "before": report["before"], "after": report["after"],
+        "loss": report["loss"]["after"], "numbers": report["trainable_params"], "bytes": BYTES * report["trainable_params"],
+        "ranks": dict(ranks), "steps": report["steps"], "seconds": report["train_seconds"],
+        "learning_rate": report["learning_rate"],
+    }  # fmt: skip
+
+
+def _best(rows: Sequence[Mapping[str, Any]], *, maximize: bool) -> Mapping[str, Any]:
+    """Return the row of the best score; of equals that with the lower loss, then with fewer bytes."""
+    sign = -1 if maximize else 1
+    return min(rows, key=lambda r: (sign * r["after"], r["loss"], r["bytes"]))
+
+
+def _hints(rows: Sequence[Mapping[str, Any]], best: Mapping[str, Any], n: int) -> list[str]:
+    """Return what the comparison says to someone who has to choose."""
+    hints = []
+    if best["metric"] == "accuracy":
+        error = math.sqrt(max(best["after"] * (1 - best["after"]), 1e-12) / n)
+        near = [r for r in rows if r["after"] >= best["after"] - error]
+        least = min(near, key=lambda r: r["bytes"])
+        others = [r["kind"] for r in near if r is not best]
+        if others:
+            hints.append(f"within one standard error ({error:.3f}, n = {n}) of {best['kind']}: {', '.join(others)}")
+        if least is not best and least["bytes"] < 0.8 * best["bytes"]:
+            hints.append(f"{least['kind']} does as well for {least['bytes']:,} bytes: --adapter {least['kind']}")
+    if all(r["after"] == r["before"] for r in rows):
+        hints.append("no kind learnt anything: give more data, more steps (--steps) or more bytes (--max-bytes)")
+    return hints
+
+
+def _with_adapter(base: Compressed, folder: Path, name: str) -> nn.Module:
+    module = copy.deepcopy(base.need_module("adapt"))
+    found: dict[str, BaseAdapter] = dict(read_adapter(folder).adapters)
+    attach(module, name, lambda layer, _: found[layer], list(found))
+    return module

@@ -1,0 +1,145 @@
+"""`adapt` compares kinds within the same bytes, keeps the best, and goes on where it was killed."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import lrcompress
+from lrcompress.adapt import kinds
+from lrcompress.adapt._files import read_adapter
+from lrcompress.cli.main import run
+from lrcompress.data import Data
+from lrcompress.errors import BudgetError, CommandError, DataError
+from lrcompress.model import InputSpec
+from lrcompress.recover.share import prices, ranks_within
+from lrcompress.verbs import adapt as verb
+from tests.support.nets import images, small
+
+SPEC = (InputSpec("x", "float32", ("batch", 3, 8, 8)),)
+OPTIONS = {"steps": 40, "learning_rate": 0.02, "threads": 1, "metric": "accuracy"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    torch.save(small().state_dict(), folder / "model.pt")
+    lrcompress.factorize(
+        folder / "model.pt", ratio=0.4, method="svd", arch="tests.support.nets:small", inputs=SPEC, output=folder / "compressed"
+    )  # fmt: skip
+    return folder
+
+
+def shifted(n: int, seed: int) -> Data:
+    """Return images whose contrast is turned, with their labels."""
+    x, y = images(n, seed)
+    return Data.of_arrays({"x": (-0.6 * x).astype(np.float32)}, y)
+
+
+def test_every_kind_stays_within_the_bytes_and_the_best_is_written(base, tmp_path):
+    found = lrcompress.adapt(
+        base / "compressed", data=shifted(240, 1), select=shifted(120, 2), max_bytes=1500, output=tmp_path / "a", **OPTIONS
+    )  # fmt: skip
+    d = found.data
+    assert {row["kind"] for row in d["kinds"]} == set(kinds())
+    assert all(0 < row["bytes"] <= 1500 and row["bytes"] == 2 * row["numbers"] for row in d["kinds"])
+    best = next(row for row in d["kinds"] if row["kind"] == d["best"])
+    assert d["after"] == best["after"] == max(row["after"] for row in d["kinds"]) > d["before"]
+    folder = read_adapter(tmp_path / "a")
+    assert (
+        folder.kind == d["best"] and folder.n_params == best["numbers"] and set(folder.adapters) == set(best["ranks"])
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["a"], "nothing stays beside the output"
+    batch = next(iter(shifted(120, 2).batches(120)))
+    with torch.no_grad():
+        said = found.model.eval()(torch.as_tensor(batch.inputs["x"])).argmax(1)
+    assert float((said == torch.as_tensor(batch.labels)).float().mean()) == pytest.approx(d["after"], abs=1e-6)
+
+
+def test_what_was_done_before_a_kill_is_not_done_again(base, tmp_path, monkeypatch):
+    asked = {"data": shifted(160, 1), "adapter_kinds": ("lora", "loha"), "output": tmp_path / "a", **OPTIONS}
+    trained, real = [], verb.recover
+
+    def dies(*args, adapter_kind, **options):
+        if adapter_kind == "loha" and not trained.count("loha"):
+            trained.append("loha")
+            raise KeyboardInterrupt
+        trained.append(adapter_kind)
+        return real(*args, adapter_kind=adapter_kind, **options)
+
+    monkeypatch.setattr(verb, "recover", dies)
+    with pytest.raises(KeyboardInterrupt):
+        verb.adapt(base / "compressed", **asked)
+    assert not (tmp_path / "a").exists()
+    broken = verb.adapt(base / "compressed", **asked).data
+    assert trained == ["lora", "loha", "loha"]
+    whole = verb.adapt(base / "compressed", **{**asked, "output": tmp_path / "b"}).data
+    assert [(r["kind"], r["after"], r["loss"]) for r in broken["kinds"]] == [
+        (r["kind"], r["after"], r["loss"]) for r in whole["kinds"]
+    ]
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_the_command_prints_a_row_for_every_kind(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    x, y = images(160, 1)
+    np.savez("new.npz", x=(-0.6 * x).astype(np.float32), y=y)
+    words = [
+        "adapt",
+        str(base / "compressed"),
+        "--data",
+        "new.npz",
+        "--adapter",
+        "lora,core",
+        "--steps",
+        "10",
+        "--lr",
+        "0.01",
+    ]
+    assert run([*words, "--metric", "accuracy", "--quiet"]) == 0
+    said = capsys.readouterr().out
+    assert "lora" in said and "core" in said and "written to adapters/adapt" in said
+    assert run([*words, "--max-bytes", "10", "--json"]) == 11
+    said = json.loads(capsys.readouterr().out)
+    assert said["error"]["kind"] == "budget" and "allow" in said["error"]["remedy"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"max_bytes": 20}, BudgetError),
+        ({"adapter_kinds": ("lora", "lorax")}, CommandError),
+        ({"data": shifted(1, 1)}, DataError),
+        ({"data": Data.of_arrays({"x": images(40, 1)[0]}, np.full(40, 99))}, DataError),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(base, tmp_path, options, error):
+    with pytest.raises(error):
+        lrcompress.adapt(
+            base / "compressed", **{"data": shifted(80, 1), "output": tmp_path / "a", **OPTIONS, **options}
+        )
+    assert not (tmp_path / "a").exists()
+
+
+# ranks ----------------------------------------------------------------------------------------------------------------
+
+
+def test_of_ranks_that_take_the_same_the_largest_is_offered():
+    assert prices({1: 10, 2: 20, 3: 20, 4: 15}) == [(1, 10), (4, 15)]
+
+
+def test_ranks_go_where_the_gradient_is_and_stay_within_the_numbers():
+    offers = {"a": [(1, 10), (2, 20), (4, 40)], "b": [(1, 10), (2, 20)], "c": [(1, 100)]}
+    spectra = {"a": torch.tensor([9.0, 8.0, 1.0, 1.0]), "b": torch.tensor([4.0, 0.0]), "c": torch.tensor([20.0])}
+    assert ranks_within(offers, spectra, 10) == {"a": 1}
+    assert ranks_within(offers, spectra, 30) == {"a": 2, "b": 1}
+    assert ranks_within(offers, spectra, 5) == {}
+    assert ranks_within(offers, {**spectra, "a": torch.zeros(4)}, 30) == {"b": 1}, "no gradient, no numbers"
+    for most in range(0, 200, 7):
+        found = ranks_within(offers, spectra, most)
+        assert sum(dict(offers[n])[r] for n, r in found.items()) <= most
