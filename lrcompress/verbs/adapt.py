@@ -205,16 +205,16 @@ def _row(kind: str, ranks: Mapping[str, int], report: Mapping[str, Any]) -> dict
     direction = "min" if str(report["metric"]).startswith("loss_") else report["direction"]
     return {
         "kind": kind, "metric": report["metric"], "direction": direction, "before": report["before"], "after": report["after"],
-        "loss": report["loss"]["after"], "numbers": report["trainable_params"], "bytes": BYTES * report["trainable_params"],
+        "loss": None if report["loss"]["decides"] == "metric" else report["loss"]["after"], "numbers": report["trainable_params"], "bytes": BYTES * report["trainable_params"],
         "ranks": dict(ranks), "steps": report["steps"], "seconds": report["train_seconds"],
         "learning_rate": report["learning_rate"],
     }  # fmt: skip
 
 
 def _best(rows: Sequence[Mapping[str, Any]], *, maximize: bool) -> Mapping[str, Any]:
-    """Return the row of the best score; of equals that with the lower loss, then with fewer bytes."""
+    """Return the row of the best score; of equals that with fewer bytes."""
     sign = -1 if maximize else 1
-    return min(rows, key=lambda r: (sign * r["after"], r["loss"], r["bytes"]))
+    return min(rows, key=lambda r: (sign * r["after"], r["bytes"]))
 
 
 def _hints(rows: Sequence[Mapping[str, Any]], best: Mapping[str, Any], n: int) -> list[str]:
