@@ -183,6 +183,45 @@ def why_none(form_name: str, layer_kind: str) -> str:
     return "a row of the table is a product over all of its digits, with no activation between them"
 
 
+#: Directions of the core that are weaker than this share of the strongest are not stretched any more.
+_WEAKEST = 1e-3
+
+
+def metric_of(base: Base) -> tuple[Tensor, Tensor]:
+    """Return (left, right), (r, r) each: for R = left · R' · right, ‖ΔW‖ = ‖R'‖·‖W‖/√r.
+
+    In the layer's own gauge some components of the core move the weight a thousand times further than others (the
+    kept rows of a pivoted layer nearly depend on each other); a step of an optimizer should move it as far along all.
+    """
+    position = POSITIONS[base.form]
+    factors = {k: v.detach().double() if v.is_floating_point() else v for k, v in base.factors.items()}
+    tail = factors[position.tail].movedim(position.axis, 0)
+    rows, r = tail.flatten(1), len(tail)
+
+    def weight(step: Tensor) -> Tensor:
+        """Return the weight with `step` (r, q) in the tail's place."""
+        changed = {**factors, position.tail: step.reshape(tail.shape).movedim(0, position.axis)}
+        found: Tensor = form(base.form).to_tensor(changed, base.shape).flatten()
+        return found
+
+    # ‖weight(u tᵀ)‖² = (uᵀMu)(tᵀCt): both metrics from their effect on one vector of the other side.
+    generator = torch.Generator().manual_seed(0)
+    u, t = (torch.randn(n, generator=generator, dtype=torch.float64).to(rows.device) for n in rows.shape)
+    columns = torch.stack([weight(torch.outer(e, t)) for e in torch.eye(r, dtype=rows.dtype, device=rows.device)])
+    lines = torch.stack([weight(torch.outer(u, row)) for row in rows])
+    both = weight(torch.outer(u, t)).square().sum()
+    size = float(weight(rows).norm()) / math.sqrt(r)
+    return size * _inverse_root(columns @ columns.T), _inverse_root(lines @ lines.T / both)
+
+
+def _inverse_root(gram: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(gram)
+    strongest = float(values[-1])
+    kept = values.clamp_min(_WEAKEST**2 * strongest if strongest > 0 else 1.0)
+    out: Tensor = (vectors * kept.rsqrt()) @ vectors.T
+    return out
+
+
 class Adapter(BaseAdapter):
     """R (whole) or P is zero at init; Q is uniform within ±1/√r."""
 
@@ -192,6 +231,8 @@ class Adapter(BaseAdapter):
     kind = "core"
     tensor_names = ("core_R", "core_P", "core_Q")
     in_core = True
+    #: While it is trained: R = left · R' · right (`metric_of`), and the parameters hold R', or P' and Q'.
+    metric: tuple[Tensor, Tensor] | None = None
 
     def fresh(self, generator: torch.Generator | None) -> dict[str, Tensor]:
         if self.core < 1:
@@ -206,15 +247,41 @@ class Adapter(BaseAdapter):
         r, k = self.core, self.rank
         return {"core_R": (r, r)} if "core_R" in given else {"core_P": (r, k), "core_Q": (k, r)}
 
+    def chain(self) -> list[Tensor]:
+        """Return the matrices whose product, last first, is R: R itself, or Q and P."""
+        whole = self._parameters.get("core_R")
+        left, right = self.metric or (None, None)
+        if whole is not None:
+            return [whole if left is None or right is None else left @ whole @ right]
+        p, q = self.core_P, self.core_Q
+        return [q if right is None else q @ right, p if left is None else left @ p]
+
+    def enter(self, left: Tensor, right: Tensor) -> None:
+        """Hold R' instead of R = left · R' · right, as trained in."""
+        with torch.no_grad():
+            for name, p in self._parameters.items():
+                if p is not None and name in self.tensor_names:
+                    moved = p if name == "core_Q" else torch.linalg.solve(left, p)
+                    p.copy_(moved if name == "core_P" else torch.linalg.solve(right, moved, left=False))
+        self.metric = left, right
+
+    def leave(self) -> None:
+        """Hold R again."""
+        with torch.no_grad():
+            names = ("core_R",) if "core_R" in self._parameters else ("core_Q", "core_P")
+            for name, value in zip(names, [v.detach().clone() for v in self.chain()], strict=True):
+                getattr(self, name).copy_(value)
+        self.metric = None
+
     def matrix(self) -> Tensor:
         """Return s·R, (r, r)."""
-        whole = self._parameters.get("core_R")
-        return self.scaling * (self.core_P @ self.core_Q if whole is None else whole)
+        first, *rest = self.chain()
+        return self.scaling * (rest[0] @ first if rest else first)
 
     def shift(self, z: Tensor, target: Target) -> Tensor:
         """Return s·R z for an activation z between the factors."""
-        whole = self._parameters.get("core_R")
-        parts = [self.scaling * whole] if whole is not None else [self.core_Q, self.scaling * self.core_P]
+        parts = self.chain()
+        parts[-1] = self.scaling * parts[-1]
         if target.kind == "embedding":
             parts = [p.T for p in reversed(parts)]
         for p in parts:

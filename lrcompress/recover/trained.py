@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ..adapt import BaseAdapter
+from ..adapt.core import Adapter as Core
+from ..adapt.core import metric_of
 from ..errors import LrcompressWarning, ModelError
 from ..factorize import Refused, form
 from ..model.layers import FactorizedLayer
@@ -90,6 +92,23 @@ def only(module: nn.Module, trained: Trained) -> Iterator[None]:
     finally:
         for p, wanted in before.items():
             p.requires_grad_(wanted)
+
+
+@contextlib.contextmanager
+def cores_in_metric(module: nn.Module, adapters: Mapping[str, BaseAdapter]) -> Iterator[None]:
+    """Let core adapters hold their matrices in units of the output (`adapt.core.metric_of`) while they are trained."""
+    cores = {n: a for n, a in adapters.items() if isinstance(a, Core)}
+    for name, core in cores.items():
+        layer = module.get_submodule(name)
+        assert isinstance(layer, FactorizedLayer)
+        left, right = metric_of(layer)
+        p = next(core.parameters())
+        core.enter(left.to(p), right.to(p))
+    try:
+        yield
+    finally:
+        for core in cores.values():
+            core.leave()
 
 
 # gauges -----------------------------------------------------------------------------------------------------------

@@ -209,6 +209,7 @@ def ready(job: Job, saved: Saved | None, log: Log, progress: Progress) -> Iterat
     objective = Objective(settings.loss, settings.temperature, job.hidden, {})
     with contextlib.ExitStack() as stack:
         stack.enter_context(trained.only(job.module, job.trained))
+        stack.enter_context(trained.cores_in_metric(job.module, job.adapters))
         stack.enter_context(rebuilt_kernels(job.module))
         if settings.checkpointing:
             stack.enter_context(checkpointed(job.module))
