@@ -1,0 +1,173 @@
+"""Accuracy regained on shifted data against bytes shipped, kind by kind, with a full fine-tune as the ceiling.
+
+Shifts: `noise`, CIFAR-10 images with Gaussian noise (σ 0.08) on ResNet-20 at half its numbers; `speaker`, spoken digits of
+a voice that a small network never heard. Adapters are rounded to float16, as they are shipped, before they are judged on
+test data that nothing else saw. *Regained*: of what the full fine-tune regains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import lrcompress
+from lrcompress.adapt import kinds
+from lrcompress.data import Data
+from lrcompress.errors import BudgetError
+from lrcompress.model import InputSpec
+from lrcompress.model.surgery import factorized_layers
+from lrcompress.verbs.recover import recover
+
+from ..peers.networks import ROOT
+from . import speech
+
+ASSETS = ROOT.parent / "shared" / "assets"
+_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+_DEVIATION = np.array([0.229, 0.224, 0.225], np.float32)
+_SIGMA = 0.08
+
+
+@dataclass(frozen=True)
+class Shift:
+    """A compressed model, and the data of another domain."""
+
+    compressed: Path
+    train: Data
+    select: Data
+    test: Data
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add this part's options."""
+    group = parser.add_argument_group("adaptation")
+    group.add_argument("--shifts", default=",".join(SHIFTS), help=f"of {','.join(SHIFTS)}")
+    group.add_argument("--budgets", default="1,4,16,64", help="thousands of bytes, separated by commas")
+    group.add_argument("--adapters", default=",".join(kinds()), help="kinds, separated by commas")
+    group.add_argument("--adapt-steps", type=int, default=300, help="steps of training for each")
+
+
+def run(options: argparse.Namespace, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Measure every shift, kind and budget."""
+    found: dict[str, Any] = {"steps": options.adapt_steps}
+    with tempfile.TemporaryDirectory() as place:
+        for name in options.shifts.split(","):
+            shift = SHIFTS[name](Path(place))
+            found[name] = _measured(shift, options, lambda line, name=name: tell(f"adaptation {name}: {line}"))
+    return found
+
+
+def _measured(shift: Shift, options: argparse.Namespace, tell: Callable[[str], None]) -> dict[str, Any]:
+    training = {"steps": options.adapt_steps, "select": shift.select, "metric": "accuracy"}
+    before = accuracy(lrcompress.load(shift.compressed), shift.test)
+    full = recover(shift.compressed, data=shift.train, train="factors", loss="labels", **training)
+    ceiling = accuracy(full.model, shift.test)
+    tell(f"before {before:.4f}, full fine-tune {ceiling:.4f} ({full.data['trainable_params']:,} numbers)")
+    rows = []
+    for budget in map(float, options.budgets.split(",")):
+        for kind in options.adapters.split(","):
+            try:
+                found = lrcompress.adapt(
+                    shift.compressed, data=shift.train, adapter_kinds=(kind,), max_bytes=round(budget * 1000), **training
+                )  # fmt: skip
+            except BudgetError as e:
+                tell(f"{kind} at {budget:g} kB: {e}")
+                continue
+            row = found.data["kinds"][0]
+            after = accuracy(rounded(found.model), shift.test)
+            rows.append(
+                {
+                    "kind": kind, "budget_bytes": round(budget * 1000), "bytes": row["bytes"], "layers": len(row["ranks"]),
+                    "accuracy": after, "regained": (after - before) / (ceiling - before), "seconds": row["seconds"],
+                    "learning_rate": row["learning_rate"],
+                }
+            )  # fmt: skip
+            tell(f"{kind} at {budget:g} kB: {after:.4f}, {rows[-1]['regained']:.0%} regained ({row['seconds']:.0f} s)")
+    n = len(shift.test)
+    return {"before": before, "full": ceiling, "n": n, "stderr": math.sqrt(ceiling * (1 - ceiling) / n), "rows": rows}
+
+
+def text(found: dict[str, Any]) -> str:
+    """Return the tables: a row per kind, a column per budget."""
+    lines = []
+    for name, one in found.items():
+        if name == "steps":
+            continue
+        budgets = sorted({r["budget_bytes"] for r in one["rows"]})
+        lines.append(
+            f"adaptation, {name}: accuracy on {one['n']} test samples (± {one['stderr']:.3f}); before {one['before']:.3f}, "
+            f"full fine-tune {one['full']:.3f}; {found['steps']} steps each"
+        )
+        lines.append("kind    " + "".join(f"{b / 1000:>10g} kB" + " " * 8 for b in budgets))
+        for kind in sorted({r["kind"] for r in one["rows"]}):
+            cells = []
+            for b in budgets:
+                row = next((r for r in one["rows"] if r["kind"] == kind and r["budget_bytes"] == b), None)
+                cells.append(" " * 20 + "–" if row is None else f"{row['accuracy']:>13.3f} ({row['regained']:>4.0%})")
+            lines.append(f"{kind:<8}" + "".join(f"{c:>21}" for c in cells))
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def accuracy(module: nn.Module, data: Data) -> float:
+    """Return the share of right answers."""
+    module.eval()
+    right = 0
+    with torch.no_grad():
+        for batch in data.batches(250):
+            said = module(*(torch.as_tensor(v) for v in batch.inputs.values())).argmax(-1)
+            right += int((said == torch.as_tensor(batch.labels)).sum())
+    return right / len(data)
+
+
+def rounded(module: nn.Module) -> nn.Module:
+    """Round all adapters to what a payload of float16 holds."""
+    with torch.no_grad():
+        for _, layer in factorized_layers(module):
+            for p in layer.adapters.parameters():
+                p.copy_(p.half().float())
+    return module
+
+
+def noise(place: Path) -> Shift:
+    """Return ResNet-20 at half its numbers and noisy CIFAR-10."""
+    train, test = (np.load(ASSETS / "data" / f"cifar10_{n}_a.npz") for n in ("train", "test"))
+
+    def data(x: np.ndarray, y: np.ndarray, seed: int, sigma: float = _SIGMA) -> Data:
+        x = x.astype(np.float32) / 255
+        x = np.clip(x + np.random.RandomState(seed).normal(0, sigma, x.shape).astype(np.float32), 0, 1)
+        moved = np.ascontiguousarray(((x - _MEAN) / _DEVIATION).transpose(0, 3, 1, 2))
+        return Data.of_arrays({"x": moved}, y.astype(np.int64))
+
+    x, y = train["x"], train["y"]
+    lrcompress.factorize(
+        ASSETS / "models" / "resnet20_cifar10" / "model.safetensors", ratio=0.5, calib=data(x[:1024], y[:1024], 0, 0.0),
+        arch=f"{ROOT / 'recipes' / 'archs' / 'cifar_resnet.py'}:resnet20", output=place / "noise",
+        inputs=(InputSpec("x", "float32", ("batch", 3, 32, 32)),),
+    )  # fmt: skip
+    return Shift(
+        place / "noise", data(x[:5000], y[:5000], 1), data(x[5000:6000], y[5000:6000], 2), data(test["x"], test["y"], 3)
+    )
+
+
+def speaker(place: Path) -> Shift:
+    """Return a network of spoken digits and a voice that it never heard."""
+    heard, new = speech.voices(ASSETS / "data" / "fsdd_a.npz", apart="george")
+    torch.save(speech.trained(heard).state_dict(), place / "speech.pt")
+    lrcompress.factorize(
+        place / "speech.pt", ratio=0.5, calib=heard, arch=f"{speech.__name__}:digit_net", output=place / "speaker",
+        inputs=(InputSpec("x", "float32", ("batch", 1, speech.BANDS, speech.FRAMES)),),
+    )  # fmt: skip
+    order = np.random.RandomState(0).permutation(len(new))
+    return Shift(place / "speaker", new.take(order[:200]), new.take(order[200:280]), new.take(order[280:]))
+
+
+SHIFTS: dict[str, Callable[[Path], Shift]] = {"noise": noise, "speaker": speaker}
