@@ -221,7 +221,8 @@ def _hints(rows: Sequence[Mapping[str, Any]], best: Mapping[str, Any], n: int) -
     """Return what the comparison says to someone who has to choose."""
     hints = []
     if best["metric"] == "accuracy":
-        error = math.sqrt(max(best["after"] * (1 - best["after"]), 1e-12) / n)
+        share = (best["after"] * n + 1) / (n + 2)  # all right of a few is not all right for sure
+        error = math.sqrt(share * (1 - share) / n)
         near = [r for r in rows if r["after"] >= best["after"] - error]
         least = min(near, key=lambda r: r["bytes"])
         others = [r["kind"] for r in near if r is not best]

@@ -6,7 +6,7 @@ import copy
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..data import Data
 from ..errors import CommandError, LrcompressWarning, ModelError
 from ..files import check_output, staged_folder
 from ..model import OpenedModel
-from ..model.checkpoint import MAKER, MARKER, Compressed, module_layers, state_of, write_compressed
+from ..model.checkpoint import MARKER, RETRAINER, Compressed, module_layers, state_of, write_retrained
 from ..model.folding import fold_again
 from ..model.layers import FactorizedLayer
 from ..progress import Progress
@@ -163,11 +163,11 @@ def refitted(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Refit the layers of a compressed network and write it, where `output` is given, as a compressed folder.
 
-    The folder is one that `factorize` could have made: same format, another digest. Nothing is written where no refit
+    The folder is one that `recover --train factors` could have made: same format, another digest. Nothing is written where no refit
     helps. Raises `CommandError` for a folder of somebody else's, `ModelError`.
     """
     if output is not None:
-        check_output(output, maker=MAKER, marker=MARKER)
+        check_output(output, maker=RETRAINER, marker=MARKER)
     started = time.perf_counter()
     module = copy.deepcopy(base.need_module("recover --closed refit"))
     found = refit(base.opened, original_network(base, opened), module, fit=fit, held=held, progress=progress)
@@ -179,19 +179,15 @@ def refitted(
     if not found.applied:
         warnings.warn("no refit lowers the loss on held-out data: nothing is written", LrcompressWarning, stacklevel=3)
     elif output is not None:
-        _write(base, opened, module, found, output)
+        _write(base, module, found, output)
         report["output"] = str(output)
     return module, report
 
 
-def _write(base: Compressed, opened: OpenedModel, module: nn.Module, found: Refitted, output: Path) -> None:
+def _write(base: Compressed, module: nn.Module, found: Refitted, output: Path) -> None:
     """Write a compressed folder whose report also says what was refitted."""
     report = {**base.spec.get("report", {}), "refitted": list(found.rows), "refitted_from": base.digest}
     versions = {**base.spec.get("versions", {}), "lrcompress": __version__}
     about = {"report": report, "threads": torch.get_num_threads(), "versions": versions}
-    described = replace(opened, inputs=opened.inputs or base.opened.inputs)
-    with staged_folder(output, maker=MAKER, marker=MARKER) as stage:
-        write_compressed(
-            stage, output, described, tensors=state_of(module), layers=module_layers(module), report=about,
-            folded=base.spec.get("folded"),
-        )  # fmt: skip
+    with staged_folder(output, maker=RETRAINER, marker=MARKER) as stage:
+        write_retrained(stage, output, base, tensors=state_of(module), layers=module_layers(module), report=about)
