@@ -137,7 +137,9 @@ def plant(name: str, old: str, new: str, tests: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
         shutil.copytree(
-            ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache", ".hypothesis")
+            ROOT,
+            tree,
+            ignore=shutil.ignore_patterns(".git", ".venv*", "build", "runs", "__pycache__", ".*_cache", ".hypothesis"),
         )
         path = tree / "lrcompress" / "factorize" / name
         text = path.read_text()
