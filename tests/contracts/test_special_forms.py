@@ -707,3 +707,48 @@ def test_tucker_with_all_outputs_is_the_input_tail_of_a_product_metric(two_sided
     for inner in (2, 5):
         tail = float(torch.linalg.svdvals(scaled)[inner:].square().sum())
         assert form("tucker").decompose(w, (10, inner), stats).loss == pytest.approx(tail, rel=1e-5)
+
+
+def psd(n: int, seed: int) -> torch.Tensor:
+    root = randn(n, n + 3, seed=seed)
+    return root @ root.T / n
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_product_metric_of_outputs_alone_gives_the_best_filters_at_once(swap):
+    """Banks of a kernel are the SVD of its view; weighted by G = LLᵀ, that of Lᵀ times it."""
+    w, g = randn(6, 4, 3, 3), psd(6, 1)
+    view = View.of(w, Statistics(output_gram=g), swap=swap)
+    g = Statistics(output_gram=g).g
+    turned = torch.einsum("po,pnk->okn", torch.linalg.cholesky(g), view.w).reshape(18, 12)
+    tails = torch.linalg.svdvals(turned).square().flip(0).cumsum(0).flip(0)
+    found = view.losses(view.bases(5)[0])
+    torch.testing.assert_close(found, tails[1:6], rtol=1e-9, atol=1e-9 * float(tails[0]))
+
+
+@pytest.mark.parametrize("two_sided", [False, True])
+def test_banks_by_conjugate_gradients_solve_the_normal_equations(monkeypatch, two_sided):
+    """With as many steps as unknowns, and some for rounding, the first filters are those of a dense solve."""
+    monkeypatch.setattr("lrcompress.factorize._filters._STEPS", 60)
+    w, s = randn(5, 3, 3, 3), psd(27, 2)
+    view = View.of(w, Statistics(gram=s, output_gram=psd(5, 3) if two_sided else None), swap=False)
+    rank, (out, n, k) = 2, view.w.shape
+    a = torch.linalg.qr(randn(n, rank, seed=4))[0].T
+    b, _ = view.fitted(a)
+    columns = [torch.einsum("orw,rn->onw", b, e.reshape(rank, n)).flatten() for e in torch.eye(rank * n, dtype=w.dtype)]
+    design, metric = torch.stack(columns, 1), view.s.reshape(n * k, n * k)
+    metric = torch.kron(torch.eye(out, dtype=w.dtype) if view.g is None else view.g, metric)
+    exact = torch.linalg.solve(design.T @ metric @ design, design.T @ metric @ view.w.flatten()).reshape(rank, n)
+    found, (basis, _) = view.refined(a, b), torch.linalg.qr(exact.T)
+    torch.testing.assert_close(found.T @ found, basis @ basis.T, rtol=0, atol=1e-8)
+
+
+def test_a_product_metric_of_inputs_gives_the_best_filters_at_once():
+    """With S = S₁ ⊗ S₂ of rows and columns, the filters are the SVD of what both roots turn the view into."""
+    w, s1, s2 = randn(5, 3, 3, 3), psd(9, 1), psd(3, 2)
+    view = View.of(w, Statistics(gram=torch.kron(s1, s2)), swap=False)
+    turned = torch.einsum("onk,nm,kl->olm", view.w, torch.linalg.cholesky(s1), torch.linalg.cholesky(s2)).reshape(15, 9)
+    tails = torch.linalg.svdvals(turned).square().flip(0).cumsum(0).flip(0)
+    found = torch.stack([view.losses(a) for a in view.bases(4)]).min(0).values
+    assert bool((found >= tails[1:5] * (1 - 1e-9)).all())
+    torch.testing.assert_close(found, tails[1:5], rtol=1e-3, atol=0)  # a metric is raised a little before its root
