@@ -13,7 +13,7 @@ import onnx
 import pytest
 import torch
 
-from lrcompress.factorize import ConvGeometry, Refused, Statistics, form
+from lrcompress.factorize import ConvGeometry, Refused, Statistics, form, kronecker
 from lrcompress.factorize import als as als_form
 from lrcompress.factorize import nmf as nmf_form
 from lrcompress.factorize import svd as svd_form
@@ -752,3 +752,19 @@ def test_a_product_metric_of_inputs_gives_the_best_filters_at_once():
     found = torch.stack([view.losses(a) for a in view.bases(4)]).min(0).values
     assert bool((found >= tails[1:5] * (1 - 1e-9)).all())
     torch.testing.assert_close(found, tails[1:5], rtol=1e-3, atol=0)  # a metric is raised a little before its root
+
+
+def test_kronecker_terms_beyond_the_refit_are_taken_as_they_are(monkeypatch):
+    """The refitted terms are the least squares of what the others leave: no neighbour of them is better."""
+    monkeypatch.setattr("lrcompress.factorize.kronecker._REFIT_LIMIT", 8)
+    w, s = randn(12, 12), psd(12, 3)
+    stats = Statistics(gram=s)
+    terms = kronecker._Terms.of(w, 4, stats)
+    b, c = terms.fitted(4)
+    lead = len(terms.root) // b.shape[2]
+    assert 0 < lead < 4 and torch.equal(b[lead:], terms.b[lead:])
+    best = stats.loss(w - kronecker._product(b, c))
+    for seed in range(6):
+        moved = b.clone()
+        moved[:lead] += 1e-3 * randn(*b[:lead].shape, seed=seed)
+        assert stats.loss(w - kronecker._product(moved, c)) > best
