@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
@@ -96,24 +96,19 @@ def adapt(
         base, teacher, probed, settings, (fit, held), metric=None, world=World.join(device_of(compute), None),
         shard_teacher=False,
     )  # fmt: skip
-    chosen = _kinds(adapter_kinds, job)
     spectra = _spectra(job)
-    plans = {kind: _plan(kind, job, spectra, max_bytes) for kind in chosen}
+    plans = {kind: _plan(kind, job, spectra, max_bytes) for kind in _kinds(adapter_kinds, job)}
+
+    def trained(kind: str, ranks: Mapping[str, int], folder: Path) -> dict[str, Any]:
+        return recover(
+            base, data=fit, select=held, adapter_kind=kind, rank=max(ranks.values()), rank_pattern=ranks,
+            include=tuple(ranks), name=name, metric=metric, seed=seed, compute=compute, original=teacher, closed="off",
+            progress=progress, output=folder, trust_pickle=trust_pickle, trust_remote_code=trust_remote_code, **training,
+        ).data  # fmt: skip
+
     key = [base.digest, fit.digest(), held.digest(), settings.deciding(), metric, name]
-    rows = []
     with _workplace(dest) as place:
-        for kind, ranks in plans.items():
-            about, folder = place / f"{kind}.json", place / kind
-            own = sha256_json([*key, sorted(ranks.items())])
-            report = _done(about, own)
-            if report is None:
-                report = recover(
-                    base, data=fit, select=held, adapter_kind=kind, rank=max(ranks.values()), rank_pattern=ranks,
-                    include=tuple(ranks), name=name, metric=metric, seed=seed, compute=compute, original=teacher, closed="off",
-                    progress=progress, output=folder, trust_pickle=trust_pickle, trust_remote_code=trust_remote_code, **training,
-                ).data  # fmt: skip
-                write_json(about, {"key": own, "report": report})
-            rows.append(_row(kind, ranks, report))
+        rows = _compared(plans, place, key, trained)
         best = _best(rows, maximize=rows[0]["direction"] == "max")
         model = _with_adapter(base, place / best["kind"], name)
         if dest is not None:
@@ -125,6 +120,23 @@ def adapt(
         "output": None if dest is None else str(dest),
     }  # fmt: skip
     return AdaptResult(report, model, dest)
+
+
+def _compared(
+    plans: Mapping[str, Mapping[str, int]], place: Path, key: Sequence[Any],
+    trained: Callable[[str, Mapping[str, int], Path], dict[str, Any]],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Train what an earlier run of the same command has not, each in a folder of its own; return a row for each kind."""
+    rows = []
+    for kind, ranks in plans.items():
+        about = place / f"{kind}.json"
+        own = sha256_json([*key, sorted(ranks.items())])
+        report = _done(about, own)
+        if report is None:
+            report = trained(kind, ranks, place / kind)
+            write_json(about, {"key": own, "report": report})
+        rows.append(_row(kind, ranks, report))
+    return rows
 
 
 @contextlib.contextmanager
