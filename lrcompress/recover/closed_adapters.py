@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from ..model import OpenedModel
 from ..model.layers import FactorizedLayer
 from ..progress import Progress
 from .closed import Wanted, apart_of, core, relative, residual
-from .closed_pass import BATCH, HELD_SAMPLES, Seen, evenly, observe
+from .closed_pass import BATCH, HELD_SAMPLES, Seen, Tried, evenly, observe
 
 #: Kinds that have a closed form.
 KINDS = ("lora", "core")
@@ -46,20 +45,11 @@ ROUNDING = 1e-3
 WORTH = 0.01
 
 
-@dataclass(frozen=True)
-class Corrected:
+class Corrected(Tried):
     """`rows`: {layer, kind, rank, bytes, error_before, error_after, error_of_rank, blend, applied, reason}.
 
     Errors are relative, of held-out answers; `before` and `after` are what the network loses on held-out inputs.
     """
-
-    rows: tuple[dict[str, Any], ...]
-    before: float
-    after: float
-
-    @property
-    def applied(self) -> list[str]:
-        return [row["layer"] for row in self.rows if row["applied"]]
 
 
 def correct(

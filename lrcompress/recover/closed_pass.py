@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -33,6 +34,19 @@ from .closed import Wanted, without_drift
 FIT_SAMPLES, HELD_SAMPLES, BATCH = 1024, 512, 128
 #: So many positions per input are plenty to solve with: half of the batches are read then.
 _PLENTY = 512
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What was tried on the layers, a row for each, and what the network loses on held-out inputs without and with it."""
+
+    rows: tuple[dict[str, Any], ...]
+    before: float
+    after: float
+
+    @property
+    def applied(self) -> list[str]:
+        return [row["layer"] for row in self.rows if row["applied"]]
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from ..model.surgery import factorized_layers, find_layers
 from ..progress import Progress
 from .closed import affine, left_given_right, relative, right_given_left
 from .closed_adapters import BETAS, NOTHING_LOST, ROUNDING
-from .closed_pass import BATCH, HELD_SAMPLES, Seen, evenly, observe
+from .closed_pass import BATCH, HELD_SAMPLES, Seen, Tried, evenly, observe
 
 #: The factor whose first axis is the outputs, by form: it takes a gain per output.
 _OUTPUTS = {"svd": "U", "shared": "U", "als": "U", "tucker": "O", "spatial_svd": "second", "dense": "weight"}
@@ -44,17 +44,8 @@ _CONSTRAINED = frozenset({"nmf"})
 _SWEEPS = 2
 
 
-@dataclass(frozen=True)
-class Refitted:
+class Refitted(Tried):
     """`rows`: {layer, form, changed, bytes, error_before, error_after, blend, applied, reason}; losses of the network."""
-
-    rows: tuple[dict[str, Any], ...]
-    before: float
-    after: float
-
-    @property
-    def applied(self) -> list[str]:
-        return [row["layer"] for row in self.rows if row["applied"]]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import json
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -80,6 +81,8 @@ def adapt(
     progress = progress or Silent()
     if threads:
         torch.set_num_threads(threads)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise CommandError("lrcompress adapt", "one process", os.environ["WORLD_SIZE"], "start it without torchrun")
     dest = None if output is None else Path(output)
     if dest is not None:
         check_output(dest, maker=MAKER, marker=MARKER)
@@ -93,7 +96,7 @@ def adapt(
     fit, held = split(*samples)
     probed = Asked(kind="lora", rank=_DIRECTIONS, name=name)
     job = prepare(
-        base, teacher, probed, settings, (fit, held), metric=None, world=World.join(device_of(compute), None),
+        base, teacher, probed, settings, (fit, held), metric=None, world=World(device=device_of(compute)),
         shard_teacher=False,
     )  # fmt: skip
     spectra = _spectra(job)

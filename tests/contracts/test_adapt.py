@@ -126,6 +126,12 @@ def test_bad_input_is_refused_before_anything_is_written(base, tmp_path, options
     assert not (tmp_path / "a").exists()
 
 
+def test_several_processes_are_refused(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(CommandError, match="without torchrun"):
+        lrcompress.adapt(base / "compressed", data=shifted(80, 1), output=tmp_path / "a", **OPTIONS)
+
+
 # ranks ----------------------------------------------------------------------------------------------------------------
 
 
