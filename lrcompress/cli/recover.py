@@ -41,8 +41,16 @@ from .output import Result, Shell, common, human_bytes
 @click.option(
     "--hidden", multiple=True, metavar="GLOB", help="Modules that the loss 'hidden' compares; default: the blocks."
 )
-@click.option("--temperature", type=float, default=2.0, show_default=True, help="Temperature of the loss 'logits'.")
+@click.option(
+    "--temperature", default="auto", show_default=True, metavar="T|inf|auto",
+    help="Temperature of the loss 'logits'; inf matches the scores themselves; auto: inf for one row of scores, else 2.",
+)  # fmt: skip
 @click.option("--augment", is_flag=True, help="Images: flip and shift them, for the original and the model alike.")
+@click.option(
+    "--mix/--no-mix",
+    default=None,
+    help="Blend samples in pairs  [default: where inputs are no tokens and no labels are learnt]",
+)
 @click.option("--metric", help="Metric on --select that picks the best state; default: the loss.")
 @click.option("--steps", type=int, help="Steps of training  [default: 400, or what --max-seconds allows]")
 @click.option(

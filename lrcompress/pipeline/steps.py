@@ -232,7 +232,7 @@ def _options(context: Context, part: TrainingPart) -> dict[str, Any]:
     name = context.recipe.metric.name
     own = (
         "steps", "batch_size", "accumulate", "learning_rate", "patience", "max_seconds", "temperature", "hidden",
-        "augment", "checkpointing", "precision",
+        "augment", "mix", "checkpointing", "precision",
     )  # fmt: skip
     return {
         "loss": part.teacher,

@@ -121,9 +121,10 @@ class TrainingPart(Part):
     learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     patience: Annotated[int, Field(ge=0)] = 0
     max_seconds: Annotated[float, Field(gt=0)] | None = None
-    temperature: Annotated[float, Field(gt=0)] = 2.0
+    temperature: Annotated[float, Field(gt=0)] | None = None
     hidden: tuple[str, ...] = ()
     augment: bool = False
+    mix: bool | None = None
     checkpointing: bool = False
     precision: Literal["auto", "fp32", "bf16"] = "auto"
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import CommandError
-from .losses import AUTO, TEMPERATURE
+from .losses import AUTO
 
 #: Steps where neither steps nor seconds are given.
 STEPS = 400
@@ -22,7 +22,8 @@ class Settings:
 
     `loss`: weight by term. `learning_rate`: None searches for one. `batch_size` counts samples of all processes
     together, `accumulate` the pieces a process runs its share in. `patience`: evaluations without a better state until
-    training ends, 0 for never. `hidden`: module paths (fnmatch) of that loss; none: the blocks of the network.
+    training ends, 0 for never. `temperature`: None for what fits the answers. `mix`: blend samples; None where that can
+    be done. `hidden`: module paths (fnmatch) of that loss; none: the blocks of the network.
     """
 
     loss: Mapping[str, float] = field(default_factory=lambda: {AUTO: 1.0})
@@ -36,9 +37,10 @@ class Settings:
     patience: int = 0
     max_seconds: float | None = None
     seed: int = 0
-    temperature: float = TEMPERATURE
+    temperature: float | None = None
     hidden: tuple[str, ...] = ()
     augment: bool = False
+    mix: bool | None = None
     checkpointing: bool = False
     precision: str = "auto"
     save_seconds: float = 30.0
@@ -55,10 +57,11 @@ class Settings:
         for name, number in (
             ("--lr", self.learning_rate),
             ("--max-seconds", self.max_seconds),
-            ("--temperature", self.temperature),
         ):
             if number is not None and not (math.isfinite(number) and number > 0):
                 raise CommandError(f"{where} {name}", "a number above 0", number)
+        if self.temperature is not None and not self.temperature > 0:
+            raise CommandError(f"{where} --temperature", "a number above 0, inf or auto", self.temperature)
         if self.patience < 0:
             raise CommandError(f"{where} --patience", "a whole number of at least 0", self.patience)
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..work import Store
 from ..work.jobs import Packed
+from .whitening import Whitened
 
 _SLOTS = ("even", "odd")
 
@@ -40,20 +41,20 @@ class State:
     history: list[tuple[int, float]] = field(default_factory=list)
     kept: dict[str, Tensor] = field(default_factory=dict)
 
-    def pack(self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Packed:
+    def pack(self, parameters: Mapping[str, nn.Parameter], optimizer: Whitened) -> Packed:
         """Return everything as named tensors and plain values; numbers keep all their bits."""
         tensors = {f"kept.{n}": t.cpu() for n, t in self.kept.items()}
         tensors["random"] = torch.get_rng_state()
         for name, p in parameters.items():
             tensors[f"now.{name}"] = p.detach().cpu().clone()
-            for key, value in optimizer.state.get(p, {}).items():
+            for key, value in optimizer.state_of(name).items():
                 tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value).detach().cpu().clone()
         about = {k: v for k, v in self.__dict__.items() if k != "kept"}
         return Packed({n: t.contiguous() for n, t in tensors.items()}, _hexed(about))
 
     @classmethod
     def unpack(
-        cls, packed: Packed, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+        cls, packed: Packed, parameters: Mapping[str, nn.Parameter], optimizer: Whitened
     ) -> State:  # fmt: skip
         """Return a state and put parameters and optimizer back to where they were."""
         tensors, about = packed
@@ -69,7 +70,7 @@ class State:
                     if k.startswith("optimizer.") and k.split(".", 2)[2] == name
                 }
                 if own:
-                    optimizer.state[p] = {k: t.to(p.device) for k, t in own.items()}
+                    optimizer.put_state(name, {k: t.to(p.device) for k, t in own.items()})
         return state
 
 

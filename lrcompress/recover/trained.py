@@ -12,8 +12,9 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from ..errors import LrcompressWarning, ModelError
 from ..factorize import Refused, form
 from ..model.layers import FactorizedLayer
 from ..model.surgery import factorized_layers
+from .whitening import Root, roots_of, white_scales
 
 #: The least root mean square that a rate is taken of: a bias of zeros must be able to leave them.
 _FLOOR = 1e-2
@@ -34,10 +36,11 @@ _COMPONENTS = {"svd": ("V", "U"), "spatial_svd": ("first", "second")}
 
 @dataclass(frozen=True)
 class Trained:
-    """Parameters by name, in the order of the network, and what a rate of 1 means for each."""
+    """Parameters by name, in the order of the network, what a rate of 1 means for each, and the roots of their inputs."""
 
     parameters: Mapping[str, nn.Parameter]
     scales: Mapping[str, float]
+    roots: Mapping[str, Root] = field(default_factory=dict)
 
     @property
     def numbers(self) -> int:
@@ -72,6 +75,12 @@ def factors_of(module: nn.Module) -> Trained:
             named[name] = parameter
     scales = {n: max(float(p.detach().double().square().mean().sqrt()), _FLOOR) for n, p in named.items()}
     return Trained(named, scales)
+
+
+def whitened(found: Trained, batches: Sequence[Any], ask: Callable[[Any], Any]) -> Trained:
+    """Return what is trained with the roots of its inputs, as `ask` shows them on the batches."""
+    roots = roots_of(found.parameters, batches, ask)
+    return Trained(found.parameters, white_scales(found.parameters, found.scales, roots, _FLOOR), roots)
 
 
 def _is_norm(module: nn.Module) -> bool:

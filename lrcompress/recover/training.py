@@ -22,7 +22,9 @@ from ..errors import DataError, ModelError
 from ..model import tensors_of
 from ..progress import Advance, Progress, Silent
 from ..work.jobs import Packed
+from . import mixing
 from .logs import Log, NoLog
+from .mixing import Mix
 from .objective import Asked, Held, Objective, laid_out
 from .order import Augment, Order, read_units, width_of
 from .schedule import Clock, Schedule
@@ -30,10 +32,13 @@ from .settings import Outcome, Settings
 from .state import Saved, State
 from .teacher import Teacher
 from .trained import Trained
+from .whitening import Whitened
 from .world import World
 
 #: Part of a run's time that evaluations may take, and of its trained samples that they may read.
 _JUDGING, _JUDGED = 0.15, 0.5
+#: A run in its first half that is so many times worse than its start begins again, with a lower rate.
+_RUINED = 2.0
 #: The longest gradient that is followed as it is.
 _LONGEST = 1.0
 
@@ -66,6 +71,7 @@ class Training:
     progress: Progress = field(default_factory=Silent)
     log: Log = field(default_factory=NoLog)
     finish: Callable[[], None] | None = None
+    clock: Clock = field(default_factory=Clock)
 
     def __post_init__(self) -> None:
         s, data = self.settings, self.train_data
@@ -73,9 +79,11 @@ class Training:
             got = f"{len(data)} and {len(self.select_data)}"
             raise DataError("recovery data", "samples to train on and to select on", got)
         self.order = Order.of(data, s.batch_size, s.seed)
-        self.augment = Augment.of(data, s.seed) if s.augment else None
+        self.changes: list[Augment | Mix] = [Augment.of(data, s.seed)] if s.augment else []
+        if mixing.wanted(s.mix, data, labels="labels" in self.objective.mix):
+            self.changes.append(Mix(data, s.seed))
         self.parameters = list(self.trained.parameters.values())
-        self.clock, self.state = Clock(), State()
+        self.state = State()
 
     def run(self, find_rate: Callable[[Training], None]) -> Outcome:
         """Train, and leave the parameters in their best state on `select`. `find_rate` fills in the state's rate.
@@ -136,13 +144,8 @@ class Training:
 
     def begin(self) -> None:
         """Make a fresh optimizer."""
-        groups: dict[float, list[Tensor]] = {}
-        for name, p in self.trained.parameters.items():
-            groups.setdefault(_step(self.trained.scales[name]), []).append(p)
-        self.optimizer = torch.optim.AdamW(
-            [{"params": members, "scale": scale} for scale, members in groups.items()], lr=1.0,
-            weight_decay=self.settings.weight_decay, fused=True,
-        )  # fmt: skip
+        t = self.trained
+        self.optimizer = Whitened(t.parameters, t.scales, t.roots, weight_decay=self.settings.weight_decay)
 
     def restart(self) -> None:
         """Go back to the start, with a fresh optimizer."""
@@ -226,6 +229,10 @@ class Training:
             state.best, state.best_step, state.since_best, state.kept = value, state.step, 0, self._copies()
         else:
             state.since_best += 1
+        ruined = not math.isfinite(value) or value > max(_RUINED * state.start, state.start + 1e-6)
+        if ruined and place < 0.5 and self.settings.learning_rate is None and self.score is None:
+            state.rate = (state.rate or 0.0) / math.sqrt(10)
+            self.restart()
 
     # one step -------------------------------------------------------------------------------------------------------
 
@@ -233,9 +240,7 @@ class Training:
         self, units: np.ndarray, epoch: int, rate: float, share: float, *, name: str = "step"
     ) -> tuple[float, float]:
         """Take one step on a batch of all processes; return its loss, and the seconds of the first process."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * share * group["scale"]
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         loss, error = 0.0, None
         try:
             loss = self._gradients(units, epoch, f"{name} {self.state.step + 1}")
@@ -248,8 +253,7 @@ class Training:
             raise ModelError(
                 "recovery", "a finite loss", f"{loss} at {name} {self.state.step + 1}", "lower the learning rate: --lr"
             )
-        torch.nn.utils.clip_grad_norm_(self.parameters, _LONGEST)
-        self.optimizer.step()
+        self.optimizer.step(rate * share, _LONGEST)
         return loss, seconds
 
     def _gradients(self, units: np.ndarray, epoch: int, where: str) -> float:
@@ -262,8 +266,8 @@ class Training:
                 continue
             batch = read_units(self.train_data, piece)
             inputs = tensors_of(batch.inputs, self.world.device)
-            if self.augment is not None:
-                inputs = self.augment(inputs, piece, epoch)
+            for change in self.changes:
+                inputs = change(inputs, piece, epoch)
             inputs = laid_out(inputs)
             known = None
             if self.teacher is not None:
@@ -307,7 +311,7 @@ class Training:
         net = self.networks
         if net.teacher is None:
             return None
-        keep = self.augment is None and not net.lockstep
+        keep = not self.changes and not net.lockstep
         # What is asked once is asked exactly.
         ask = partial(net.teacher, exact=keep)
         first = [p for units in self.order.epoch(0) for p in self._pieces(units) if len(p)]
@@ -373,8 +377,3 @@ def _check_inputs(inputs: Mapping[str, Tensor], where: str) -> None:
         raise DataError(
             f"recovery data at {where}: {bad}", "finite inputs", "NaN or infinity", "take these samples out"
         )
-
-
-def _step(scale: float) -> float:
-    """Return a scale rounded to a power of √2: few groups are stepped faster than many."""
-    return float(2 ** (round(2 * math.log2(scale)) / 2))

@@ -18,22 +18,26 @@ from ..adapt import BaseAdapter, kinds
 from ..adapt.core import why_none
 from ..data import Data
 from ..errors import CommandError, DataError
-from ..model import OpenedModel
+from ..model import OpenedModel, tensors_of
 from ..model.adapting import by_pattern, fresh, layer_target, takes
 from ..model.checkpoint import Compressed
 from ..model.surgery import adaptable_layers, attach, factorized_layers, wrap_dense
 from ..progress import Progress, Silent
-from ..recover import Networks, Outcome, Saved, Settings, Trained, Training, World, losses, trained
+from ..recover import Networks, Outcome, Saved, Settings, Trained, Training, World, losses, mixing, trained
 from ..recover.blocks import checkpointed, hidden_states, rebuilt_kernels
 from ..recover.logs import Log, NoLog
-from ..recover.objective import Objective, asking
+from ..recover.objective import Objective, asking, laid_out
+from ..recover.order import Order, read_units, width_of
 from ..recover.rates import find_rate
+from ..recover.schedule import Clock
 from ..recover.settings import TRAINED
 from ..recover.sharding import shard
 from .predict import predictor
 
-#: Where the search for a rate begins: absolute for adapters, relative to a factor's size for factors.
-CENTRES = {"adapters": 3e-3, "factors": 1e-3}
+#: Where the search for a rate begins: absolute for adapters, relative to a factor's size in white coordinates for factors.
+CENTRES = {"adapters": 3e-3, "factors": 3e-3}
+#: Samples that factors are whitened by.
+_LISTENED = 256
 #: Samples that are held out where no others are given, at most.
 _HELD_OUT = 2000
 
@@ -51,9 +55,10 @@ class TrainingOptions(TypedDict, total=False):
     evaluations: int
     patience: int
     max_seconds: float | None
-    temperature: float
+    temperature: float | str | None
     hidden: tuple[str, ...]
     augment: bool
+    mix: bool | None
     checkpointing: bool
     precision: str
     save_seconds: float
@@ -62,19 +67,24 @@ class TrainingOptions(TypedDict, total=False):
 def settings_of(options: TrainingOptions, seed: int) -> Settings:
     """Check options and return them as settings; `CommandError` names the first that is wrong."""
     plain: dict[str, Any] = dict(options)
-    rate = plain.pop("learning_rate", None)
-    if isinstance(rate, str):
-        try:
-            rate = None if rate == "auto" else float(rate)
-        except ValueError as e:
-            raise CommandError("lrcompress recover --lr", "auto, or a number above 0", rate) from e
+    rate = _or_auto(plain.pop("learning_rate", None), "--lr", "auto, or a number above 0")
+    temperature = _or_auto(plain.pop("temperature", None), "--temperature", "auto, inf, or a number above 0")
     mix = losses.parse(plain.pop("loss", losses.AUTO))
     hidden = tuple(plain.pop("hidden", ()))
     if hidden and "hidden" not in mix:
         raise CommandError(
             "lrcompress recover --hidden", "the loss hidden", ",".join(mix), "add it: --loss auto=1,hidden=1"
         )
-    return Settings(loss=mix, learning_rate=rate, hidden=hidden, seed=seed, **plain)
+    return Settings(loss=mix, learning_rate=rate, temperature=temperature, hidden=hidden, seed=seed, **plain)
+
+
+def _or_auto(value: float | str | None, option: str, expected: str) -> float | None:
+    if not isinstance(value, str):
+        return value
+    try:
+        return None if value == "auto" else float(value)
+    except ValueError as e:
+        raise CommandError(f"lrcompress recover {option}", expected, value) from e
 
 
 @dataclass(frozen=True)
@@ -170,8 +180,13 @@ def prepare(
         forms = trained.to_plain_gauge(module)
         what = trained.factors_of(module)
     module.to(world.device)
-    mix = losses.resolved(settings.loss, _fitting(base.opened, module, train_data, world.device))
-    settings = replace(settings, loss=mix)
+    name, answer = _first_answer(base.opened, module, train_data, world.device)
+    mix = losses.resolved(settings.loss, losses.auto(name, answer))
+    temperature = settings.temperature or losses.temperature_for(answer)
+    settings = replace(
+        settings, loss=mix, temperature=temperature,
+        mix=mixing.wanted(settings.mix, train_data, labels="labels" in mix),
+    )  # fmt: skip
     hidden = hidden_states(module, settings.hidden, base.spec.get("folded", {})) if "hidden" in mix else []
     if teacher is not None and teacher.module is not None:
         teacher.module.to(world.device).eval()
@@ -206,10 +221,15 @@ def ready(job: Job, saved: Saved | None, log: Log, progress: Progress) -> Iterat
     """Set networks up for training, as long as it lasts."""
     opened, settings = job.base.opened, job.settings
     precision = precision_of(settings.precision, job.world.device)
+    assert settings.temperature is not None
     objective = Objective(settings.loss, settings.temperature, job.hidden, {})
     with contextlib.ExitStack() as stack:
         stack.enter_context(trained.only(job.module, job.trained))
         stack.enter_context(trained.cores_in_metric(job.module, job.adapters))
+        started = Clock()
+        what = job.trained
+        if job.asked.train == "factors":
+            what = trained.whitened(what, first_batches(job), answering(opened, job.module))
         stack.enter_context(rebuilt_kernels(job.module))
         if settings.checkpointing:
             stack.enter_context(checkpointed(job.module))
@@ -221,9 +241,20 @@ def ready(job: Job, saved: Saved | None, log: Log, progress: Progress) -> Iterat
             stack.enter_context(_frozen(original))
             teacher = stack.enter_context(asking(answering(job.teacher, original), original, job.hidden, precision))
         yield Training(
-            job.trained, Networks(student, teacher, job.lockstep), objective, job.train_data, job.select_data, settings, job.world,
-            job.scorer.decide if job.scorer.decides else None, saved, progress, log, job.finish,
+            what, Networks(student, teacher, job.lockstep), objective, job.train_data, job.select_data, settings, job.world,
+            job.scorer.decide if job.scorer.decides else None, saved, progress, log, job.finish, started,
         )  # fmt: skip
+
+
+def first_batches(job: Job) -> list[dict[str, Tensor]]:
+    """Return the inputs of the first samples to train on, which tell what factors multiply: every process the same."""
+    data, width = job.train_data, width_of(job.train_data)
+    units = Order.of(data, job.settings.batch_size, job.settings.seed).epoch(0)
+    first = np.concatenate(units)[: _LISTENED // width]
+    return [
+        laid_out(tensors_of(read_units(data, part).inputs, job.world.device))
+        for part in np.array_split(first, -(-len(first) * width // 64))
+    ]  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -328,13 +359,13 @@ def answering(opened: OpenedModel, module: nn.Module) -> Any:
     return answer
 
 
-def _fitting(opened: OpenedModel, module: nn.Module, data: Data, device: str) -> str:
-    """Return the distillation loss that fits what a network answers to a few samples."""
+def _first_answer(opened: OpenedModel, module: nn.Module, data: Data, device: str) -> tuple[str, Tensor]:
+    """Return what a network answers to a few samples, and the name of it."""
     batch = next(iter(data.batches(min(8, len(data)))))
     with torch.no_grad():
-        outputs = opened.outputs(module, {k: torch.as_tensor(v, device=device) for k, v in batch.inputs.items()})
+        outputs = opened.outputs(module, tensors_of(batch.inputs, device))
     name = answer_name(outputs)
-    return losses.auto(name, outputs[name].cpu())
+    return name, outputs[name].cpu()
 
 
 @dataclass
