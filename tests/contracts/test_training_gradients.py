@@ -102,6 +102,23 @@ def test_checkpointing_changes_no_bit_of_the_gradient_and_holds_less(place, trai
     assert less < 0.4 * plain, (less, plain)
 
 
+@pytest.mark.parametrize("train", ["adapters", "factors"])
+def test_gradients_reach_what_is_trained_alone(place, train):
+    """What is frozen asks for no gradient while it lasts, in the original neither; then all is as it was."""
+    job = job_of(place / "small", data(), train=train)
+    networks = {"student": job.module, "teacher": job.teacher.module}
+    before = {(k, n): p.requires_grad for k, m in networks.items() for n, p in m.named_parameters()}
+    assert all(before.values())
+    with ready(job, None, NoLog(), Silent()) as training:
+        training.gradient(1)
+        trained = {id(p) for p in job.trained.parameters.values()}
+        for m in networks.values():
+            for p in m.parameters():
+                assert p.requires_grad == (id(p) in trained)
+                assert p.grad is None or id(p) in trained
+    assert before == {(k, n): p.requires_grad for k, m in networks.items() for n, p in m.named_parameters()}
+
+
 def held_bytes(network: nn.Module, training: Training) -> int:
     """Return the bytes that a forward pass keeps for its gradient, parameters left out.
 
