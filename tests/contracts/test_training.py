@@ -15,7 +15,7 @@ from lrcompress.cli.main import run as run_command
 from lrcompress.data import Data
 from lrcompress.errors import DataError, LrcompressError
 from lrcompress.files import sha256_tree
-from lrcompress.recover import losses
+from lrcompress.recover import losses, rates
 from lrcompress.recover import training as module
 from lrcompress.recover.training import Training
 from lrcompress.verbs.recover import recover
@@ -80,6 +80,28 @@ def test_a_run_that_the_clock_ends_keeps_its_remaining_time(place, tmp_path, tic
     assert found["resumed_at"] == 14 and found["steps"] == 40 and found["stopped"] == "time"
     assert found["train_seconds"] == 40 and ticking.shares == expected
     assert sha256_tree(tmp_path / "broken") == sha256_tree(tmp_path / "whole")
+
+
+def test_the_time_of_the_search_counts_even_if_the_run_is_broken_off_behind_it(place, tmp_path, ticking, monkeypatch):
+    """Two steps to measure, trials of five until 12 seconds are over, and 23 for training; a search is not done twice."""
+    monkeypatch.setattr(rates, "time", types.SimpleNamespace(perf_counter=lambda: Ticks.now))
+    options = {
+        "data": data(),
+        "max_seconds": 40.0,
+        "batch_size": 16,
+        "save_seconds": 0.0,
+        "threads": 1,
+        "closed": "off",
+    }
+    whole = recover(place / "small", output=tmp_path / "whole", **options).data
+    assert whole["steps"] == 23 and len(whole["rates"]) == 3
+    expected, ticking.shares, ticking.dies_after = ticking.shares[17:], [], 17
+    with pytest.raises(KeyboardInterrupt):
+        recover(place / "small", output=tmp_path / "broken", **options)
+    ticking.shares, ticking.dies_after = [], None
+    found = recover(place / "small", output=tmp_path / "broken", **options).data
+    assert found["resumed_at"] == 0 and found["steps"] == 23 and found["rates"] == whole["rates"]
+    assert ticking.shares == expected and sha256_tree(tmp_path / "broken") == sha256_tree(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("train", ["adapters", "factors"])

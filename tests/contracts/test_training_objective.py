@@ -17,7 +17,7 @@ from lrcompress.model.surgery import replace_layer
 from lrcompress.recover import losses
 from lrcompress.recover.blocks import rebuilt_kernels
 from lrcompress.recover.objective import Objective
-from lrcompress.recover.rates import rate_at
+from lrcompress.recover.rates import _next, rate_at
 from lrcompress.recover.training import Training
 from lrcompress.verbs.recover import recover
 from tests.support.nets import images, small
@@ -107,8 +107,16 @@ def test_the_held_out_loss_is_the_mean_over_samples_not_over_batches(place):
 
 @pytest.mark.parametrize("loss", ["logits", "embedding=1,hidden=1"])
 def test_a_rate_that_was_searched_is_trained_at_as_if_it_had_been_given(place, tmp_path, loss):
-    """The search leaves nothing behind: neither steps, nor an optimizer's memory, nor other energies."""
-    options = {"data": data(), "loss": loss, "steps": 20, "batch_size": 30, "threads": 1, "closed": "off"}
+    """The search leaves nothing behind: neither steps, nor an optimizer's memory, nor the energies of what it probes."""
+    options = {
+        "data": data(),
+        "select": data(300, 8),
+        "loss": loss,
+        "steps": 20,
+        "batch_size": 30,
+        "threads": 1,
+        "closed": "off",
+    }
     searched = recover(place / "small", output=tmp_path / "searched", **options).data
     rate, rates = searched["learning_rate"], dict(searched["rates"])
     assert len(rates) >= 2 and rates[rate] == min(rates.values())
@@ -116,6 +124,31 @@ def test_a_rate_that_was_searched_is_trained_at_as_if_it_had_been_given(place, t
     assert given["loss"] == searched["loss"] and not given["rates"]
     one, other = ((tmp_path / n / TENSORS).read_bytes() for n in ("searched", "given"))
     assert one == other
+
+
+def test_every_trial_of_a_search_begins_at_the_start(place, monkeypatch):
+    plain, starts = Training.step, {}
+
+    def step(self, units, epoch, rate, share, **options):
+        if options and rate not in starts:
+            starts[rate] = [p.detach().clone() for p in self.parameters], len(self.optimizer.state)
+        return plain(self, units, epoch, rate, share, **options)
+
+    monkeypatch.setattr(Training, "step", step)
+    recover(place / "small", data=data(), steps=20, threads=1)
+    (first, memory), *others = starts.values()
+    assert memory == 0 and len(others) >= 2
+    for values, memory in others:
+        assert memory == 0 and all(torch.equal(a, b) for a, b in zip(values, first, strict=True))
+
+
+@pytest.mark.parametrize("best", [-2, 0, 3])
+def test_a_search_walks_to_the_lowest_and_looks_at_both_of_its_sides(best):
+    seen = {}
+    while (k := _next(seen)) is not None:
+        seen[k] = abs(k - best)
+    # Downhill first, so that a lowest one at or below the centre costs nothing above it.
+    assert sorted(seen) == list(range(min(best, 0) - 1, max(best, -1) + 2))
 
 
 def test_factors_of_a_long_run_get_the_rate_above_the_best(place, monkeypatch):
@@ -133,6 +166,24 @@ def test_factors_of_a_long_run_get_the_rate_above_the_best(place, monkeypatch):
     assert found(99, (1.0, 2.0, 3.0)) == rate_at(1e-3, 0)
     assert found(100, (1.0, 2.0, 3.0)) == rate_at(1e-3, 1)
     assert found(100, (1.0, 2.0, float("inf"))) == rate_at(1e-3, 0)
+
+
+@pytest.mark.parametrize("train", ["adapters", "factors"])
+def test_steps_are_taken_at_the_rates_of_the_schedule(place, train):
+    """A line up to the rate that was asked for, a cosine down from it: two steps of twenty are warming up."""
+    seen = []
+
+    def look(optimizer, *_):
+        seen.append({g["lr"] / g["scale"] for g in optimizer.param_groups})
+
+    handle = register_optimizer_step_pre_hook(look)
+    try:
+        recover(place / "small", data=data(), train=train, steps=20, warmup=0.1, closed="off", **RATE)
+    finally:
+        handle.remove()
+    down = [0.5 * (1 + np.cos(np.pi * (i / 20 - 0.1) / 0.9)) for i in range(2, 20)]
+    for found, share in zip(seen, [0.5, 1.0, *down], strict=True):
+        assert list(found) == pytest.approx([1e-2 * share] * len(found))
 
 
 def test_a_rate_of_factors_is_a_part_of_their_size(place):
