@@ -113,5 +113,5 @@ TRAINING_FAULTS: list[tuple[str, str, str, str, str]] = [
     ("adapt/_combine.py", "torch.cat([w * b.detach() for", "torch.cat([b.detach() for", "test_adapter_command", "stacking or combine"),
     ("adapt/_combine.py", "q_b @ (p[:, :kept] * d[:kept])", "q_b @ p[:, :kept]", "test_adapter_command", "cutting"),
     ("adapt/interop/peft.py", "rslora = bool(config.get(\"use_rslora\")) and kind == \"lora\"", "rslora = False", "test_adapter_formats", "own_folder or peft_folder"),
-    ("adapt/interop/_peft_writing.py", "alphas = {n: a.alpha if a.rslora == rslora else a.scaling * a.rank", "alphas = {n: a.alpha", "test_adapter_formats", "own_folder or peft_folder"),
+    ("adapt/interop/_peft_writing.py", "alphas = {n: a.alpha if a.rslora == rslora else a.scaling * a.rank", "alphas = {n: a.alpha", "test_adapter_formats", "two_ways"),
 ]  # fmt: skip
