@@ -51,8 +51,8 @@ bench-peers: $(STAMP) $(PEERS_STAMP) ## other methods in one harness: ARGS="--on
 bench-recover: $(STAMP) ## training adapters, against peft and lycoris-lora: ARGS="--only speed --rounds 31"
 	$(BIN)/python -m tests.benchmarks.bench_recover $(ARGS)
 
-mutants: $(STAMP) ## plant faults in the decompositions and see the tests catch each
-	$(BIN)/python tests/mutants.py
+mutants: $(STAMP) ## plant faults and see the tests catch each; PLACES="svd.py recover" for some
+	$(BIN)/python -m tests.mutants $(PLACES)
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check lrcompress tests recipes

@@ -1,8 +1,9 @@
-"""Plant faults in the decompositions, one at a time, and see that the contracts notice each: `make mutants`.
+"""Plant faults in decompositions, training and adapters, one at a time, and see that the contracts notice each: `make mutants`.
 
 Every fault is a change of one place in one file: a transposed factor, a dropped scale, an off-by-one rank, a wrong
 unfolding, a metric on the wrong side. A fault that survives means a test is missing; a fault whose text is no longer
-there means this list is out of date. Either ends with exit code 1.
+there means this list is out of date. Either ends with exit code 1. `python -m tests.mutants recover/losses.py adapt`
+plants only what is in this file and that folder.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+
+from tests.mutants_training import TRAINING_FAULTS
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = [f"tests/contracts/test_{name}.py" for name in ("factorize", "special_forms", "anchor")]
@@ -116,23 +120,31 @@ FAULTS: list[tuple[str, str, str, str]] = [
 
 
 def main() -> int:
-    """Run every fault (or those whose file matches the arguments); print a table; 0 if all were caught."""
-    parser = argparse.ArgumentParser(description="Plant faults in the decompositions and see the contracts catch them.")
-    parser.add_argument("files", nargs="*", help="only faults in these files, e.g. svd.py")
-    wanted = parser.parse_args().files
-    chosen = [f for f in FAULTS if not wanted or f[0] in wanted]
+    """Run every fault (or those whose file or folder is among the arguments); print a table; 0 if all were caught."""
+    parser = argparse.ArgumentParser(description="Plant faults and see the contracts catch them.")
+    parser.add_argument("places", nargs="*", help="only faults there, e.g. svd.py, recover, or adapt/lokr.py")
+    wanted = parser.parse_args().places
+    every = [(f"factorize/{name}", old, new, TESTS, tests) for name, old, new, tests in FAULTS]
+    every += [
+        (name, old, new, [f"tests/contracts/{where}.py"], tests) for name, old, new, where, tests in TRAINING_FAULTS
+    ]
+    chosen = [f for f in every if not wanted or any(_is_at(f[0], place) for place in wanted)]
     missed = 0
-    for name, old, new, tests in chosen:
+    for name, old, new, files, tests in chosen:
         started = time.perf_counter()
-        verdict = plant(name, old, new, tests)
+        verdict = plant(name, old, new, files, tests)
         missed += verdict != "caught"
-        print(f"{verdict:9} {time.perf_counter() - started:5.1f} s  {name:16} {old.splitlines()[0][:60]}", flush=True)
+        print(f"{verdict:9} {time.perf_counter() - started:5.1f} s  {name:26} {old.splitlines()[0][:60]}", flush=True)
     print(f"{missed} of {len(chosen)} faults were not caught" if missed else f"all {len(chosen)} faults caught")
     return bool(missed)
 
 
-def plant(name: str, old: str, new: str, tests: str) -> str:
-    """Return caught, SURVIVED, or STALE for one fault, tried in a copy of the tree."""
+def _is_at(name: str, place: str) -> bool:
+    return place in (name, Path(name).name) or name.startswith(f"{place}/")
+
+
+def plant(name: str, old: str, new: str, files: Sequence[str], tests: str) -> str:
+    """Return caught, SURVIVED, STALE or BROKEN for one fault in lrcompress/`name`, tried in a copy of the tree."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
         shutil.copytree(
@@ -140,12 +152,12 @@ def plant(name: str, old: str, new: str, tests: str) -> str:
             tree,
             ignore=shutil.ignore_patterns(".git", ".venv*", "build", "runs", "__pycache__", ".*_cache", ".hypothesis"),
         )
-        path = tree / "lrcompress" / "factorize" / name
+        path = tree / "lrcompress" / name
         text = path.read_text()
         if text.count(old) < 1:
             return "STALE"
         path.write_text(text.replace(old, new, 1))
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", tests, *TESTS]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", tests, *files]
         environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
         run = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
         if run.returncode == 1:  # 1: tests failed; 2 and more: pytest could not run them

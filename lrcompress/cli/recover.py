@@ -108,7 +108,8 @@ def recover(
     lines = [
         f"{d['metric']} on held-out data: original {show(d['original'])}, before {show(d['before'])}, after {show(d['after'])}",
         f"loss ({d['loss']['kind']}) {d['loss']['before']:.4g} → {d['loss']['after']:.4g}, best at step {d['best_step']} of {d['steps']}"
-        f", learning rate {d['learning_rate']:.2g}",
+        + (" (ended by patience)" if d["stopped"] == "patience" else "")
+        + f", learning rate {d['learning_rate']:.2g}",
         f"{d['trainable_params']:,} trained numbers ({human_bytes(d['payload_bytes'])} as fp32), {d['train_seconds']:.1f} s"
         + ("" if d["same_anywhere"] else "; the clock ended it: another run gives other bytes"),
         f"written to {d['output']}",

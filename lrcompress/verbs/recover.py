@@ -24,6 +24,7 @@ from ..model.checkpoint import MARKER, RETRAINER, Compressed, load_compressed, m
 from ..progress import Progress, Silent
 from ..recover import Outcome, Saved, World
 from ..recover.logs import Log, log_to
+from ..recover.trained import factors_of
 from ..work import Store
 from .closed import ClosedForm, check_mode, refitted
 from .recovering import Asked, Job, TrainingOptions, answer_name, judge, prepare, settings_of, split, untrained
@@ -182,6 +183,8 @@ def _report(job: Job, outcome: Outcome, before: float | None, dest: Path | None)
     job.module.cpu()
     named = job.scorer.name is not None
     adapters = job.asked.train == "adapters"
+    # A layer that stays in its plain gauge takes more numbers than it began with.
+    numbers = job.numbers if adapters else factors_of(job.module).numbers
     mix = job.settings.loss
     kind = (
         next(iter(mix))
@@ -209,8 +212,8 @@ def _report(job: Job, outcome: Outcome, before: float | None, dest: Path | None)
         "rates": [list(r) for r in outcome.rates],
         "adapter": job.asked.kind if adapters else None,
         "rank": job.asked.rank if adapters else None,
-        "trainable_params": job.numbers,
-        "payload_bytes": 4 * job.numbers,
+        "trainable_params": numbers,
+        "payload_bytes": 4 * numbers,
         "processes": job.world.size,
         "same_anywhere": job.settings.max_seconds is None,
         "output": None if dest is None else str(dest),

@@ -137,6 +137,7 @@ def test_several_processes_are_refused(base, tmp_path, monkeypatch):
 
 def test_of_ranks_that_take_the_same_the_largest_is_offered():
     assert prices({1: 10, 2: 20, 3: 20, 4: 15}) == [(1, 10), (4, 15)]
+    assert prices({1: 10, 2: 10, 3: 30}) == [(2, 10), (3, 30)]
 
 
 def test_ranks_go_where_the_gradient_is_and_stay_within_the_numbers():
@@ -149,3 +150,14 @@ def test_ranks_go_where_the_gradient_is_and_stay_within_the_numbers():
     for most in range(0, 200, 7):
         found = ranks_within(offers, spectra, most)
         assert sum(dict(offers[n])[r] for n, r in found.items()) <= most
+
+
+def test_a_number_is_worth_what_it_gains_and_a_larger_rank_costs_the_difference():
+    spectra = {"wide": torch.tensor([10.0, 0.0]), "thin": torch.tensor([9.0, 0.5])}
+    offers = {"wide": [(1, 100)], "thin": [(1, 10), (2, 20)]}
+    # A little more gained for ten times as many numbers is less.
+    assert ranks_within(offers, spectra, 100) == {"thin": 2}
+    # Ten numbers are spent on the first rank, and the ten that are left suffice for the second.
+    assert ranks_within({"thin": offers["thin"]}, spectra, 20) == {"thin": 2}
+    assert ranks_within({"thin": offers["thin"]}, spectra, 19) == {"thin": 1}
+    assert ranks_within(offers, spectra, 120) == {"thin": 2, "wide": 1}

@@ -209,3 +209,16 @@ def test_conv1d_of_transformers_is_a_linear_layer_there_and_here(tmp_path: Path)
     dense = to_dense(base)
     assert type(dense[0]) is Conv1D
     torch.testing.assert_close(dense(x), theirs(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_folder_with_two_ways_of_scaling_keeps_both(strict: bool) -> None:
+    """PEFT has one switch for all layers: those that scale by √r say so in their alpha."""
+    made = {n: fresh("lora", Target((6, 5)), 4, 8.0, rslora=n == "root") for n in ("plain", "root")}
+    for a in made.values():
+        torch.nn.init.normal_(a.lora_B)
+    assert [a.scaling for a in made.values()] == [2.0, 4.0]
+    config, tensors = peft.write(made, strict=strict)
+    back = peft.read(config, tensors, {n: a.target for n, a in made.items()}, where="here")
+    assert [back[n].scaling for n in made] == [2.0, 4.0] and not config.get("use_rslora")
+    assert all(torch.equal(back[n].delta_weight(), a.delta_weight()) for n, a in made.items())

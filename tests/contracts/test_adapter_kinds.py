@@ -300,6 +300,15 @@ def test_lokr_is_the_kronecker_product_and_has_the_promised_rank():
     assert both.expand()[0].shape[0] == 4 == torch.linalg.matrix_rank(both.delta_weight())
 
 
+def test_a_middle_tensor_of_lokr_lies_between_its_outputs_and_its_inputs():
+    made = adapter("lokr", weight_shape=(24, 30, 3, 2), rank=2, alpha=3.0, generator=generator(), tucker=True).double()
+    random_values(made)
+    second = torch.einsum("ijkl,im,jn->mnkl", made.lokr_t2, made.lokr_w2_a, made.lokr_w2_b)
+    for k, j in itertools.product(range(3), range(2)):
+        whole = torch.kron(made.first.contiguous(), second[:, :, k, j].contiguous())
+        torch.testing.assert_close(made.delta_weight()[:, :, k, j], 1.5 * whole)
+
+
 @pytest.mark.parametrize(("dimension", "factor", "expected"), [
     (127, -1, (1, 127)), (128, -1, (8, 16)), (360, -1, (18, 20)), (128, 4, (4, 32)), (128, 32, (4, 32)), (250, 4, (2, 125)), (1, -1, (1, 1)),
 ])  # fmt: skip

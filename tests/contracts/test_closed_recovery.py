@@ -313,6 +313,21 @@ def test_layers_that_stay_dense_are_refitted_and_shared_factors_stay():
     assert done["0"]["changed"] == "bias" and done["4"]["changed"] in ("weight", "affine", "bias")
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.25, 1.0])
+def test_a_blend_of_wanted_answers_keeps_the_bias_of_the_original(beta):
+    """However the products are blended, a refitted bias carries the whole mean of what the original answers."""
+    net = chain(12, 9)
+    with torch.no_grad():
+        net[0].bias += 5.0
+    module, samples = crude(net), rows(300, 12, 1)
+    found = refit(open_model(net), net, module, fit=samples, held=samples, betas=(beta,))
+    x = torch.as_tensor(next(iter(samples.batches(300))).inputs["input"])
+    with torch.no_grad():
+        apart = net(x) - module(x)
+    assert found.applied == ["0"] and found.after < found.before
+    assert float(apart.mean(0).abs().max()) < 1e-4 < 1e-2 < float(apart.abs().mean())
+
+
 def test_a_refit_that_helps_nothing_changes_nothing(monkeypatch):
     net = chain(12, 16, 6)
     module = crude(net)

@@ -1,0 +1,256 @@
+"""What a run minimises and what it steps by: means over samples that count, and rates that mean what they say."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from lrcompress.adapt._files import TENSORS
+from lrcompress.data import Data
+from lrcompress.errors import DataError
+from lrcompress.factorize import form
+from lrcompress.model.adapting import fresh
+from lrcompress.model.surgery import replace_layer
+from lrcompress.recover import losses
+from lrcompress.recover.blocks import rebuilt_kernels
+from lrcompress.recover.objective import Objective
+from lrcompress.recover.rates import _next, rate_at
+from lrcompress.recover.training import Training
+from lrcompress.verbs.recover import recover
+from tests.support.nets import images, small
+from tests.support.training import RATE, compressed, data
+
+GENERATOR = 5
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return compressed(tmp_path_factory.mktemp("objective"))
+
+
+# terms ----------------------------------------------------------------------------------------------------------------
+
+
+def test_energies_are_of_an_element_or_of_a_row():
+    answer = 3 * torch.ones(2, 5, 4)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    assert losses.energy_of(answer, None, rows=False) == 9 and losses.energy_of(answer, None, rows=True) == 36
+    # What is padding has no energy, and every sample counts alike.
+    answer[0, 3:] = 1e6
+    assert losses.energy_of(answer, mask, rows=True) == 36 and losses.energy_of(answer, None, rows=True) > 1e6
+    answer[1] = 0
+    assert losses.energy_of(answer, mask, rows=False) == 4.5
+    assert losses.energy_of(torch.zeros(2, 3), None, rows=True) > 0
+
+
+def test_the_highest_class_is_one_and_the_next_is_none():
+    scores = torch.zeros(3, 5)
+    assert losses.checked_labels(np.array([0, 4, 2]), scores).tolist() == [0, 4, 2]
+    with pytest.raises(DataError, match="classes 0…4, got 0…5"):
+        losses.checked_labels(np.array([0, 5, 2]), scores)
+
+
+@pytest.mark.parametrize("name", ["logits", "embedding", "hidden", "labels"])
+def test_padding_counts_for_nothing_in_any_term(name):
+    """Two samples of lengths 3 and 5: whatever lies beyond changes neither the losses nor the energies."""
+    g = torch.Generator().manual_seed(GENERATOR)
+    student, teacher = ({n: torch.randn(2, 5, 4, generator=g) for n in ("answer", "block")} for _ in range(2))
+    mask = (torch.arange(5) < torch.tensor([[3], [5]])).long()
+    y = torch.randint(0, 4, (2, 5), generator=g)
+    inputs = {"ids": torch.zeros(2, 5), "attention_mask": mask}
+
+    def loss(student, teacher, inputs):
+        objective = Objective({name: 1.0}, 2.0, ["block"], {})
+        objective.measure(teacher, inputs)
+        return objective.per_sample(student, teacher, y, inputs)
+
+    found = loss(student, teacher, inputs)
+    noise = {n: v + 50 * (1 - mask[..., None]) * torch.randn(2, 5, 4, generator=g) for n, v in student.items()}
+    other = {n: v + 30 * (1 - mask[..., None]) for n, v in teacher.items()}
+    torch.testing.assert_close(loss(noise, other, inputs), found)
+    # The first sample by itself, cut to its length, loses what it lost among others.
+    short = [{n: v[:1, :3] for n, v in d.items()} for d in (student, teacher, inputs)]
+    y = y[:1, :3]
+    if name in ("logits", "labels"):
+        torch.testing.assert_close(loss(*short), found[:1])
+    assert not torch.allclose(found[0], found[1])
+
+
+def test_terms_are_added_by_their_weights():
+    g = torch.Generator().manual_seed(GENERATOR)
+    student, teacher = ({"answer": torch.randn(3, 4, generator=g)} for _ in range(2))
+    y = torch.tensor([0, 3, 1])
+
+    def loss(**mix):
+        return Objective(mix, 2.0, [], {"answer": 2.0}).per_sample(student, teacher, y, {})
+
+    expected = 0.5 * loss(logits=1.0) + 3 * loss(labels=1.0) + 0.25 * loss(embedding=1.0)
+    torch.testing.assert_close(loss(logits=0.5, labels=3.0, embedding=0.25), expected)
+
+
+def test_the_held_out_loss_is_the_mean_over_samples_not_over_batches(place):
+    """Three hundred samples are two batches, of 250 and 50, whose means differ."""
+    x, y = images(300, 8)
+    x[250:] *= 3
+    found = recover(place / "small", data=data(), select=Data.of_arrays({"x": x}, y), steps=2, **RATE)
+    with torch.no_grad():
+        each = losses.logits(found.model(torch.as_tensor(x)), small()(torch.as_tensor(x)))
+    assert found.data["loss"]["after"] == pytest.approx(float(each.mean()), rel=1e-4)
+    assert float((each[:250].mean() + each[250:].mean()) / 2) != pytest.approx(float(each.mean()), rel=0.05)
+
+
+# rates ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["logits", "embedding=1,hidden=1"])
+def test_a_rate_that_was_searched_is_trained_at_as_if_it_had_been_given(place, tmp_path, loss):
+    """The search leaves nothing behind: neither steps, nor an optimizer's memory, nor the energies of what it probes."""
+    options = {
+        "data": data(),
+        "select": data(300, 8),
+        "loss": loss,
+        "steps": 20,
+        "batch_size": 30,
+        "threads": 1,
+        "closed": "off",
+    }
+    searched = recover(place / "small", output=tmp_path / "searched", **options).data
+    rate, rates = searched["learning_rate"], dict(searched["rates"])
+    assert len(rates) >= 2 and rates[rate] == min(rates.values())
+    given = recover(place / "small", output=tmp_path / "given", learning_rate=rate, **options).data
+    assert given["loss"] == searched["loss"] and not given["rates"]
+    one, other = ((tmp_path / n / TENSORS).read_bytes() for n in ("searched", "given"))
+    assert one == other
+
+
+def test_every_trial_of_a_search_begins_at_the_start(place, monkeypatch):
+    plain, starts = Training.step, {}
+
+    def step(self, units, epoch, rate, share, **options):
+        if options and rate not in starts:
+            starts[rate] = [p.detach().clone() for p in self.parameters], len(self.optimizer.state)
+        return plain(self, units, epoch, rate, share, **options)
+
+    monkeypatch.setattr(Training, "step", step)
+    recover(place / "small", data=data(), steps=20, threads=1)
+    (first, memory), *others = starts.values()
+    assert memory == 0 and len(others) >= 2
+    for values, memory in others:
+        assert memory == 0 and all(torch.equal(a, b) for a, b in zip(values, first, strict=True))
+
+
+@pytest.mark.parametrize("best", [-2, 0, 3])
+def test_a_search_walks_to_the_lowest_and_looks_at_both_of_its_sides(best):
+    seen = {}
+    while (k := _next(seen)) is not None:
+        seen[k] = abs(k - best)
+    # Downhill first, so that a lowest one at or below the centre costs nothing above it.
+    assert sorted(seen) == list(range(min(best, 0) - 1, max(best, -1) + 2))
+
+
+def test_factors_of_a_long_run_get_the_rate_above_the_best(place, monkeypatch):
+    """A trial of five steps is too short to settle, a run of twenty times as many is not."""
+    from lrcompress.recover import rates as module
+
+    def found(steps, scores):
+        values = iter(scores)
+        monkeypatch.setattr(module, "_try", lambda *_: next(values))
+        monkeypatch.setattr(Training, "step", lambda self, *_, **__: (1.0, 0.0))
+        monkeypatch.setattr(module, "_length", lambda _: 5)
+        return recover(place / "small", data=data(), train="factors", steps=steps, threads=1).data["learning_rate"]
+
+    # Centre, below, above: the centre is best.
+    assert found(99, (1.0, 2.0, 3.0)) == rate_at(1e-3, 0)
+    assert found(100, (1.0, 2.0, 3.0)) == rate_at(1e-3, 1)
+    assert found(100, (1.0, 2.0, float("inf"))) == rate_at(1e-3, 0)
+
+
+@pytest.mark.parametrize("train", ["adapters", "factors"])
+def test_steps_are_taken_at_the_rates_of_the_schedule(place, train):
+    """A line up to the rate that was asked for, a cosine down from it: two steps of twenty are warming up."""
+    seen = []
+
+    def look(optimizer, *_):
+        seen.append({g["lr"] / g["scale"] for g in optimizer.param_groups})
+
+    handle = register_optimizer_step_pre_hook(look)
+    try:
+        recover(place / "small", data=data(), train=train, steps=20, warmup=0.1, closed="off", **RATE)
+    finally:
+        handle.remove()
+    down = [0.5 * (1 + np.cos(np.pi * (i / 20 - 0.1) / 0.9)) for i in range(2, 20)]
+    for found, share in zip(seen, [0.5, 1.0, *down], strict=True):
+        assert list(found) == pytest.approx([1e-2 * share] * len(found))
+
+
+def test_a_rate_of_factors_is_a_part_of_their_size(place):
+    """The first step of Adam is the rate itself, for a factor times its root mean square, to a quarter of an octave."""
+    before, scales, moved = {}, {}, {}
+
+    def look(optimizer, *_):
+        for g in optimizer.param_groups:
+            for p in g["params"]:
+                before[id(p)], scales[id(p)] = p.detach().clone(), g["scale"]
+
+    seen = []
+    plain = Training._evaluate
+
+    def evaluate(self, place):
+        for n, p in self.trained.parameters.items():
+            if p.grad is not None and bool(p.grad.any()):
+                moved[n] = float((p.detach() - before[id(p)]).abs().max()), before[id(p)], scales[id(p)]
+        seen.append(place)
+        return plain(self, place)
+
+    handle = register_optimizer_step_pre_hook(look)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "_evaluate", evaluate)
+        try:
+            recover(place / "small", data=data(), train="factors", steps=1, threads=1, learning_rate=1e-3)
+        finally:
+            handle.remove()
+    assert seen == [1.0] and any(n.endswith(".U") for n in moved)
+    for step, value, scale in moved.values():
+        size = max(float(value.double().square().mean().sqrt()), 1e-2)
+        assert 2**-0.26 < scale / size < 2**0.26
+        assert step == pytest.approx(1e-3 * scale, rel=0.02)
+
+
+# kernels --------------------------------------------------------------------------------------------------------------
+
+WALKS = {
+    "same": {"padding": 1},
+    "strided": {"stride": (2, 1), "padding": (0, 2)},
+    "far": {"dilation": 2, "padding": 2},
+    "reflected": {"padding": 1, "padding_mode": "reflect"},
+    "circular": {"padding": (1, 2), "padding_mode": "circular"},
+    "unbiased": {"bias": False},
+}
+
+
+@pytest.mark.parametrize("name", ["svd", "tucker", "spatial_svd", "cp"])
+@pytest.mark.parametrize("walk", WALKS)
+def test_a_kernel_that_is_multiplied_out_answers_as_its_factors_do(walk, name):
+    torch.manual_seed(GENERATOR)
+    layer = nn.Conv2d(4, 6, 3, **WALKS[walk]).double()
+    net, x = nn.ModuleDict({"a": layer}), torch.randn(3, 4, 9, 8, dtype=torch.float64)
+    rank = (3, 2) if name == "tucker" else 3
+    made = replace_layer(net, "a", form(name).decompose(layer.weight.detach(), rank))
+    adapter = fresh("lora", made.target, 2, 3.0).double()
+    for p in adapter.parameters():
+        nn.init.normal_(p, std=0.3)
+    made.add_adapter("one", adapter, 0.5)
+    made.active = {"one": 0.5}
+    expected = made(x)
+    wanted = torch.autograd.grad(expected.square().sum(), list(adapter.parameters()))
+    with rebuilt_kernels(net):
+        assert "forward" in vars(made), "it is another function now"
+        found = net["a"](x)
+        gradients = torch.autograd.grad(found.square().sum(), list(adapter.parameters()))
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+    assert "forward" not in vars(made), "afterwards the layer goes its own way again"
