@@ -51,5 +51,9 @@ class TextStore:
             out[name] = array
         return out
 
+    def sizes(self) -> np.ndarray:
+        """Return the length of every sample."""
+        return np.array([len(r) for r in next(iter(self._rows.values()))], dtype=np.int64)
+
     def digest(self) -> str:
         return sha256_json({"rows": self._rows, "pad": self._pad, "dtypes": self._dtypes})

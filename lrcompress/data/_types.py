@@ -78,6 +78,14 @@ class Data:
         """Labels in the order of the samples; with `pairs`, one per pair."""
         return self._labels
 
+    def sizes(self) -> np.ndarray | None:
+        """Return the length of each sample where samples are of unequal length, or None."""
+        find = getattr(self._store, "sizes", None)
+        if find is None:
+            return None
+        found: np.ndarray = find()[self._index]
+        return found
+
     def batches(self, size: int, *, seed: int | None = None) -> Iterator[Batch]:
         """Yield batches of at most `size` samples; `seed` shuffles them (pairs stay together)."""
         if size < 1:

@@ -19,20 +19,30 @@ from ..errors import CommandError
 
 #: Part of an image's side that it is shifted by at most.
 _SHIFT = 1 / 8
+#: Batches whose samples are drawn together.
+_POOLED = 16
 
 
 @dataclass(frozen=True)
 class Order:
-    """Batches of units (samples, or pairs that stay together) in an order that changes with the epoch."""
+    """Batches of units (samples, or pairs that stay together) in an order that changes with the epoch.
+
+    With `sizes`, the length of each unit, a batch is of units of like length, so that little is padding: those of
+    `_POOLED` batches are drawn together and parted by length.
+    """
 
     units: int
     per_batch: int
     seed: int
+    sizes: np.ndarray | None = None
 
     @classmethod
     def of(cls, data: Data, batch_size: int, seed: int) -> Order:
         width = width_of(data)
-        return cls(len(data) // width, max(1, min(batch_size, len(data)) // width), seed)
+        sizes = data.sizes()
+        if sizes is not None:
+            sizes = sizes[: len(sizes) // width * width].reshape(-1, width).max(1)
+        return cls(len(data) // width, max(1, min(batch_size, len(data)) // width), seed, sizes)
 
     @property
     def batches(self) -> int:
@@ -40,8 +50,18 @@ class Order:
         return -(-self.units // self.per_batch)
 
     def epoch(self, number: int) -> list[np.ndarray]:
-        shuffled = np.random.default_rng([self.seed, number]).permutation(self.units)
-        return [shuffled[i : i + self.per_batch] for i in range(0, self.units, self.per_batch)]
+        generator = np.random.default_rng([self.seed, number])
+        shuffled = generator.permutation(self.units)
+        if self.sizes is None:
+            return [shuffled[i : i + self.per_batch] for i in range(0, self.units, self.per_batch)]
+        batches: list[np.ndarray] = []
+        together = self.per_batch * _POOLED
+        for start in range(0, self.units, together):
+            pool = shuffled[start : start + together]
+            pool = pool[np.argsort(self.sizes[pool], kind="stable")]
+            parts = [pool[i : i + self.per_batch] for i in range(0, len(pool), self.per_batch)]
+            batches += [parts[i] for i in generator.permutation(len(parts))]
+        return batches
 
 
 def width_of(data: Data) -> int:

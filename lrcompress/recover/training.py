@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,6 +73,9 @@ class Training:
     log: Log = field(default_factory=NoLog)
     finish: Callable[[], None] | None = None
     clock: Clock = field(default_factory=Clock)
+    #: Batches whose gradients the optimizer has seen before it takes its first step: one that knows no gradient but its
+    #: first steps by signs alone, which shakes a network that is nearly right.
+    foreseen: int = 0
 
     def __post_init__(self) -> None:
         s, data = self.settings, self.train_data
@@ -84,6 +88,7 @@ class Training:
             self.changes.append(Mix(data, s.seed))
         self.parameters = list(self.trained.parameters.values())
         self.state = State()
+        self._known: dict[str, dict[str, Any]] = {}
 
     def run(self, find_rate: Callable[[Training], None]) -> Outcome:
         """Train, and leave the parameters in their best state on `select`. `find_rate` fills in the state's rate.
@@ -121,6 +126,7 @@ class Training:
         self.teacher = self._teacher()
         self._look()
         self.begin()
+        self._foresee()
         resumed = self._resume()
         if resumed is None:
             self._start()
@@ -143,9 +149,20 @@ class Training:
     # the parts of a run ---------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Make a fresh optimizer."""
+        """Make an optimizer that knows what was foreseen, and nothing else."""
         t = self.trained
         self.optimizer = Whitened(t.parameters, t.scales, t.roots, weight_decay=self.settings.weight_decay)
+        for name, state in self._known.items():
+            self.optimizer.put_state(name, {k: v.clone() for k, v in state.items()})
+
+    def _foresee(self) -> None:
+        """Show the optimizer gradients of the start, which is also where a run that goes on looks from."""
+        batches = self.order.epoch(0)
+        for i in range(self.foreseen):
+            self.step(batches[i % len(batches)], 0, 0.0, 0.0, name="look ahead")
+        if self.foreseen:
+            self._known = {n: self.optimizer.state_of(n) for n in self.trained.parameters}
+            self.begin()
 
     def restart(self) -> None:
         """Go back to the start, with a fresh optimizer."""

@@ -36,6 +36,8 @@ from .predict import predictor
 
 #: Where the search for a rate begins: absolute for adapters, relative to a factor's size in white coordinates for factors.
 CENTRES = {"adapters": 3e-3, "factors": 3e-3}
+#: Batches that an optimizer of factors sees before its first step. (An adapter's first gradients are zero in part.)
+_FORESEEN = 8
 #: Samples that factors are whitened by.
 _LISTENED = 256
 #: Samples that are held out where no others are given, at most.
@@ -243,6 +245,7 @@ def ready(job: Job, saved: Saved | None, log: Log, progress: Progress) -> Iterat
         yield Training(
             what, Networks(student, teacher, job.lockstep), objective, job.train_data, job.select_data, settings, job.world,
             job.scorer.decide if job.scorer.decides else None, saved, progress, log, job.finish, started,
+            _FORESEEN if job.asked.train == "factors" else 0,
         )  # fmt: skip
 
 
