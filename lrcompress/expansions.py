@@ -1,6 +1,7 @@
 """From what a payload ships to what a slot takes: every kind's own factors, expanded exactly to a low-rank pair.
 
-    lora  the slot's own A and B                    core  R, or P and Q with R = P Q, between the factors of a layer
+    lora  the slot's own A and B                    core  R, or P and Q with R = P Q, between the factors of a layer,
+                                                          of a grouped convolution one per group: (groups, …)
     loha  (B₁A₁)∘(B₂A₂) = (B₁•B₂)(A₁⊙A₂)            lokr  W₁⊗(a b) = (W₁⊗a)(I⊗b) = (I⊗a)(W₁⊗b), the shorter one
     lokh  Σ A₁⊙A₂⊙…: no low rank, so ΔW and an identity
 
@@ -52,10 +53,12 @@ def rank_of(slot: Mapping[str, Any], kind: str, given: Tensors) -> int:
     if kind == "loha":
         return _rank(own, list(zip(_LOHA, ((out, "r"), ("r", inner), (out, "r"), ("r", inner)), strict=True))) ** 2
     if kind == "core":
+        groups = int(slot.get("groups", 1))
+        each, r = out // groups, (groups,) if groups > 1 else ()
         if "core_R" in own:
-            _exactly(own, "core_R", (out, out))
+            _exactly(own, "core_R", (*r, each, each))
             return out
-        return _rank(own, [("core_P", (out, "r")), ("core_Q", ("r", out))])
+        return groups * _rank(own, [("core_P", (*r, each, "r")), ("core_Q", (*r, "r", each))])
     if kind == "lokh":
         return _lokh_rank(own, out, inner)
     return _lokr_rank(slot, own, out, inner)
@@ -160,6 +163,15 @@ def _lokh(own: Tensors, out: int, inner: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _core(own: Tensors, out: int, inner: int) -> tuple[np.ndarray, np.ndarray]:
-    if "core_R" in own:
-        return own["core_R"], np.eye(out)
-    return own["core_Q"], own["core_P"]
+    """R, or P and Q, those of groups along the diagonal."""
+    whole = {n: v if v.ndim == 2 else _block_diagonal(v) for n, v in own.items()}
+    if "core_R" in whole:
+        return whole["core_R"], np.eye(out)
+    return whole["core_Q"], whole["core_P"]
+
+
+def _block_diagonal(blocks: np.ndarray) -> np.ndarray:
+    groups, rows, columns = blocks.shape
+    found = np.zeros((groups, rows, groups, columns), blocks.dtype)
+    found[np.arange(groups), :, np.arange(groups)] = blocks
+    return found.reshape(groups * rows, groups * columns)

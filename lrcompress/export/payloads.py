@@ -56,7 +56,7 @@ def tensors_for(adapters: Mapping[str, BaseAdapter], manifest: Manifest, *, wher
                 "bake it in with --merge",
             )  # fmt: skip
         expected = _target(slot).shape
-        shape = (adapter.core, adapter.core) if adapter.in_core else adapter.weight_shape
+        shape = (adapter.core * adapter.groups,) * 2 if adapter.in_core else adapter.weight_shape
         if shape != (expected[:2] if adapter.in_core else expected):
             raise PayloadError(f"{where}: layer {layer}", f"a weight of shape {expected}", shape)
         tensors |= _native(slot, adapter, where)
@@ -78,12 +78,13 @@ def _nothing(slot: Mapping[str, Any], kind: str) -> dict[str, np.ndarray]:
     if kind == "lora":
         empty = {t["name"]: [0 if isinstance(d, str) else d for d in t["shape"]] for t in slot["tensors"]}
         return {n: np.zeros(s, t["dtype"]) for (n, s), t in zip(empty.items(), slot["tensors"], strict=True)}
-    flat = ((out, 0), (0, inner))
+    flat, groups = ((out, 0), (0, inner)), int(slot.get("groups", 1))
+    own = flat if groups == 1 else ((groups, out // groups, 0), (groups, 0, inner // groups))
     shapes: dict[str, dict[str, tuple[int, ...]]] = {
         "loha": {f"hada_w{i}_{ab}": s for i in (1, 2) for ab, s in zip("ab", flat, strict=True)},
         "lokr": {"lokr_w1": (1, 1), "lokr_w2_a": flat[0], "lokr_w2_b": flat[1]},
         "lokh": {"lokh_1": (0, out, inner)},
-        "core": {"core_P": flat[0], "core_Q": flat[1]},
+        "core": {"core_P": own[0], "core_Q": own[1]},
     }
     return {f"{slot['layer']}.{n}": np.zeros(s, np.float32) for n, s in shapes[kind].items()}
 

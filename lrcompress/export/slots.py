@@ -4,6 +4,8 @@
     y = conv(x) + conv₁ₓ₁(conv_A(x), B)  A (r, in/groups, *k) walks like the layer, B (out, r, 1…)
     y = after(z + (z @ A) @ B)           of kind core, z = before(x) between the factors: A (core, r), B (r, core)
 
+The cores of a grouped convolution's groups are one matrix in blocks: what they ship is put along the diagonal.
+
 Branches are written as products of the activation, never as a rebuilt weight. Groups share the filters of A; a
 transposed convolution applies B first and A walks like the layer.
 """
@@ -86,7 +88,7 @@ class CoreSlot(nn.Module):
 
     def __init__(self, target: Target, dtype: torch.dtype) -> None:
         super().__init__()
-        n, r, ones = target.core, _TRACE_RANK, (1,) * (len(target.shape) - 2)
+        n, r, ones = target.core * target.groups, _TRACE_RANK, (1,) * (len(target.shape) - 2)
         self.core_A = nn.Parameter(torch.zeros((r, n, *ones) if ones else (n, r), dtype=dtype))
         self.core_B = nn.Parameter(torch.zeros((n, r, *ones) if ones else (r, n), dtype=dtype))
 
@@ -116,7 +118,8 @@ class SlotLayer:
         """Return the entry of this layer in the manifest's `slots`."""
         rows, columns, *kernel = self.target.shape
         if self.kind == "core":
-            rows, columns, kernel = self.target.core, self.target.core, [1] * len(kernel)
+            rows = columns = self.target.core * self.target.groups
+            kernel = [1] * len(kernel)
         elif self.target.kind == "embedding":
             rows, columns = columns, rows
         r = self.symbol
@@ -150,9 +153,10 @@ def attach_slots(module: nn.Module, include: Sequence[str] = (), kinds: Sequence
     """Attach slots of `kinds` (default: all) to the layers that take adapters; return them in the module's order.
 
     Without `include`, the linear layers and ungrouped convolutions; a pattern also reaches embeddings, grouped and
-    transposed convolutions. A core slot goes to every such layer whose factors have a core.
+    transposed convolutions. A core slot goes to every such layer whose factors have a core, grouped or not.
     """
-    targets = every_target(module) if include else dict.fromkeys(adaptable_layers(module))
+    targets = every_target(module) if include else dict.fromkeys(adaptable_layers(module, cores=True))
+    without_lora = set() if include else set(targets) - set(adaptable_layers(module))
     for pattern in include:
         if not any(fnmatchcase(n, pattern) for n in targets):
             raise CommandError(
@@ -168,7 +172,7 @@ def attach_slots(module: nn.Module, include: Sequence[str] = (), kinds: Sequence
         layer = wrap_dense(module, name)
         target, dtype = layer.target, next(iter(layer.factors.values())).dtype
         for kind, key, made in (("lora", SLOT, SlotAdapter), ("core", CORE_SLOT, CoreSlot)):
-            if kind in (kinds or KINDS) and (kind == "lora" or target.core):
+            if kind in (kinds or KINDS) and (name not in without_lora if kind == "lora" else target.core):
                 layer.adapters[key] = made(target, dtype)
                 layer.active[key] = 1.0
                 found.append(SlotLayer(name, kind, target, str(dtype).removeprefix("torch.")))
