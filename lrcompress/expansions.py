@@ -4,6 +4,7 @@
                                                           of a grouped convolution one per group: (groups, …)
     loha  (B₁A₁)∘(B₂A₂) = (B₁•B₂)(A₁⊙A₂)            lokr  W₁⊗(a b) = (W₁⊗a)(I⊗b) = (I⊗a)(W₁⊗b), the shorter one
     lokh  Σ A₁⊙A₂⊙…: no low rank, so ΔW and an identity
+    dora  s∘(W + B A): the slot's own A and B, s folded into B, and s, which the slot multiplies W x by
 
 Scaling is folded in before. Tensors of a kind are called `<layer>.<name>` and have the shape of the stored weight that
 the slot implies, (out, in·kernel). A layer that is left alone has rank 0.
@@ -17,8 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from .manifest import slot_inputs
+
 #: Kind -> the kind of slot it fills.
-KINDS = {"lora": "lora", "loha": "lora", "lokr": "lora", "lokh": "lora", "core": "core"}
+KINDS = {"lora": "lora", "loha": "lora", "lokr": "lora", "lokh": "lora", "core": "core", "dora": "dora"}
+#: Those that bring the slot's own A and B.
+_PAIRS = ("lora", "dora")
 _LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _SETS: dict[str, tuple[frozenset[str], ...]] = {
     "loha": (frozenset(_LOHA),),
@@ -31,8 +36,8 @@ Tensors = Mapping[str, np.ndarray]
 
 def own_names(slot: Mapping[str, Any], kind: str, given: Tensors) -> frozenset[str]:
     """Return the tensors that `kind` brings for one slot: the variant that fits what is there best."""
-    if kind == "lora":
-        return frozenset(t["name"] for t in slot["tensors"])
+    if kind in _PAIRS:
+        return frozenset(t["name"] for t in slot_inputs(slot))
     variants = [frozenset(f"{slot['layer']}.{n}" for n in names) for names in _SETS[kind]]
     here = frozenset().union(*variants) & given.keys()
     return min(variants, key=lambda names: (len(names ^ here), len(names)))
@@ -47,7 +52,9 @@ def sides(slot: Mapping[str, Any]) -> tuple[int, int]:
 def rank_of(slot: Mapping[str, Any], kind: str, given: Tensors) -> int:
     """Return the rank that the slot will take. Raises `ValueError` where the tensors do not fit the slot."""
     out, inner = sides(slot)
-    if kind == "lora":
+    if kind in _PAIRS:
+        if "scale" in slot:
+            _exactly(given, slot["scale"]["name"], (out,))
         return _rank(given, [(t["name"], tuple(t["shape"])) for t in slot["tensors"]])
     own = {n.removeprefix(f"{slot['layer']}."): given[n] for n in own_names(slot, kind, given)}
     if kind == "loha":
@@ -117,7 +124,7 @@ def _lokh_rank(own: Tensors, out: int, inner: int) -> int:
 
 def expand(slot: Mapping[str, Any], kind: str, given: Tensors) -> list[np.ndarray]:
     """Return [A, B] as the slot takes them. Call `rank_of` first: what it accepts always expands."""
-    if kind == "lora":
+    if kind in _PAIRS:
         return [given[t["name"]] for t in slot["tensors"]]
     own = {n.removeprefix(f"{slot['layer']}."): np.asarray(given[n], np.float64) for n in own_names(slot, kind, given)}
     a, b = {"loha": _loha, "lokr": _lokr, "lokh": _lokh, "core": _core}[kind](own, *sides(slot))
