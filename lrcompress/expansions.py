@@ -7,7 +7,8 @@
     dora  s∘(W + B A): the slot's own A and B, s folded into B, and s, which the slot multiplies W x by
 
 Scaling is folded in before. Tensors of a kind are called `<layer>.<name>` and have the shape of the stored weight that
-the slot implies, (out, in·kernel). A layer that is left alone has rank 0.
+the slot implies, (out, in·kernel): of an embedding, whose slot looks rows up, the transposed table's. Only LoKH, a chain
+over the rows of the table, ships that of the table itself. A layer that is left alone has rank 0.
 """
 
 from __future__ import annotations
@@ -49,6 +50,12 @@ def sides(slot: Mapping[str, Any]) -> tuple[int, int]:
     return (int(b[0]), math.prod(a[1:])) if slot["op"] == "conv" else (int(b[1]), int(a[0]))
 
 
+def chained(slot: Mapping[str, Any]) -> tuple[int, int]:
+    """Return (rows, columns) of what a LoKH of the slot multiplies up to."""
+    out, inner = sides(slot)
+    return (inner, out) if slot.get("layer_kind") == "embedding" else (out, inner)
+
+
 def rank_of(slot: Mapping[str, Any], kind: str, given: Tensors) -> int:
     """Return the rank that the slot will take. Raises `ValueError` where the tensors do not fit the slot."""
     out, inner = sides(slot)
@@ -67,7 +74,7 @@ def rank_of(slot: Mapping[str, Any], kind: str, given: Tensors) -> int:
             return out
         return groups * _rank(own, [("core_P", (*r, each, "r")), ("core_Q", (*r, "r", each))])
     if kind == "lokh":
-        return _lokh_rank(own, out, inner)
+        return _lokh_rank(own, *chained(slot))
     return _lokr_rank(slot, own, out, inner)
 
 
@@ -127,7 +134,11 @@ def expand(slot: Mapping[str, Any], kind: str, given: Tensors) -> list[np.ndarra
     if kind in _PAIRS:
         return [given[t["name"]] for t in slot["tensors"]]
     own = {n.removeprefix(f"{slot['layer']}."): np.asarray(given[n], np.float64) for n in own_names(slot, kind, given)}
-    a, b = {"loha": _loha, "lokr": _lokr, "lokh": _lokh, "core": _core}[kind](own, *sides(slot))
+    if kind == "lokh":
+        a, b = _lokh(own, *chained(slot))
+        a, b = (b.T, a.T) if slot.get("layer_kind") == "embedding" else (a, b)
+    else:
+        a, b = {"loha": _loha, "lokr": _lokr, "core": _core}[kind](own, *sides(slot))
     return as_slot(slot, a, b)
 
 

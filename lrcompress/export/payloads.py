@@ -17,7 +17,7 @@ from ..adapt.loha import Adapter as LoHa
 from ..adapt.lokh import Adapter as LoKH
 from ..adapt.lokr import Adapter as LoKr
 from ..errors import PayloadError
-from ..expansions import KINDS, as_slot, sides
+from ..expansions import KINDS, as_slot, chained, sides
 from ..manifest import Manifest
 
 #: The layers that an adapter is for, by path: what the scale of a weight-decomposed one depends on.
@@ -90,7 +90,7 @@ def _nothing(slot: Mapping[str, Any], kind: str) -> dict[str, np.ndarray]:
     shapes: dict[str, dict[str, tuple[int, ...]]] = {
         "loha": {f"hada_w{i}_{ab}": s for i in (1, 2) for ab, s in zip("ab", flat, strict=True)},
         "lokr": {"lokr_w1": (1, 1), "lokr_w2_a": flat[0], "lokr_w2_b": flat[1]},
-        "lokh": {"lokh_1": (0, out, inner)},
+        "lokh": {"lokh_1": (0, *chained(slot))},
         "core": {"core_P": own[0], "core_Q": own[1]},
     }
     return {f"{slot['layer']}.{n}": np.zeros(s, np.float32) for n, s in shapes[kind].items()}
@@ -139,11 +139,6 @@ def _native(slot: Mapping[str, Any], adapter: BaseAdapter, where: object) -> dic
             a, b = second[0], second[1].flatten(1)
             found |= {"lokr_w2_a": b.T if turned else a, "lokr_w2_b": a.T if turned else b}
     elif isinstance(adapter, LoKH):
-        if turned:
-            raise PayloadError(
-                f"{where}: layer {slot['layer']}", "a kind that an embedding's slot takes", "lokh",
-                "expand it with 'lrcompress adapter convert --to lora'",
-            )  # fmt: skip
         found = {f"lokh_{i}": f if i > 1 else s * f for i, f in enumerate(adapter.factors, 1)}
     elif isinstance(adapter, Core):
         own = adapter.tensors()

@@ -153,7 +153,7 @@ def adapters(model: nn.Module, kind: str, options: dict, names=None) -> dict:
     made = {}
     for name in names or every_target(model):
         target = layer_target(model, name)
-        if takes(kind, target) and not (kind == "lokh" and target.kind == "embedding"):
+        if takes(kind, target):
             made[name] = fresh(kind, target, rank, 5.0, generator=g, **options)
             with torch.no_grad():
                 for p in made[name].parameters():
@@ -175,7 +175,7 @@ def test_a_payload_of_every_kind_is_the_adapter(kind, options, exported, tmp_pat
     session, model = Session(exported), network()
     before = session.run({"ids": IDS})["output"]
     made = adapters(model, kind, options)
-    assert len(made) == {"core": 4, "lokh": 11}.get(kind, 12)
+    assert len(made) == {"core": 4}.get(kind, 12)
     attach(model, "a", lambda name, _: made[name], list(made))
     expected = answers(model, IDS)
     assert np.abs(expected - before).max() > 2e-3
@@ -257,12 +257,27 @@ def test_a_decomposed_weight_has_no_slot_and_is_merged_instead(exported, tmp_pat
         payload_tensors(tmp_path, Session(exported).manifest)
 
 
-def test_lokh_on_an_embedding_is_refused_with_what_to_do(exported, tmp_path):
-    model = network()
-    made = {"embed": fresh("lokh", layer_target(model, "embed"), 1)}
-    write_adapter(tmp_path, made, maker="test", base=None, info={})
-    with pytest.raises(PayloadError, match="--to lora"):
-        payload_tensors(tmp_path, Session(exported).manifest)
+@pytest.mark.parametrize("kind", [k for k in kinds() if k != "core"])
+@pytest.mark.parametrize(("tokens", "width"), [(20, 12), (6, 16)])
+def test_a_table_that_looks_rows_up_runs_in_the_runtime(kind, tokens, width, tmp_path):
+    model = nn.Sequential(nn.Embedding(tokens, width)).eval()
+    opened = OpenedModel(None, "module", "", model, inputs=(InputSpec("input", "int64", ("batch", 5)),))
+    lrcompress.export(opened, slot_include=("*",), output=tmp_path / "e")
+    session, made = Session(tmp_path / "e"), adapters(model, kind, {"rank": 2})
+    attach(model, "a", lambda name, _: made[name], ["0"])
+    (tmp_path / "a").mkdir()
+    write_adapter(tmp_path / "a", made, maker="test", base=None, info={})
+    _, tensors = payload_tensors(tmp_path / "a", session.manifest)
+    ids = np.random.default_rng(0).integers(0, tokens, (3, 5))
+    before = session.run({"input": ids})["output"]
+    data = payload.build(tensors, manifest=session.manifest, kind=kind, encoding="f32")
+    session.swap(payload.parse(data))
+    np.testing.assert_allclose(session.run({"input": ids})["output"], answers(model, ids), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(answers(lrcompress.to_dense(model), ids), answers(model, ids), rtol=1e-4, atol=1e-5)
+    assert np.abs(session.run({"input": ids})["output"] - before).max() > 1e-2
+    turned = {n: np.swapaxes(v, -1, -2) for n, v in tensors.items()}
+    with pytest.raises(PayloadError, match="payload: 0"):  # the table's two sides are not alike
+        payload.build(turned, manifest=session.manifest, kind=kind, encoding="f32")
 
 
 def test_a_kind_without_slots_is_refused_with_what_to_do(tmp_path):
