@@ -22,7 +22,7 @@ import numpy as np
 from torch import nn
 
 from .. import payload as payloads
-from ..adapt._files import read_adapter
+from ..adapt._files import AdapterFolder, read_adapter
 from ..data import Data
 from ..errors import CommandError, LrcompressError, LrcompressWarning, ModelError
 from ..export.gates import outputs_agree
@@ -92,7 +92,7 @@ def export(
     module = copy.deepcopy(source.module)
     with progress.task("export", total=5) as advance:
         if merge is not None:
-            merge_adapter(module, read_adapter(_adapter_folder(merge, source.folder)))
+            merge_adapter(module, _of_base(read_adapter(_adapter_folder(merge, source.folder)), source.digest))
         digest = source.digest if merge is None else tensors_digest(state_of(module), module_layers(module))
         data = None if calib is None else for_model(calib, source.opened)
         trust = {"trust_pickle": trust_pickle, "trust_remote_code": trust_remote_code}
@@ -105,7 +105,7 @@ def export(
             shipped = (
                 []
                 if merge is not None or not report["slots"]
-                else _payloads(stage, _adapters(adapters, source.folder), digest, module)
+                else _payloads(stage, _adapters(adapters, source.folder, digest), module)
             )
             report["payloads"] = [{"path": str(dest / "payloads" / p.name), "bytes": p.stat().st_size} for p in shipped]
             advance(1, "payloads")
@@ -296,22 +296,34 @@ def _adapter_folder(name: str | Path, folder: Path | None) -> Path:
     )
 
 
-def _adapters(given: Sequence[str | Path] | None, folder: Path | None) -> list[Path]:
+def _of_base(found: AdapterFolder, digest: str) -> AdapterFolder:
+    """Return an adapter, unless it records that it was trained on another base."""
+    if found.base is not None and found.base != digest:
+        expected, got = f"an adapter for the base {digest[:12]}", f"one for {found.base[:12]}"
+        raise ModelError(found.path, expected, got, "use the base it was made for")
+    return found
+
+
+def _adapters(given: Sequence[str | Path] | None, folder: Path | None, digest: str) -> list[Path]:
+    """Return the adapters that were asked for, or those beside the checkpoint that belong to it; say which do not."""
     if given is not None:
         return [_adapter_folder(a, folder) for a in given]
     if folder is None or not (folder.parent / "adapters").is_dir():
         return []
-    return sorted(p for p in (folder.parent / "adapters").iterdir() if (p / "adapter_config.json").is_file())
+    found = []
+    for path in sorted(p for p in (folder.parent / "adapters").iterdir() if (p / "adapter_config.json").is_file()):
+        if read_adapter(path).base == digest:
+            found.append(path)
+        else:
+            warnings.warn(f"{path} was trained on another base: not shipped", LrcompressWarning, stacklevel=3)
+    return found
 
 
-def _payloads(stage: Path, adapters: Sequence[Path], digest: str, module: nn.Module) -> list[Path]:
-    """Write the payload of every adapter that belongs to this base; say which do not."""
+def _payloads(stage: Path, adapters: Sequence[Path], module: nn.Module) -> list[Path]:
+    """Write the payload of every adapter. Raises `PayloadError` for one of another base."""
     manifest = Manifest.load(stage)
     out = []
     for folder in adapters:
-        if read_adapter(folder).base != digest:
-            warnings.warn(f"{folder} was trained on another base: not shipped", LrcompressWarning, stacklevel=3)
-            continue
         kind, tensors = payload_tensors(folder, manifest, lambda name: wrap_dense(module, name))
         bare = payloads.build(tensors, manifest=manifest, kind=kind, encoding="f32")
         session = Session(stage, threads=1, manifest=manifest, verify=False)
