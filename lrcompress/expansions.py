@@ -19,8 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from .manifest import slot_inputs
-
 #: Kind -> the kind of slot it fills.
 KINDS = {"lora": "lora", "loha": "lora", "lokr": "lora", "lokh": "lora", "core": "core", "dora": "dora"}
 #: Those that bring the slot's own A and B.
@@ -38,7 +36,8 @@ Tensors = Mapping[str, np.ndarray]
 def own_names(slot: Mapping[str, Any], kind: str, given: Tensors) -> frozenset[str]:
     """Return the tensors that `kind` brings for one slot: the variant that fits what is there best."""
     if kind in _PAIRS:
-        return frozenset(t["name"] for t in slot_inputs(slot))
+        scale = (slot["scale"]["name"],) if "scale" in slot else ()
+        return frozenset((*(t["name"] for t in slot["tensors"]), *scale))
     variants = [frozenset(f"{slot['layer']}.{n}" for n in names) for names in _SETS[kind]]
     here = frozenset().union(*variants) & given.keys()
     return min(variants, key=lambda names: (len(names ^ here), len(names)))
