@@ -1,11 +1,14 @@
 """From what a payload ships to what a slot takes: every kind's own factors, expanded exactly to a low-rank pair.
 
-    lora  the slot's own A and B                    core  R, or P and Q with R = P Q, between the factors of a layer
+    lora  the slot's own A and B                    core  R, or P and Q with R = P Q, between the factors of a layer,
+                                                          of a grouped convolution one per group: (groups, …)
     loha  (B₁A₁)∘(B₂A₂) = (B₁•B₂)(A₁⊙A₂)            lokr  W₁⊗(a b) = (W₁⊗a)(I⊗b) = (I⊗a)(W₁⊗b), the shorter one
     lokh  Σ A₁⊙A₂⊙…: no low rank, so ΔW and an identity
+    dora  s∘(W + B A): the slot's own A and B, s folded into B, and s, which the slot multiplies W x by
 
 Scaling is folded in before. Tensors of a kind are called `<layer>.<name>` and have the shape of the stored weight that
-the slot implies, (out, in·kernel). A layer that is left alone has rank 0.
+the slot implies, (out, in·kernel): of an embedding, whose slot looks rows up, the transposed table's. Only LoKH, a chain
+over the rows of the table, ships that of the table itself. A layer that is left alone has rank 0.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ from typing import Any
 import numpy as np
 
 #: Kind -> the kind of slot it fills.
-KINDS = {"lora": "lora", "loha": "lora", "lokr": "lora", "lokh": "lora", "core": "core"}
+KINDS = {"lora": "lora", "loha": "lora", "lokr": "lora", "lokh": "lora", "core": "core", "dora": "dora"}
+#: Those that bring the slot's own A and B.
+_PAIRS = ("lora", "dora")
 _LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _SETS: dict[str, tuple[frozenset[str], ...]] = {
     "loha": (frozenset(_LOHA),),
@@ -30,8 +35,9 @@ Tensors = Mapping[str, np.ndarray]
 
 def own_names(slot: Mapping[str, Any], kind: str, given: Tensors) -> frozenset[str]:
     """Return the tensors that `kind` brings for one slot: the variant that fits what is there best."""
-    if kind == "lora":
-        return frozenset(t["name"] for t in slot["tensors"])
+    if kind in _PAIRS:
+        scale = (slot["scale"]["name"],) if "scale" in slot else ()
+        return frozenset((*(t["name"] for t in slot["tensors"]), *scale))
     variants = [frozenset(f"{slot['layer']}.{n}" for n in names) for names in _SETS[kind]]
     here = frozenset().union(*variants) & given.keys()
     return min(variants, key=lambda names: (len(names ^ here), len(names)))
@@ -43,21 +49,31 @@ def sides(slot: Mapping[str, Any]) -> tuple[int, int]:
     return (int(b[0]), math.prod(a[1:])) if slot["op"] == "conv" else (int(b[1]), int(a[0]))
 
 
+def chained(slot: Mapping[str, Any]) -> tuple[int, int]:
+    """Return (rows, columns) of what a LoKH of the slot multiplies up to."""
+    out, inner = sides(slot)
+    return (inner, out) if slot.get("layer_kind") == "embedding" else (out, inner)
+
+
 def rank_of(slot: Mapping[str, Any], kind: str, given: Tensors) -> int:
     """Return the rank that the slot will take. Raises `ValueError` where the tensors do not fit the slot."""
     out, inner = sides(slot)
-    if kind == "lora":
+    if kind in _PAIRS:
+        if "scale" in slot:
+            _exactly(given, slot["scale"]["name"], (out,))
         return _rank(given, [(t["name"], tuple(t["shape"])) for t in slot["tensors"]])
     own = {n.removeprefix(f"{slot['layer']}."): given[n] for n in own_names(slot, kind, given)}
     if kind == "loha":
         return _rank(own, list(zip(_LOHA, ((out, "r"), ("r", inner), (out, "r"), ("r", inner)), strict=True))) ** 2
     if kind == "core":
+        groups = int(slot.get("groups", 1))
+        each, r = out // groups, (groups,) if groups > 1 else ()
         if "core_R" in own:
-            _exactly(own, "core_R", (out, out))
+            _exactly(own, "core_R", (*r, each, each))
             return out
-        return _rank(own, [("core_P", (out, "r")), ("core_Q", ("r", out))])
+        return groups * _rank(own, [("core_P", (*r, each, "r")), ("core_Q", (*r, "r", each))])
     if kind == "lokh":
-        return _lokh_rank(own, out, inner)
+        return _lokh_rank(own, *chained(slot))
     return _lokr_rank(slot, own, out, inner)
 
 
@@ -114,10 +130,14 @@ def _lokh_rank(own: Tensors, out: int, inner: int) -> int:
 
 def expand(slot: Mapping[str, Any], kind: str, given: Tensors) -> list[np.ndarray]:
     """Return [A, B] as the slot takes them. Call `rank_of` first: what it accepts always expands."""
-    if kind == "lora":
+    if kind in _PAIRS:
         return [given[t["name"]] for t in slot["tensors"]]
     own = {n.removeprefix(f"{slot['layer']}."): np.asarray(given[n], np.float64) for n in own_names(slot, kind, given)}
-    a, b = {"loha": _loha, "lokr": _lokr, "lokh": _lokh, "core": _core}[kind](own, *sides(slot))
+    if kind == "lokh":
+        a, b = _lokh(own, *chained(slot))
+        a, b = (b.T, a.T) if slot.get("layer_kind") == "embedding" else (a, b)
+    else:
+        a, b = {"loha": _loha, "lokr": _lokr, "core": _core}[kind](own, *sides(slot))
     return as_slot(slot, a, b)
 
 
@@ -160,6 +180,15 @@ def _lokh(own: Tensors, out: int, inner: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _core(own: Tensors, out: int, inner: int) -> tuple[np.ndarray, np.ndarray]:
-    if "core_R" in own:
-        return own["core_R"], np.eye(out)
-    return own["core_Q"], own["core_P"]
+    """R, or P and Q, those of groups along the diagonal."""
+    whole = {n: v if v.ndim == 2 else _block_diagonal(v) for n, v in own.items()}
+    if "core_R" in whole:
+        return whole["core_R"], np.eye(out)
+    return whole["core_Q"], whole["core_P"]
+
+
+def _block_diagonal(blocks: np.ndarray) -> np.ndarray:
+    groups, rows, columns = blocks.shape
+    found = np.zeros((groups, rows, groups, columns), blocks.dtype)
+    found[np.arange(groups), :, np.arange(groups)] = blocks
+    return found.reshape(groups * rows, groups * columns)

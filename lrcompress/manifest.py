@@ -34,6 +34,11 @@ _CONTRACT = ("layer", "kind", "op", "tensors", "r_min", "r_max")
 _TENSOR_KEYS = {"name", "dtype", "shape", "rank_symbol", "rank_axis"}
 
 
+def slot_inputs(slot: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what a slot offers as inputs: its two tensors, and its scale where it has one."""
+    return [*slot["tensors"], *([slot["scale"]] if "scale" in slot else [])]
+
+
 def is_sha256(value: object) -> bool:
     """Tell whether `value` is a lower-case hex SHA-256."""
     return isinstance(value, str) and _SHA.fullmatch(value) is not None
@@ -194,7 +199,7 @@ class Manifest:
     @cached_property
     def slot_tensors(self) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
         """Tensor name -> (its entry, its slot)."""
-        return {t["name"]: (t, s) for s in self.slots for t in s["tensors"]}
+        return {t["name"]: (t, s) for s in self.slots for t in slot_inputs(s)}
 
     def to_bytes(self) -> bytes:
         return canonical_json(self.raw)
@@ -277,7 +282,7 @@ def _check(raw: Any, where: object) -> None:
     need(isinstance(raw.get("slots"), list), "slots", "a list")
     for i, slot in enumerate(raw["slots"]):
         _check_slot(slot, f"{where}: slots[{i}]")
-    names = [t["name"] for s in raw["slots"] for t in s["tensors"]]
+    names = [t["name"] for s in raw["slots"] for t in slot_inputs(s)]
     need(len(set(names)) == len(names), "slots", "different tensor names")
     need(len({(s["layer"], s["kind"]) for s in raw["slots"]}) == len(raw["slots"]), "slots", "different layers")
 
@@ -306,7 +311,8 @@ def _check_slot(slot: Any, where: str) -> None:
 
     need(isinstance(slot, dict) and set(_CONTRACT) <= slot.keys(), f"an object with {', '.join(_CONTRACT)}")
     need(isinstance(slot["layer"], str) and slot["layer"], "a layer name")
-    need(slot["kind"] in ("lora", "core") and slot["op"] in ("linear", "conv"), "kind lora or core, op linear or conv")
+    kinds = ("lora", "core", "dora")
+    need(slot["kind"] in kinds and slot["op"] in ("linear", "conv"), "kind lora, core or dora, op linear or conv")
     need(_count(slot["r_min"]) and _count(slot["r_max"]) and slot["r_min"] <= slot["r_max"], "0 <= r_min <= r_max")
     need(_count(slot.get("default_rank", 0)) and slot.get("default_rank", 0) <= 1, "default_rank 0 or 1")
     tensors = slot["tensors"]
@@ -337,3 +343,7 @@ def _check_slot(slot: Any, where: str) -> None:
             "A (r, in, *k) and B (out, r, 1…)",
         )
         need(set(b["shape"][2:]) == {1}, "a 1x1 kernel for B")
+    # It follows from the rest of the contract, so that `slots_id` need not name it.
+    outputs = b["shape"][1 if slot["op"] == "linear" else 0]
+    scale = {"name": f"{slot['layer']}.dora_s", "dtype": b["dtype"], "shape": [outputs]}
+    need(slot.get("scale") == (scale if slot["kind"] == "dora" else None), "a scale of every output for kind dora only")

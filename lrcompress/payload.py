@@ -90,6 +90,9 @@ class Payload:
                 if 0 in value.shape and slot.get("default_rank", 0):
                     value = np.zeros([slot["default_rank"] if isinstance(d, str) else d for d in spec["shape"]])
                 out[spec["name"]] = np.ascontiguousarray(value, dtype=spec["dtype"])
+            if "scale" in slot:
+                name = slot["scale"]["name"]
+                out[name] = np.ascontiguousarray(self.tensors[name], dtype=slot["scale"]["dtype"])
         return out
 
 

@@ -3,7 +3,8 @@
 It acts where the activation has passed the first factors and not yet the last: after V of an SVD, the core of
 Tucker-2, the first filters of a spatial pair, the kept rows of a pivoted layer, the first factor of CP, between the
 terms of a Kronecker sum, at the last bond of a tensor train. Other forms have no such place (`why_none`). R is whole, (r, r), or R = P Q with
-P (r, k) and Q (k, r); at rank k ≥ r it is whole. R has no meaning on other factors: bind it to a digest of them.
+P (r, k) and Q (k, r); at rank k ≥ r it is whole. A grouped convolution has a core per group: R (groups, r, r), P and Q
+likewise. R has no meaning on other factors: bind it to a digest of them.
 
 Source: the maths is that of LoRA-XS, Bałazy et al., arXiv 2405.17604, with the layer's own factors as the frozen sides.
 """
@@ -45,7 +46,9 @@ class Position:
     folded: bool = False
 
     def turned(self, matrix: Tensor, tail: Tensor) -> Tensor:
-        """Return `matrix` (r, r) multiplied into the core's axis of the factor."""
+        """Return `matrix` (r, r), or one per group (groups, r, r), multiplied into the core's axis of the factor."""
+        if matrix.dim() == 3:
+            return torch.einsum("gij,gj...->gi...", matrix.to(tail.dtype), tail)
         moved: Tensor = torch.tensordot(matrix.to(tail.dtype), tail.movedim(self.axis, 0), 1)
         return moved.movedim(0, self.axis)
 
@@ -60,6 +63,20 @@ def _up(f: Mapping[str, Tensor], z: Tensor, t: Target) -> Tensor:
     if t.kind == "embedding":
         return z @ f["V"]
     return F.linear(z, f["U"]) if t.kind == "linear" else pointwise(z, f["U"])
+
+
+def _grouped_down(f: Mapping[str, Tensor], x: Tensor, t: Target) -> Tensor:
+    return t.apply(x, f["V"].flatten(0, 1))
+
+
+def _grouped_up(f: Mapping[str, Tensor], z: Tensor, t: Target) -> Tensor:
+    return _by_group(z, f["U"])
+
+
+def _by_group(z: Tensor, matrices: Tensor) -> Tensor:
+    """Apply `matrices` (groups, out, in) to the channels of z (batch, groups·in, *space), each to those of its group."""
+    kernel = matrices.flatten(0, 1).reshape(-1, matrices.shape[2], *(1,) * (z.dim() - 2))
+    return convolve(z, kernel, ConvGeometry.default(z.dim() - 2), len(matrices))
 
 
 def _tucker_down(f: Mapping[str, Tensor], x: Tensor, t: Target) -> Tensor:
@@ -145,6 +162,7 @@ POSITIONS: dict[str, Position] = {
     "shared": _FACTORS,
     "als": _FACTORS,
     "nmf": _FACTORS,
+    "grouped_svd": Position("V", _grouped_down, _grouped_up, axis=1, layers=frozenset({"conv"})),
     "tucker": Position("core", _tucker_down, lambda f, z, t: pointwise(z, f["O"])),
     "pivoted_tucker": Position("core", _pivoted_tucker_down, _pivoted_up),
     "spatial_svd": Position("first", _spatial_svd_down, _spatial_up),
@@ -161,12 +179,11 @@ _WITHOUT = {
     "dense": "the layer is not factorized",
     "hadamard": _REBUILT,
     "khatri_rao": _REBUILT,
-    "grouped_svd": "every group has a middle of its own, and a whole matrix between them would mix the groups",
 }
 
 
 def core_size(form_name: str, factors: Mapping[str, Tensor], layer_kind: str) -> int:
-    """Return r of a layer whose chain has a core, else 0."""
+    """Return r of a layer whose chain has a core, that of one group where there are several; else 0."""
     position = POSITIONS.get(form_name)
     if position is None or layer_kind not in position.layers:
         return 0
@@ -188,13 +205,18 @@ _WEAKEST = 1e-3
 
 
 def metric_of(base: Base) -> tuple[Tensor, Tensor]:
-    """Return (left, right), (r, r) each: for R = left · R' · right, ‖ΔW‖ = ‖R'‖·‖W‖/√r.
+    """Return (left, right), shaped like R: for R = left · R' · right, ‖ΔW‖ = ‖R'‖·‖W‖/√r, r the rows of all groups.
 
     In the layer's own gauge some components of the core move the weight a thousand times further than others (the
     kept rows of a pivoted layer nearly depend on each other); a step of an optimizer should move it as far along all.
     """
     position = POSITIONS[base.form]
     factors = {k: v.detach().double() if v.is_floating_point() else v for k, v in base.factors.items()}
+    if base.form == "grouped_svd":
+        u, v = factors["U"], factors["V"].flatten(2)
+        size = float((u @ v).norm()) / math.sqrt(u.shape[0] * u.shape[2])
+        left, right = (torch.stack([_inverse_root(g) for g in grams]) for grams in (u.mT @ u, v @ v.mT))
+        return size * left, right
     tail = factors[position.tail].movedim(position.axis, 0)
     rows, r = tail.flatten(1), len(tail)
 
@@ -237,15 +259,16 @@ class Adapter(BaseAdapter):
     def fresh(self, generator: torch.Generator | None) -> dict[str, Tensor]:
         if self.core < 1:
             raise ValueError("expected a layer whose factors have a core, got none")
-        r, k = self.core, self.rank
-        if k >= r:
-            return {"core_R": torch.zeros(r, r)}
-        bound = 1 / math.sqrt(r)
-        return {"core_P": torch.zeros(r, k), "core_Q": torch.empty(k, r).uniform_(-bound, bound, generator=generator)}
+        shapes = self.shapes({"core_R": ()} if self.rank >= self.core else {})
+        found = {name: torch.zeros(shape) for name, shape in shapes.items()}
+        if "core_Q" in found:
+            bound = 1 / math.sqrt(self.core)
+            found["core_Q"].uniform_(-bound, bound, generator=generator)
+        return found
 
     def shapes(self, given: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-        r, k = self.core, self.rank
-        return {"core_R": (r, r)} if "core_R" in given else {"core_P": (r, k), "core_Q": (k, r)}
+        r, k, own = self.core, self.rank, (self.groups,) if self.groups > 1 else ()
+        return {"core_R": (*own, r, r)} if "core_R" in given else {"core_P": (*own, r, k), "core_Q": (*own, k, r)}
 
     def chain(self) -> list[Tensor]:
         """Return the matrices whose product, last first, is R: R itself, or Q and P."""
@@ -274,7 +297,7 @@ class Adapter(BaseAdapter):
         self.metric = None
 
     def matrix(self) -> Tensor:
-        """Return s·R, (r, r)."""
+        """Return s·R, (r, r), or (groups, r, r)."""
         first, *rest = self.chain()
         return self.scaling * (rest[0] @ first if rest else first)
 
@@ -285,7 +308,10 @@ class Adapter(BaseAdapter):
         if target.kind == "embedding":
             parts = [p.T for p in reversed(parts)]
         for p in parts:
-            z = F.linear(z, p) if target.kind in ("linear", "embedding") else pointwise(z, p)
+            if p.dim() == 3:
+                z = _by_group(z, p)
+            else:
+                z = F.linear(z, p) if target.kind in ("linear", "embedding") else pointwise(z, p)
         return z
 
     def moved(self, base: Base, weight: float = 1.0) -> dict[str, Tensor]:
@@ -305,13 +331,16 @@ class Adapter(BaseAdapter):
         return delta
 
     def expand(self, base: Base | None = None) -> tuple[Tensor, Tensor]:
-        """On U V it is B = U R, A = V; other forms have no such pair of matrices."""
+        """On U V it is B = U R, A = V, group by group; other forms have no such pair of matrices."""
         delta = self.plain_delta(base)
         assert base is not None
         if set(base.factors) != {"U", "V"}:
             return as_full_rank(delta)
         u, v = base.factors["U"], base.factors["V"]
-        return v, u @ self.matrix().to(u.dtype)
+        turned = u @ self.matrix().to(u.dtype)
+        if turned.dim() == 3:
+            return v.flatten(0, 1), torch.block_diag(*turned)  # type: ignore[no-untyped-call]
+        return v, turned
 
     def forward(self, x: Tensor, target: Target) -> Tensor:
         raise RuntimeError("a core adapter acts between the factors: the layer calls `shift`")
@@ -323,4 +352,4 @@ class Adapter(BaseAdapter):
     @classmethod
     def n_params(cls, weight_shape: tuple[int, ...], rank: int, **options: Any) -> int:
         r = int(options["core"])
-        return r * r if rank >= r else 2 * r * rank
+        return int(options.get("groups", 1)) * (r * r if rank >= r else 2 * r * rank)

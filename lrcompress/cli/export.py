@@ -15,7 +15,8 @@ from .output import Result, Shell, common, human_bytes
 @click.option("--target", default="onnx", show_default=True, help="What to write: onnx.")
 @click.option(
     "--slots",
-    help="Adapter slots to wire: lora (which also serves LoHa, LoKr, LoKH), core, both as lora,core, or none.  "
+    help="Adapter slots to wire: lora (which also serves LoHa, LoKr, LoKH), core, dora (for LoRA with "
+    "magnitudes), several as lora,core, or none.  "
     "[default: lora, and core where layers are factorized]",
 )
 @click.option("--slot-include", multiple=True, metavar="GLOB", help="Only layers whose path matches get a slot.")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..model import InputSpec, OpenedModel
 from .cleaning import drop_zero_biases
-from .slots import CORE_SLOT, SLOT
+from .slots import CORE_SLOT, DORA_SLOT, SLOT
 
 OPSET = 20
 _ROOT = "network."
@@ -131,10 +131,9 @@ def _rename(graph: onnx.GraphProto, first: Mapping[str, str]) -> None:
     used = {t.name for t in graph.initializer}
     # The exporter calls a tied tensor by any of its names.
     own = {n: first[n] if n in first and first[n] not in used else n for n in used}
-    names = {
-        n: own[n].removeprefix(_ROOT).replace(f".adapters.{SLOT}.", ".").replace(f".adapters.{CORE_SLOT}.", ".")
-        for n in used
-    }
+    names = {n: own[n].removeprefix(_ROOT) for n in used}
+    for slot in (SLOT, CORE_SLOT, DORA_SLOT):
+        names = {n: bare.replace(f".adapters.{slot}.", ".") for n, bare in names.items()}
     taken = {o for n in graph.node for o in n.output} | {i.name for i in graph.input}
     clash = sorted(set(names.values()) & taken)
     if len(set(names.values())) != len(names) or clash:
@@ -164,13 +163,13 @@ def _strip(model: onnx.ModelProto) -> None:
 def store_external(model: onnx.ModelProto, data_name: str) -> bytes:
     """Move every initializer with elements into one byte string (aligned to 4096); the graph points at `data_name`.
 
-    Slot defaults have no elements and stay in the graph. Tiny shape constants stay too: the runtime reads them while
+    Slot defaults stay in the graph: they are no constants. Tiny shape constants stay too: the runtime reads them while
     it builds the graph.
     """
-    blob = bytearray()
+    blob, slots = bytearray(), {i.name for i in model.graph.input}
     for t in sorted(model.graph.initializer, key=lambda t: t.name):
         array = numpy_helper.to_array(t)
-        if array.size == 0 or (array.dtype.kind in "iub" and array.nbytes < 256 and array.ndim <= 1):
+        if array.size == 0 or t.name in slots or (array.dtype.kind in "iub" and array.nbytes < 256 and array.ndim <= 1):
             continue
         blob.extend(b"\0" * (-len(blob) % 4096 if array.nbytes >= 4096 else -len(blob) % 64))
         raw = np.ascontiguousarray(array).tobytes()

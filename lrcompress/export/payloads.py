@@ -2,47 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from ..adapt import BaseAdapter, Target
+from ..adapt import Base, BaseAdapter, Target
 from ..adapt._files import read_adapter
 from ..adapt.core import Adapter as Core
 from ..adapt.loha import Adapter as LoHa
 from ..adapt.lokh import Adapter as LoKH
 from ..adapt.lokr import Adapter as LoKr
 from ..errors import PayloadError
-from ..expansions import KINDS, as_slot, sides
+from ..expansions import KINDS, as_slot, chained, sides
 from ..manifest import Manifest
 
+#: The layers that an adapter is for, by path: what the scale of a weight-decomposed one depends on.
+Bases = Callable[[str], Base]
 
-def payload_tensors(adapter_dir: Path, manifest: Manifest) -> tuple[str, dict[str, np.ndarray]]:
+
+def payload_tensors(
+    adapter_dir: Path, manifest: Manifest, base: Bases | None = None
+) -> tuple[str, dict[str, np.ndarray]]:
     """Return (kind, tensors by payload name) of the adapter in `adapter_dir`, scaling folded in.
 
     Every slot of the kind gets its tensors; a layer that the adapter does not touch gets rank 0. Raises `PayloadError`
     for an adapter of another base, of a kind without slots, or of a layer without one.
     """
-    slots = {s["layer"]: s for s in manifest.slots if s["kind"] == "lora"}
+    slots = {s["layer"]: s for s in manifest.slots if s["kind"] in ("lora", "dora")}
     folder = read_adapter(adapter_dir, {n: _target(s) for n, s in slots.items()} or None)
     if folder.base is not None and folder.base != manifest.factors_digest:
         raise PayloadError(
             adapter_dir, f"an adapter for the base {manifest.factors_digest[:12]}", f"one for {folder.base[:12]}",
             "train it on this compressed model, or export the one it was trained on",
         )  # fmt: skip
-    return folder.kind, tensors_for(folder.adapters, manifest, where=adapter_dir)
+    return tensors_for(folder.adapters, manifest, where=adapter_dir, base=base)
 
 
-def tensors_for(adapters: Mapping[str, BaseAdapter], manifest: Manifest, *, where: object) -> dict[str, np.ndarray]:
-    """Return the payload tensors of `adapters`, which are of one kind."""
+def tensors_for(
+    adapters: Mapping[str, BaseAdapter], manifest: Manifest, *, where: object, base: Bases | None = None
+) -> tuple[str, dict[str, np.ndarray]]:
+    """Return the payload's kind and tensors of `adapters`, which are of one kind: dora where any is weight-decomposed."""
     kind = next(iter(adapters.values())).kind
+    if any(a.magnitude is not None for a in adapters.values()):
+        kind = "dora"
     slots = {s["layer"]: s for s in manifest.slots if s["kind"] == KINDS[kind]}
     homeless = sorted(set(adapters) - set(slots))
     if homeless:
         remedy = "export with slots for it" if slots else f"export with --slots {KINDS[kind]}"
+        remedy += ", or bake it in with --merge" if kind == "dora" else ""
         raise PayloadError(f"{where}: layer {homeless[0]}", "a layer that has a slot", "none", remedy)
     tensors: dict[str, np.ndarray] = {}
     for layer, slot in slots.items():
@@ -50,17 +61,12 @@ def tensors_for(adapters: Mapping[str, BaseAdapter], manifest: Manifest, *, wher
         if adapter is None:
             tensors |= _nothing(slot, kind)
             continue
-        if adapter.magnitude is not None:
-            raise PayloadError(
-                f"{where}: layer {layer}", "a correction that does not depend on the weight", "a weight decomposition",
-                "bake it in with --merge",
-            )  # fmt: skip
         expected = _target(slot).shape
-        shape = (adapter.core, adapter.core) if adapter.in_core else adapter.weight_shape
+        shape = (adapter.core * adapter.groups,) * 2 if adapter.in_core else adapter.weight_shape
         if shape != (expected[:2] if adapter.in_core else expected):
             raise PayloadError(f"{where}: layer {layer}", f"a weight of shape {expected}", shape)
-        tensors |= _native(slot, adapter, where)
-    return tensors
+        tensors |= _scaled(slot, adapter, where, base) if kind == "dora" else _native(slot, adapter, where)
+    return kind, tensors
 
 
 def _target(slot: Mapping[str, Any]) -> Target:
@@ -75,17 +81,39 @@ def _target(slot: Mapping[str, Any]) -> Target:
 def _nothing(slot: Mapping[str, Any], kind: str) -> dict[str, np.ndarray]:
     """Return the tensors of a layer that is left alone."""
     out, inner = sides(slot)
-    if kind == "lora":
+    if kind in ("lora", "dora"):
         empty = {t["name"]: [0 if isinstance(d, str) else d for d in t["shape"]] for t in slot["tensors"]}
-        return {n: np.zeros(s, t["dtype"]) for (n, s), t in zip(empty.items(), slot["tensors"], strict=True)}
-    flat = ((out, 0), (0, inner))
+        pair = {n: np.zeros(s, t["dtype"]) for (n, s), t in zip(empty.items(), slot["tensors"], strict=True)}
+        return pair if kind == "lora" else {**pair, slot["scale"]["name"]: np.ones(out, slot["scale"]["dtype"])}
+    flat, groups = ((out, 0), (0, inner)), int(slot.get("groups", 1))
+    own = flat if groups == 1 else ((groups, out // groups, 0), (groups, 0, inner // groups))
     shapes: dict[str, dict[str, tuple[int, ...]]] = {
         "loha": {f"hada_w{i}_{ab}": s for i in (1, 2) for ab, s in zip("ab", flat, strict=True)},
         "lokr": {"lokr_w1": (1, 1), "lokr_w2_a": flat[0], "lokr_w2_b": flat[1]},
-        "lokh": {"lokh_1": (0, out, inner)},
-        "core": {"core_P": flat[0], "core_Q": flat[1]},
+        "lokh": {"lokh_1": (0, *chained(slot))},
+        "core": {"core_P": own[0], "core_Q": own[1]},
     }
     return {f"{slot['layer']}.{n}": np.zeros(s, np.float32) for n, s in shapes[kind].items()}
+
+
+def _scaled(slot: Mapping[str, Any], adapter: BaseAdapter, where: object, base: Bases | None) -> dict[str, np.ndarray]:
+    """Return s = m/‖W + ΔW‖ of every output, and ΔW's two factors with s folded into the second; s = 1 without m."""
+    here, turned = f"{where}: layer {slot['layer']}", slot.get("layer_kind") == "embedding"
+    a, b = (t.detach().double().flatten(1) for t in adapter.expand())
+    a, b = (b.T, a.T) if turned else (a, b)
+    scale = torch.ones(len(b), dtype=torch.float64)
+    if adapter.magnitude is not None:
+        if adapter.magnitude_axis != adapter.target.output_axis:
+            raise PayloadError(here, "a magnitude per output, which a slot scales", "one per input", "use --merge")
+        if base is None:
+            raise PayloadError(
+                here, "the weights, which the scale of a weight-decomposed adapter depends on", "an adapter alone",
+                "publish the payload that 'lrcompress export --slots dora --adapter NAME' writes",
+            )  # fmt: skip
+        scale = adapter.gain(base(slot["layer"])).detach().double().flatten()
+    pair = as_slot(slot, a.numpy(), (scale[:, None] * b).numpy())
+    found = dict(zip((t["name"] for t in slot["tensors"]), pair, strict=True)) | {slot["scale"]["name"]: scale.numpy()}
+    return {n: np.ascontiguousarray(v.astype(slot["scale"]["dtype"])) for n, v in found.items()}
 
 
 def _native(slot: Mapping[str, Any], adapter: BaseAdapter, where: object) -> dict[str, np.ndarray]:
@@ -111,11 +139,6 @@ def _native(slot: Mapping[str, Any], adapter: BaseAdapter, where: object) -> dic
             a, b = second[0], second[1].flatten(1)
             found |= {"lokr_w2_a": b.T if turned else a, "lokr_w2_b": a.T if turned else b}
     elif isinstance(adapter, LoKH):
-        if turned:
-            raise PayloadError(
-                f"{where}: layer {slot['layer']}", "a kind that an embedding's slot takes", "lokh",
-                "expand it with 'lrcompress adapter convert --to lora'",
-            )  # fmt: skip
         found = {f"lokh_{i}": f if i > 1 else s * f for i, f in enumerate(adapter.factors, 1)}
     elif isinstance(adapter, Core):
         own = adapter.tensors()

@@ -58,9 +58,12 @@ class FactorizedLayer(nn.Module):
         """Attach an adapter under `name` and make it take part with `weight`."""
         if adapter.weight_shape != self.shape:
             raise ValueError(f"adapter {name!r}: expected shape {self.shape}, got {adapter.weight_shape}")
-        if adapter.in_core and adapter.core != self.target.core:
-            got = self.target.core or f"none ({self.form}: {why_none(self.form, self.layer_kind)})"
-            raise ValueError(f"adapter {name!r}: expected a layer with a core of {adapter.core}, got {got}")
+        target = self.target
+        if adapter.in_core and (adapter.core, adapter.groups) != (target.core, target.groups):
+            got = _core_words(target.core, target.groups) if target.core else "none"
+            got += "" if target.core else f" ({self.form}: {why_none(self.form, self.layer_kind)})"
+            wanted = _core_words(adapter.core, adapter.groups)
+            raise ValueError(f"adapter {name!r}: expected a layer with a core of {wanted}, got {got}")
         self.adapters[name] = adapter
         self.active[name] = weight
 
@@ -276,6 +279,10 @@ class FactorizedEmbedding(FactorizedLayer):
         plain = nn.Embedding(self.shape[0], self.shape[1], padding_idx=self.padding_idx)
         weight = self.merged_weight().detach()
         return _filled(plain, weight if self.bias is None else weight + self.bias.detach(), None)
+
+
+def _core_words(core: int, groups: int) -> str:
+    return f"{core}" if groups == 1 else f"{core} in each of {groups} groups"
 
 
 def _walk(

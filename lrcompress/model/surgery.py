@@ -275,13 +275,17 @@ def factorized_layers(model: nn.Module) -> Iterator[tuple[str, FactorizedLayer]]
             yield name, module
 
 
-def adaptable_layers(model: nn.Module) -> list[str]:
-    """Return the paths of the layers that may carry an adapter: linear and ungrouped convolutions, factorized or not."""
+def adaptable_layers(model: nn.Module, *, cores: bool = False) -> list[str]:
+    """Return the paths of the layers that may carry an adapter: linear and ungrouped convolutions, factorized or not.
+
+    `cores`: and grouped ones whose factors have a core.
+    """
     names = []
     dense = {layer.name: layer for layer in find_layers(model)}
     for name, module in model.named_modules():
         if isinstance(module, FactorizedLayer):
-            if module.layer_kind != "embedding" and getattr(module, "groups", 1) == 1:
+            ungrouped = getattr(module, "groups", 1) == 1
+            if module.layer_kind != "embedding" and (ungrouped or (cores and module.target.core)):
                 names.append(name)
         elif name in dense and dense[name].kind not in ("embedding", "grouped") and dense[name].reason is None:
             names.append(name)

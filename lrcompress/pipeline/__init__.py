@@ -44,7 +44,8 @@ def run(
 
 
 def _run(recipe: Recipe, folder: Path, progress: Progress) -> dict[str, Any]:
-    total = 6 + len(recipe.updates) + (recipe.model.train is not None) + (recipe.recover.train == "both")
+    part = recipe.recover
+    total = 5 + len(recipe.updates) + (recipe.model.train is not None) + part.rebases + part.corrects
     store = Store(folder, progress, total)
     context = steps.Context(recipe, store, progress)
     _record(recipe, store, complete=False)

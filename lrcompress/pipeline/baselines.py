@@ -8,14 +8,14 @@ from typing import Any
 
 from .. import api
 from ..data import Data
-from .steps import Context, adapter_folder, model_name, runtime_bytes
+from .steps import Context, adapter_folders, model_name, runtime_bytes
 from .store import Stage
 
 #: Attempts to meet the bytes of factors plus adapter, and how close below counts as met.
 _EQUAL_TRIES, _EQUAL_CLOSE = 4, 0.01
 
 
-def baselines(context: Context, compressed: Stage, recovered: Stage, exported: Stage) -> Stage:
+def baselines(context: Context, compressed: Stage, recovered: Stage | None, exported: Stage) -> Stage:
     """Export what the shipped model must be compared with, every one as a folder a device could be given."""
     inputs = {
         "model": context.model_key,
@@ -34,7 +34,7 @@ def baselines(context: Context, compressed: Stage, recovered: Stage, exported: S
             slots=context.recipe.export.slots,
             slot_include=context.recipe.export.slot_include,
             quantize="int8",
-            adapters=[adapter_folder(recovered)],
+            adapters=adapter_folders(recovered),
             output=stage / "factorized-int8",
             **quiet,
         )

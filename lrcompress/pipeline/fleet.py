@@ -32,13 +32,13 @@ def places(store: Store) -> dict[str, Path]:
     return {n: store.folder / n for n in (REPOSITORY, KEYS, DEVICE)}
 
 
-def fleet(context: Context, recovered: Stage, exported: Stage, compared: Stage, updates: list[Stage]) -> Stage:
+def fleet(context: Context, recovered: Stage | None, exported: Stage, compared: Stage, updates: list[Stage]) -> Stage:
     """Publish, update a device, let it answer; then the same for every later correction."""
     recipe, where = context.recipe, places(context.store)
     splits = {n: context.split_key(n) for n in ["test", *(f"{u.name}.test" for u in recipe.updates)]}
     inputs = {
         "exported": exported.key,
-        "recover": recovered.key,
+        "recover": recovered and recovered.key,
         "baselines": compared.key,
         "updates": [u.key for u in updates],
         "splits": splits,
@@ -56,9 +56,8 @@ def fleet(context: Context, recovered: Stage, exported: Stage, compared: Stage, 
         for folder in where.values():
             shutil.rmtree(folder, ignore_errors=True)
         original = Session(compared.folder / "dense-fp32", threads=1)
-        result = _Fleet(context, stage, exported, original).run(
-            exported.folder / "exported" / "payloads" / "recover.safetensors", updates
-        )
+        first = None if recovered is None else exported.folder / "exported" / "payloads" / "recover.safetensors"
+        result = _Fleet(context, stage, exported, original).run(first, updates)
         write_atomic(mark, canonical_json(about))
         return result
 
@@ -77,7 +76,7 @@ class _Fleet:
         self.rows: list[dict[str, Any]] = []
         self.releases: list[dict[str, Any]] = []
 
-    def run(self, first: Path, updates: list[Stage]) -> dict[str, Any]:
+    def run(self, first: Path | None, updates: list[Stage]) -> dict[str, Any]:
         recipe, context = self.context.recipe, self.context
         given = os.environ.get("LRCOMPRESS_KEY_PASSPHRASE")
         self.passphrase = given or secrets.token_urlsafe(18)
@@ -91,13 +90,17 @@ class _Fleet:
         self.device = edge.Device(self.where[DEVICE])
         test = context.data("test")
         shifts: list[dict[str, Any]] = []
-        with context.progress.task("publish and update a device", total=2 + 2 * len(updates)) as advance:
+        with context.progress.task(
+            "publish and update a device", total=1 + (first is not None) + 2 * len(updates)
+        ) as advance:
             self._answer("as delivered", "test", test)
             advance(1, "answered as delivered")
-            self._release("recover", first)
-            self._answer("after update 1 (recover)", "test", test)
-            advance(1, "update 1")
-            for number, (part, update) in enumerate(zip(recipe.updates, updates, strict=True), start=2):
+            if first is not None:
+                self._release("recover", first)
+                self._answer("after update 1 (recover)", "test", test)
+                advance(1, "update 1")
+            start = 1 if first is None else 2
+            for number, (part, update) in enumerate(zip(recipe.updates, updates, strict=True), start=start):
                 split, after = f"{part.name}.test", f"after update {number} ({part.name})"
                 shifted = context.data(split)
                 original = self.metric.evaluate(self.original.run, shifted, _BATCH, original=self.reference)

@@ -223,9 +223,9 @@ def spectra(module: torch.nn.Module | None, layers: list[dict[str, Any]]) -> dic
     return out
 
 
-def _training(context: Context, part: TrainingPart, kind: str) -> dict[str, Any]:
+def _training(context: Context, part: TrainingPart, kind: str, closed: str) -> dict[str, Any]:
     """Return the options of `recover`; the metric decides only where the loss is a poor guide."""
-    return {"adapter_kind": kind, "rank": part.rank, **_options(context, part)}
+    return {"adapter_kind": kind, "rank": part.rank, "closed": closed, **_options(context, part)}
 
 
 def _options(context: Context, part: TrainingPart) -> dict[str, Any]:
@@ -245,11 +245,16 @@ def _options(context: Context, part: TrainingPart) -> dict[str, Any]:
 
 
 def retrain(context: Context, compressed: Stage) -> Stage:
-    """Train the factors, where the recipe says so; what comes of them takes the place of the factorized network."""
+    """Train the factors, or refit them, where the recipe says so; what comes of it takes their place.
+
+    A refit that helps nowhere leaves the factorized network as it is.
+    """
     part = context.recipe.recover
-    if part.train == "adapters":
+    if not part.rebases:
         return compressed
-    options = {"train": "factors", **_options(context, part)}
+    options: dict[str, Any] = {"train": "factors", **_options(context, part)}
+    if part.closed == "refit":
+        options = {"closed": "refit", "seed": context.recipe.seed, "threads": context.recipe.threads}
     inputs = {
         "compressed": compressed.key,
         "options": options,
@@ -267,16 +272,23 @@ def retrain(context: Context, compressed: Stage) -> Stage:
             progress=context.progress,
             **options,
         )
-        size = _same_anywhere(stage / "compressed", context.store.folder)
-        return {**compressed.result, "bytes_after": size, "trained": _without_paths(found.data)}
+        result = {**compressed.result, "trained": _without_paths(found.data), "changed": found.output is not None}
+        if found.output is not None:
+            result["bytes_after"] = _same_anywhere(stage / "compressed", context.store.folder)
+        return result
 
-    return context.store.stage("retrain", inputs, build)
+    stage = context.store.stage("retrain", inputs, build)
+    return stage if stage.result["changed"] else compressed
 
 
-def recover(context: Context, compressed: Stage) -> Stage:
-    """Train the first correction, once per kind; the best on `select` is the one that ships."""
+def recover(context: Context, compressed: Stage) -> Stage | None:
+    """Train the first correction, once per kind; the best on `select` ships. None where the recipe wants no correction."""
     part = context.recipe.recover
-    tries = {kind: _training(context, part, kind) for kind in part.kinds}
+    if not part.corrects:
+        return None
+    # A refit has had its turn: what is left is for training, from wherever that starts best.
+    closed = "auto" if part.closed == "refit" else part.closed
+    tries = {kind: _training(context, part, kind, closed) for kind in part.kinds}
     inputs = {
         "compressed": compressed.key,
         "tries": tries,
@@ -317,18 +329,18 @@ def _rank_key(context: Context, data: dict[str, Any]) -> tuple[float, int]:
     return (-after if upward else after, int(data["payload_bytes"]))
 
 
-def adapter_folder(stage: Stage) -> Path:
-    """Return the adapter that the stage `recover` chose."""
-    return stage.folder / str(stage.result["chosen"]) / "recover"
+def adapter_folders(stage: Stage | None) -> list[Path]:
+    """Return the adapter that the stage `recover` chose, if there is one."""
+    return [] if stage is None else [stage.folder / str(stage.result["chosen"]) / "recover"]
 
 
-def export(context: Context, compressed: Stage, recovered: Stage) -> Stage:
-    """Write what a device is given, and the first correction as a payload."""
+def export(context: Context, compressed: Stage, recovered: Stage | None) -> Stage:
+    """Write what a device is given, and the first correction, if there is one, as a payload."""
     part = context.recipe.export
     options = part.model_dump(mode="json")
     inputs = {
         "compressed": compressed.key,
-        "recover": recovered.key,
+        "recover": recovered and recovered.key,
         "options": options,
         "name": model_name(context.recipe),
     }
@@ -338,7 +350,7 @@ def export(context: Context, compressed: Stage, recovered: Stage) -> Stage:
             compressed.folder / "compressed",
             **options,
             calib=context.data("calibration"),
-            adapters=[adapter_folder(recovered)],
+            adapters=adapter_folders(recovered),
             name=model_name(context.recipe),
             output=stage / "exported",
             progress=context.progress,
@@ -365,7 +377,7 @@ def runtime_bytes(export_data: dict[str, Any]) -> int:
 def update(context: Context, number: int, compressed: Stage) -> Stage:
     """Train a later correction on the samples of a changed world."""
     part = context.recipe.updates[number]
-    options = _training(context, part, part.kind)
+    options = _training(context, part, part.kind, part.closed)
     splits = {n: context.split_key(f"{part.name}.{n}") for n in ("train", "select")}
     inputs = {"compressed": compressed.key, "options": options, "name": part.name, "splits": splits}
 

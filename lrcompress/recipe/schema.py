@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
+from ..adapt import kinds as adapter_kinds
 from ..errors import CommandError
 from ..model import InputSpec
+from ..recover.closed_adapters import KINDS as CLOSED_KINDS
 from ..recover.losses import parse as parse_loss
 from ..yamlfile import Part
 
@@ -139,14 +142,51 @@ class TrainingPart(Part):
         return self
 
 
+def _switch(value: Any) -> Any:
+    """Return the word that YAML took for a truth value: `off` without quotes."""
+    return "off" if value is False else value
+
+
 class RecoverPart(TrainingPart):
     """The first correction: the kinds are tried in turn and the best on `select` is shipped.
 
-    `train`: adapters on the factors as they are, or both: the factors first, then adapters on what came of them.
+    `train`: adapters on the factors as they are; the factors themselves, without a correction; or both: the factors
+    first, then adapters on what came of them. `closed`: adapters start from closed forms (auto), are nothing else (only),
+    or start from zero (off); with refit the base is changed by least squares instead of training its factors, and a
+    correction on top of it takes `train: both`.
     """
 
-    train: Literal["adapters", "both"] = "adapters"
+    train: Literal["adapters", "factors", "both"] = "adapters"
+    closed: Annotated[Literal["auto", "only", "off", "refit"], BeforeValidator(_switch)] = "auto"
     kinds: Annotated[tuple[str, ...], Field(min_length=1)] = ("lora",)
+
+    @property
+    def rebases(self) -> bool:
+        """Whether the factorized network itself is changed."""
+        return self.train != "adapters" or self.closed == "refit"
+
+    @property
+    def corrects(self) -> bool:
+        """Whether a correction is made that can travel by itself."""
+        return self.train == "both" or not self.rebases
+
+    @model_validator(mode="after")
+    def _closed_fits(self) -> RecoverPart:
+        for kind in self.kinds:
+            _check_kind(kind, self.closed)
+        if self.closed == "only" and self.train == "factors":
+            raise ValueError("closed: only with adapters, which have closed forms; factors take closed: refit")
+        return self
+
+
+def _check_kind(kind: str, closed: str) -> None:
+    """Refuse a kind of adapter that nobody knows, or that `closed: only` has no formula for."""
+    if kind not in adapter_kinds():
+        near = get_close_matches(kind, adapter_kinds(), 1)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"kinds of adapters among {', '.join(adapter_kinds())}, not {kind!r}{hint}")
+    if closed == "only" and kind not in CLOSED_KINDS:
+        raise ValueError(f"closed: only with {' or '.join(CLOSED_KINDS)}; {kind!r} has no closed form, train it")
 
 
 class ShiftPart(Part):
@@ -162,8 +202,14 @@ class UpdatePart(TrainingPart):
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")]
     about: str = ""
+    closed: Annotated[Literal["auto", "only", "off"], BeforeValidator(_switch)] = "auto"
     kind: str = "lora"
     data: ShiftPart
+
+    @model_validator(mode="after")
+    def _known_kind(self) -> UpdatePart:
+        _check_kind(self.kind, self.closed)
+        return self
 
 
 class ExportPart(Part):

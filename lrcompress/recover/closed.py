@@ -145,8 +145,16 @@ def core_sides(form_name: str, factors: Mapping[str, Tensor]) -> tuple[Tensor, T
 def core(error: Tensor, form_name: str, factors: Mapping[str, Tensor], rank: int, metric: Statistics) -> list[Tensor]:
     """Return [R] (r, r), or [P, Q] at a `rank` below r, float64: the core with `metric` least for `error` − U R V.
 
+    Of a grouped convolution one core per group, (groups, …).
+
     `ValueError` for a low rank in a form whose core is not between two matrices.
     """
+    if form_name == "grouped_svd":
+        split = apart(error, len(factors["U"]))
+        own = [
+            core(e, "svd", {n: f[g] for n, f in factors.items()}, rank, metric.group(g)) for g, e in enumerate(split)
+        ]
+        return [torch.stack(parts) for parts in zip(*own, strict=True)]
     sides = core_sides(form_name, factors)
     if sides is None:
         r = factors[POSITIONS[form_name].tail].shape[0]

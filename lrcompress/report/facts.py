@@ -14,7 +14,8 @@ def gather(run: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]]) -> 
     """Return the report: one object that holds every number of the tables and plots."""
     result = {name: r["result"] for name, r in records.items()}
     factorize, validate, published = result["factorize"], result["validate"], result["publish"]
-    training = {name: r["train_seconds"] for name, r in result.items() if r.get("train_seconds") is not None}
+    trained = {name: r.get("trained") or r for name, r in result.items()}
+    training = {name: r["train_seconds"] for name, r in trained.items() if r.get("train_seconds") is not None}
     recipe = run["recipe"]
     return {
         "schema": 1,
@@ -83,8 +84,8 @@ def verdict(rows: list[dict[str, Any]], max_drop: float) -> str:
 
 def _equal(named: Mapping[str, Mapping[str, Any]]) -> str:
     """Say what the adapter's bytes are worth when they are spent on higher ranks instead."""
-    shipped, equal = named[SHIPPED], named.get(EQUAL)
-    if equal is None:
+    shipped, equal = named.get(SHIPPED), named.get(EQUAL)
+    if equal is None or shipped is None:
         return ""
     return f"; at equal bytes the adapter gives {_value(shipped)} and a higher rank {_value(equal)}"
 

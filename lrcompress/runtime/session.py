@@ -51,7 +51,7 @@ class Session:
         self._inputs = {i.name: i for i in self._session.get_inputs()}
         self._outputs = [o.name for o in self._session.get_outputs()]
         overridable = {i.name for i in self._session.get_overridable_initializers()}
-        lost = sorted({t["name"] for s in self.manifest.slots for t in s["tensors"]} - overridable)
+        lost = sorted(set(self.manifest.slot_tensors) - overridable)
         if lost:
             raise ManifestError(
                 exported / GRAPH, f"the slot {lost[0]} as an optional input", "the graph does not offer it"

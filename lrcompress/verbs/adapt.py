@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..adapt import BaseAdapter, adapter_class, kinds
 from ..adapt._files import MARKER, read_adapter
 from ..data import Data
-from ..errors import BudgetError, CommandError
+from ..errors import BudgetError, CommandError, HostError, LrcompressError
 from ..files import check_output, sha256_json, staged_folder, write_json
 from ..model import OpenedModel
 from ..model.adapting import layer_target, takes
@@ -151,7 +151,13 @@ def _workplace(dest: Path | None) -> Iterator[Path]:
         return
     place = dest.parent / f".{dest.name}.kinds"
     place.mkdir(parents=True, exist_ok=True)
-    yield place
+    try:
+        yield place
+    except LrcompressError as e:
+        # The same command would fail in the same way, unless it was this machine's fault.
+        if not isinstance(e, HostError):
+            shutil.rmtree(place, ignore_errors=True)
+        raise
     shutil.rmtree(place, ignore_errors=True)
 
 

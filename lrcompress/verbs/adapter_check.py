@@ -1,7 +1,7 @@
 """Checking that an adapter does the same everywhere, and merging it for good.
 
 Check: every layer by itself, on random inputs of its own, three ways: the adapter beside the layer, merged into its
-weight, and in ONNX Runtime through slots (where the kind has one; a weight decomposition is merged there).
+weight, and in ONNX Runtime through slots (where it has one, else merged there).
 """
 
 from __future__ import annotations
@@ -113,16 +113,20 @@ def _in_runtime(
         layer.remove_adapter("check")
     with tempfile.TemporaryDirectory() as folder:
         slots = ("core",) if adapters["layers.0"].in_core else ("lora",)
+        if any(a.magnitude is not None and a.layer_kind != "conv_transpose" for a in adapters.values()):
+            slots = ("dora",)
         opened = OpenedModel(None, "module", "", _Side(bare), inputs=specs)
         export(opened, slots=slots, slot_include=("*",), output=Path(folder) / "slots")
         session = Session(Path(folder) / "slots")
         try:
-            tensors = tensors_for(adapters, session.manifest, where="check")
+            found, tensors = tensors_for(
+                adapters, session.manifest, where="check", base=lambda name: bare[int(name.removeprefix("layers."))]
+            )
         except PayloadError:  # this kind reaches a device merged, so that is what is checked
             opened = OpenedModel(None, "module", "", _Side([to_dense(layers[i]) for i in here]), inputs=specs)
             export(opened, slots=("none",), output=Path(folder) / "merged")
             return "merged", _outputs(Session(Path(folder) / "merged"), inputs, here)
-        data = payloads.build(tensors, manifest=session.manifest, kind=kind, encoding="f32")
+        data = payloads.build(tensors, manifest=session.manifest, kind=found, encoding="f32")
         session.swap(payloads.parse(data))
         return "slot", _outputs(session, inputs, here)
 

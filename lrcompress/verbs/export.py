@@ -22,14 +22,14 @@ import numpy as np
 from torch import nn
 
 from .. import payload as payloads
-from ..adapt._files import read_adapter
+from ..adapt._files import AdapterFolder, read_adapter
 from ..data import Data
 from ..errors import CommandError, LrcompressError, LrcompressWarning, ModelError
 from ..export.gates import outputs_agree
 from ..export.graph import example_inputs
 from ..export.merging import merge_adapter
 from ..export.payloads import payload_tensors
-from ..export.slots import KINDS as SLOT_KINDS
+from ..export.slots import ALL_KINDS as SLOT_KINDS
 from ..export.targets import Request, Written
 from ..export.targets import target as find_target
 from ..files import check_output, sha256_file, staged_folder, write_json
@@ -37,7 +37,7 @@ from ..golden import project
 from ..manifest import DATA, GRAPH, REQUIRED, Manifest, base_id, slots_id
 from ..model import OpenedModel
 from ..model.checkpoint import Compressed, load_compressed, module_layers, state_of, tensors_digest
-from ..model.surgery import count_parameters
+from ..model.surgery import count_parameters, wrap_dense
 from ..plan.profile import DeviceProfile, load_profile
 from ..progress import Progress, Silent
 from ..runtime import Session
@@ -79,20 +79,20 @@ def export(
 ) -> ExportResult:
     """Write `compressed` as ONNX with adapter slots, its goldens and its manifest.
 
-    `slots`: kinds to wire (default: lora, and core where layers are factorized). `adapters`: folders to ship as payloads (default: every folder of `adapters/` beside the checkpoint that belongs
+    `slots`: kinds to wire (default: lora, and core where layers are factorized; dora only where asked for). `adapters`: folders to ship as payloads (default: every folder of `adapters/` beside the checkpoint that belongs
     to it). `merge`: one to bake in instead. `calib`: data for static int8 and for the goldens. `device`: a profile, by
     name or file, whose limits go into `device.json`. An `OpenedModel` gives the plain baseline. Raises `CommandError`, `ModelError`, `ParityError`.
     """
     progress = progress or Silent()
     dest = Path(output)
-    exporter = _check(target, slots or SLOT_KINDS, quantize)
+    exporter = _check(target, slots or ("none",), quantize)
     profile = None if device is None else load_profile(device)
     check_output(dest, maker=MAKER, marker=MARKER)
     source = _source(compressed)
     module = copy.deepcopy(source.module)
     with progress.task("export", total=5) as advance:
         if merge is not None:
-            merge_adapter(module, read_adapter(_adapter_folder(merge, source.folder)))
+            merge_adapter(module, _of_base(read_adapter(_adapter_folder(merge, source.folder)), source.digest))
         digest = source.digest if merge is None else tensors_digest(state_of(module), module_layers(module))
         data = None if calib is None else for_model(calib, source.opened)
         trust = {"trust_pickle": trust_pickle, "trust_remote_code": trust_remote_code}
@@ -105,7 +105,7 @@ def export(
             shipped = (
                 []
                 if merge is not None or not report["slots"]
-                else _payloads(stage, _adapters(adapters, source.folder), digest)
+                else _payloads(stage, _adapters(adapters, source.folder, digest), module)
             )
             report["payloads"] = [{"path": str(dest / "payloads" / p.name), "bytes": p.stat().st_size} for p in shipped]
             advance(1, "payloads")
@@ -129,7 +129,7 @@ def _check(target: str, slots: Sequence[str], quantize: str) -> ModuleType:
         raise CommandError(f"{where} --quantize", " or ".join(exporter.QUANTIZE), quantize)
     unknown = sorted(set(slots) - {*SLOT_KINDS, "none"})
     if unknown or ("none" in slots and len(slots) > 1):
-        expected = "lora (which also serves LoHa, LoKr and LoKH), core, both, or none"
+        expected = "some of lora (which also serves LoHa, LoKr and LoKH), core and dora, or none"
         raise CommandError(f"{where} --slots", expected, ",".join(slots))
     return exporter
 
@@ -296,23 +296,35 @@ def _adapter_folder(name: str | Path, folder: Path | None) -> Path:
     )
 
 
-def _adapters(given: Sequence[str | Path] | None, folder: Path | None) -> list[Path]:
+def _of_base(found: AdapterFolder, digest: str) -> AdapterFolder:
+    """Return an adapter, unless it records that it was trained on another base."""
+    if found.base is not None and found.base != digest:
+        expected, got = f"an adapter for the base {digest[:12]}", f"one for {found.base[:12]}"
+        raise ModelError(found.path, expected, got, "use the base it was made for")
+    return found
+
+
+def _adapters(given: Sequence[str | Path] | None, folder: Path | None, digest: str) -> list[Path]:
+    """Return the adapters that were asked for, or those beside the checkpoint that belong to it; say which do not."""
     if given is not None:
         return [_adapter_folder(a, folder) for a in given]
     if folder is None or not (folder.parent / "adapters").is_dir():
         return []
-    return sorted(p for p in (folder.parent / "adapters").iterdir() if (p / "adapter_config.json").is_file())
+    found = []
+    for path in sorted(p for p in (folder.parent / "adapters").iterdir() if (p / "adapter_config.json").is_file()):
+        if read_adapter(path).base == digest:
+            found.append(path)
+        else:
+            warnings.warn(f"{path} was trained on another base: not shipped", LrcompressWarning, stacklevel=3)
+    return found
 
 
-def _payloads(stage: Path, adapters: Sequence[Path], digest: str) -> list[Path]:
-    """Write the payload of every adapter that belongs to this base; say which do not."""
+def _payloads(stage: Path, adapters: Sequence[Path], module: nn.Module) -> list[Path]:
+    """Write the payload of every adapter. Raises `PayloadError` for one of another base."""
     manifest = Manifest.load(stage)
     out = []
     for folder in adapters:
-        if read_adapter(folder).base != digest:
-            warnings.warn(f"{folder} was trained on another base: not shipped", LrcompressWarning, stacklevel=3)
-            continue
-        kind, tensors = payload_tensors(folder, manifest)
+        kind, tensors = payload_tensors(folder, manifest, lambda name: wrap_dense(module, name))
         bare = payloads.build(tensors, manifest=manifest, kind=kind, encoding="f32")
         session = Session(stage, threads=1, manifest=manifest, verify=False)
         session.swap(payloads.parse(bare))

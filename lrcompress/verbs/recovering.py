@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import metrics
-from ..adapt import BaseAdapter, kinds
+from ..adapt import BaseAdapter, adapter_class, kinds
 from ..adapt.core import why_none
 from ..data import Data
 from ..errors import CommandError, DataError
@@ -287,7 +287,8 @@ def attached(module: nn.Module, asked: Asked, seed: int) -> dict[str, BaseAdapte
         r, a = by_pattern(layer, asked.ranks, asked.rank), by_pattern(layer, asked.alphas, asked.alpha)
         return fresh(asked.kind, wrap_dense(module, layer).target, r, a, generator=generator)
 
-    layers = [n for n in adaptable_layers(module) if takes(asked.kind, layer_target(module, n))]
+    able = adaptable_layers(module, cores=adapter_class(asked.kind).in_core)
+    layers = [n for n in able if takes(asked.kind, layer_target(module, n))]
     if not layers:
         forms = {(m.form, m.layer_kind) for _, m in factorized_layers(module)}
         why = "; ".join(f"{f}: {why_none(f, k)}" for f, k in sorted(forms)) or "no layer is factorized"

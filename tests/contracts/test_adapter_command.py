@@ -87,7 +87,7 @@ def test_check_finds_all_ways_equal(kind, here, capsys):  # noqa: F811
     )
 
 
-def test_check_of_a_decomposed_weight_goes_by_the_merged_graph(here, capsys):  # noqa: F811
+def test_check_of_a_decomposed_weight_goes_through_slots(here, capsys):  # noqa: F811
     made, module = random_adapters("lora"), load_compressed(Path("ok/compressed")).module
     for name, a in made.items():
         a.decompose(wrap_dense(module, name).weight)
@@ -99,7 +99,7 @@ def test_check_of_a_decomposed_weight_goes_by_the_merged_graph(here, capsys):  #
     assert (
         code == 0
         and {r["name"] for r in d["layers"]} == {"fc1", "fc2"}
-        and {r["route"] for r in d["layers"]} == {"merged"}
+        and {r["route"] for r in d["layers"]} == {"slot"}
     )
 
 

@@ -55,7 +55,6 @@ OPTIONS = {
 WITHOUT_CORE = {
     ("dense", "linear"): "not factorized", ("dense", "conv"): "not factorized", ("dense", "embedding"): "not factorized",
     ("dense", "conv_transpose"): "not factorized",
-    ("grouped_svd", "conv"): "mix the groups",
     ("hadamard", "linear"): "rebuilt", ("hadamard", "conv"): "rebuilt", ("hadamard", "embedding"): "rebuilt",
     ("khatri_rao", "linear"): "rebuilt", ("khatri_rao", "conv"): "rebuilt", ("khatri_rao", "embedding"): "rebuilt",
     ("kronecker", "embedding"): "all of its digits", ("tensor_train", "embedding"): "all of its digits",
@@ -177,7 +176,11 @@ def test_tensors_come_back_bit_for_bit_and_wrong_ones_are_refused(kind, layer, f
 
 def _structure(kind: str, target: Target, options: dict) -> dict:
     own = {k: v for k, v in options.items() if k != "rslora"}
-    return own | ({"groups": target.groups} if kind == "lora" else {"core": target.core} if kind == "core" else {})
+    return (
+        own
+        | ({"groups": target.groups} if kind in ("lora", "core") else {})
+        | ({"core": target.core} if kind == "core" else {})
+    )
 
 
 def test_every_form_says_where_its_core_is_or_why_it_has_none():
@@ -190,7 +193,7 @@ def test_every_form_says_where_its_core_is_or_why_it_has_none():
 
 
 @pytest.mark.parametrize(("layer", "form_name"), [
-    ("linear", "hadamard"), ("conv2d", "khatri_rao"), ("grouped", "grouped_svd"), ("embedding", "kronecker"), ("embedding", "tensor_train"),
+    ("linear", "hadamard"), ("conv2d", "khatri_rao"), ("linear", "khatri_rao"), ("conv2d", "hadamard"), ("embedding", "hadamard"), ("embedding", "kronecker"), ("embedding", "tensor_train"),
     *((layer, "dense") for layer in LAYERS),
 ])  # fmt: skip
 def test_where_there_is_no_core_it_is_refused_by_name(layer, form_name):
@@ -337,7 +340,7 @@ def test_lokh_is_columnwise_kronecker_and_generically_of_full_rank():
     assert sum(p.numel() for p in one.parameters()) == 24 * sum(lokh.chain(24))
 
 
-@pytest.mark.parametrize("layer", ["linear", "conv2d", "embedding", "conv3d", "reflect", "conv1d"])
+@pytest.mark.parametrize("layer", ["linear", "conv2d", "embedding", "conv3d", "reflect", "conv1d", "grouped"])
 @pytest.mark.parametrize("rank", [1, 2, 99])
 def test_a_core_merges_into_the_factors_with_no_number_more(layer, rank):
     for form_name in [f for f in LAYERS[layer][2] if (f, KIND_OF[layer]) not in WITHOUT_CORE]:
@@ -366,6 +369,32 @@ def test_the_best_core_for_a_wanted_change_takes_what_the_factors_span():
         made.core_R.copy_(torch.linalg.pinv(u) @ wanted @ torch.linalg.pinv(v))
     inside = u @ torch.linalg.pinv(u) @ wanted @ torch.linalg.pinv(v) @ v
     torch.testing.assert_close(made.delta_weight(base).detach(), inside)
+
+
+@pytest.mark.parametrize("rank", [1, 99])
+def test_a_grouped_convolution_has_a_core_per_group(rank):
+    model, x = case("grouped", "grouped_svd")
+    base = model[0]
+    assert (base.target.core, base.target.groups) == (3, 4) and takes("core", base.target)
+    made = fresh("core", base.target, rank, generator=generator()).double()
+    assert {n: tuple(t.shape) for n, t in made.tensors().items()} == (
+        {"core_R": (4, 3, 3)} if rank == 99 else {"core_P": (4, 3, 1), "core_Q": (4, 1, 3)}
+    )
+    assert sum(p.numel() for p in made.parameters()) == type(made).n_params(base.shape, rank, core=3, groups=4)
+    random_values(made)
+    u, v, r = base.factors["U"], base.factors["V"], made.matrix()
+    whole = torch.stack([u[g] @ r[g] @ v[g].flatten(1) for g in range(4)]).reshape(base.shape)
+    torch.testing.assert_close(made.delta_weight(base), whole)
+    a, b = made.expand(base)
+    torch.testing.assert_close((b @ a.flatten(1)).reshape(base.shape), whole)
+    before = model(x)
+    for groups, core in ((1, 3), (2, 3), (4, 2)):
+        with pytest.raises(ValueError, match="got 3 in each of 4 groups"):
+            base.add_adapter("a", adapter("core", weight_shape=base.shape, rank=1, groups=groups, core=core))
+    assert torch.equal(model(x), before) and not base.adapters
+    for wrong in ((3, 3), (2, 3, 3), (4, 3, 2)):
+        with pytest.raises(ValueError, match="core_R: expected shape"):
+            made.load({"core_R": torch.zeros(wrong)})
 
 
 def test_a_core_needs_its_factors():

@@ -167,16 +167,20 @@ def test_what_is_whole_follows_from_the_multiply_adds():
 
 
 @pytest.mark.parametrize("rank", [3, 99])
-@pytest.mark.parametrize("name", ["svd", "pivoted", "tucker", "spatial_svd", "pivoted_spatial", "pivoted_tucker"])
+@pytest.mark.parametrize(
+    "name", ["svd", "pivoted", "tucker", "spatial_svd", "pivoted_spatial", "pivoted_tucker", "grouped_svd"]
+)
 def test_a_core_is_trained_in_units_of_the_output_and_is_the_same_core(name, rank):
     generator = torch.Generator().manual_seed(0)
     shape = (12, 10) if name in ("svd", "pivoted") else (12, 10, 3, 3)
     weight = torch.randn(shape, generator=generator, dtype=torch.float64)
-    layer = nn.Linear(10, 12).double() if len(shape) == 2 else nn.Conv2d(10, 12, 3).double()
+    groups = 2 if name == "grouped_svd" else 1
+    layer = nn.Linear(10, 12).double() if len(shape) == 2 else nn.Conv2d(10 * groups, 12, 3, groups=groups).double()
     net = nn.ModuleDict({"a": layer})
     with torch.no_grad():
         layer.weight.copy_(weight)
-    found = replace_layer(net, "a", form(name).decompose(weight, (5, 6) if "tucker" in name else 5))
+    apart = weight if groups == 1 else weight.reshape(groups, -1, *shape[1:])
+    found = replace_layer(net, "a", form(name).decompose(apart, (5, 6) if "tucker" in name else 5))
     adapter = fresh("core", found.target, rank, generator=generator).double()
     for p in adapter.parameters():
         nn.init.normal_(p, std=0.3, generator=generator)
@@ -185,7 +189,7 @@ def test_a_core_is_trained_in_units_of_the_output_and_is_the_same_core(name, ran
     adapter.enter(left, right)
     torch.testing.assert_close(adapter.delta_weight(found).detach(), before, rtol=1e-8, atol=1e-10)
     if rank == 99:  # whole: the size of the change is that of what is trained
-        size = float(found.weight.detach().norm()) / found.target.core**0.5
+        size = float(found.weight.detach().norm()) / (groups * found.target.core) ** 0.5
         torch.testing.assert_close(before.norm(), size * adapter.core_R.detach().norm(), rtol=1e-6, atol=0)
     adapter.leave()
     assert adapter.metric is None

@@ -292,6 +292,20 @@ def test_a_core_between_factors_that_miss_a_direction():
         )
 
 
+@pytest.mark.parametrize("rank", [3, 2])
+def test_groups_have_the_best_core_each(rank):
+    w = normal(2, 5, 4, 3)
+    factors = dict(form("grouped_svd").decompose(w, 3).factors)
+    metric = Statistics(gram=torch.stack([gram(12, 800), gram(12, 900)]), groups=2)
+    error = w + 0.5 * normal(2, 5, 4, 3, seed=7) - form("grouped_svd").to_tensor(factors, tuple(w.shape))
+    parts = core(error.flatten(0, 1), "grouped_svd", factors, rank, metric)
+    assert [tuple(p.shape) for p in parts] == ([(2, 3, 3)] if rank == 3 else [(2, 3, 2), (2, 2, 3)])
+    for g in range(2):
+        own = core(error[g], "svd", {n: f[g] for n, f in factors.items()}, rank, Statistics(gram=metric.gram[g]))
+        for one, all_ in zip(own, parts, strict=True):
+            torch.testing.assert_close(one, all_[g])
+
+
 def test_a_low_rank_core_between_filters_is_refused():
     w, factors, metric = compressed("spatial_svd", (8, 4, 3, 3), 5)
     with pytest.raises(ValueError, match="whole core"):

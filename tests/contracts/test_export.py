@@ -13,7 +13,7 @@ from onnx import helper, numpy_helper
 
 import lrcompress
 from lrcompress.data import Data
-from lrcompress.errors import CommandError, LrcompressWarning, ModelError, ParityError
+from lrcompress.errors import CommandError, LrcompressWarning, ModelError, ParityError, PayloadError
 from lrcompress.export import gates
 from lrcompress.export.cleaning import drop_zero_biases
 from lrcompress.files import sha256_tree
@@ -197,10 +197,13 @@ def test_an_adapter_of_another_base_is_not_shipped(base, tmp_path):
     shutil.copytree(base / "adapters" / "lora", tmp_path / "adapters" / "stranger")
     marker = tmp_path / "adapters" / "stranger" / "lrcompress.json"
     marker.write_text(json.dumps({**json.loads(marker.read_text()), "base": "0" * 64}))
-    with pytest.warns(LrcompressWarning, match="another base"):
-        found = lrcompress.export(
-            base / "compressed", adapters=[tmp_path / "adapters" / "stranger"], output=tmp_path / "e"
-        ).data
+    with pytest.raises(PayloadError, match="one for 000000000000"):  # it was asked for
+        lrcompress.export(base / "compressed", adapters=[tmp_path / "adapters" / "stranger"], output=tmp_path / "e")
+    assert not (tmp_path / "e").exists()
+    shutil.copytree(base / "compressed", tmp_path / "compressed")
+    shutil.copy(base / "model.pt", tmp_path)
+    with pytest.warns(LrcompressWarning, match="another base"):  # it only lies there
+        found = lrcompress.export(tmp_path / "compressed", output=tmp_path / "e").data
     assert found["payloads"] == []
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 
 from ...factorize import form
+from ...manifest import slot_inputs
 from ...model.checkpoint import module_layers
 from ..gates import factors_stay_apart, names_and_bytes
 from ..graph import OPSET, store_external, trace
@@ -32,7 +33,7 @@ def write(stage: Path, request: Request) -> Written:
     traced = copy.deepcopy(request.module)
     layers = attach_slots(traced, request.slot_include, request.slots) if "none" not in (request.slots or ()) else []
     entries = [s.manifest() for s in layers]
-    slot_names = [t["name"] for e in entries for t in e["tensors"]]
+    slot_names = [t["name"] for e in entries for t in slot_inputs(e)]
     factors = [
         f"{layer}.{f}"
         for layer, spec in module_layers(request.module).items()
