@@ -159,6 +159,11 @@ class Whitened:
                 p.add_((step @ root.inverse).view_as(p))
                 step.zero_()
 
+    @property
+    def known(self) -> bool:
+        """Whether it has seen a gradient."""
+        return bool(self._adam.state)
+
     def state_of(self, name: str) -> dict[str, Any]:
         """Return what the optimizer knows of a parameter; empty before the first step."""
         return dict(self._adam.state.get(self.seen[name], {}))

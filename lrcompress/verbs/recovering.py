@@ -204,7 +204,7 @@ def prepare(
 def train(job: Job, *, saved: Saved | None, log: Log, progress: Progress) -> Outcome:
     """Train what the job says in place."""
     with ready(job, saved, log, progress) as training:
-        return training.run(lambda t: find_rate(t, CENTRES[job.asked.train], settling=job.asked.train == "factors"))
+        return training.run(lambda t: find_rate(t, CENTRES[job.asked.train], descending=job.asked.train == "factors"))
 
 
 def untrained(loss: float) -> Outcome:

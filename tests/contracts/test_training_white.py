@@ -281,7 +281,8 @@ def test_a_ruined_run_begins_again_with_a_lower_rate(place, monkeypatch):
     real_step, real_decide, ruin = Training.step, Training.decide, iter([False, True])
 
     def step(self, units, epoch, rate, share, **kw):
-        seen.append((rate, float(sum(p.detach().double().sum() for p in self.parameters))))
+        if "name" not in kw:
+            seen.append((rate, float(sum(p.detach().double().sum() for p in self.parameters))))
         return real_step(self, units, epoch, rate, share, **kw)
 
     def decide(self):
