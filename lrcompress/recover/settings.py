@@ -77,7 +77,8 @@ class Settings:
     def deciding(self) -> dict[str, Any]:
         """Return what the result depends on, as plain values."""
         plain = {k: v for k, v in self.__dict__.items() if k != "save_seconds"}
-        return {**plain, "loss": dict(self.loss), "hidden": list(self.hidden)}
+        # JSON has no infinity.
+        return {**plain, "loss": dict(self.loss), "hidden": list(self.hidden), "temperature": str(self.temperature)}
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,10 @@ _RUINED = 2.0
 _LONGEST = 1.0
 
 
+class Diverged(ModelError):
+    """The loss is no number any more: the rate is too high."""
+
+
 @dataclass(frozen=True)
 class Networks:
     """Whom to ask. `lockstep`: the teacher is spread over the processes, which must all ask it together."""
@@ -213,9 +217,15 @@ class Training:
             while True:
                 batches = self.order.epoch(state.epoch)
                 for units in batches[state.position :]:
-                    loss, seconds = self.step(
-                        units, state.epoch, state.rate or 0.0, schedule.rate(self._place(schedule))
-                    )
+                    try:
+                        loss, seconds = self.step(
+                            units, state.epoch, state.rate or 0.0, schedule.rate(self._place(schedule))
+                        )
+                    except Diverged:
+                        if s.learning_rate is not None:
+                            raise
+                        self._lower()
+                        loss, seconds = math.nan, self.world.from_first(self.clock.seconds)
                     state.step, state.position = state.step + 1, state.position + 1
                     state.seconds = seconds
                     place = self._place(schedule)
@@ -248,8 +258,12 @@ class Training:
             state.since_best += 1
         ruined = not math.isfinite(value) or value > max(_RUINED * state.start, state.start + 1e-6)
         if ruined and place < 0.5 and self.settings.learning_rate is None and self.score is None:
-            state.rate = (state.rate or 0.0) / math.sqrt(10)
-            self.restart()
+            self._lower()
+
+    def _lower(self) -> None:
+        """Go on from the best state at a lower rate."""
+        self.state.rate = (self.state.rate or 0.0) / math.sqrt(10)
+        self.restart()
 
     # one step -------------------------------------------------------------------------------------------------------
 
@@ -267,7 +281,7 @@ class Training:
             error = e
         loss, seconds = self._summed(loss, error)
         if not math.isfinite(loss):
-            raise ModelError(
+            raise Diverged(
                 "recovery", "a finite loss", f"{loss} at {name} {self.state.step + 1}", "lower the learning rate: --lr"
             )
         self.optimizer.step(rate * share, _LONGEST)

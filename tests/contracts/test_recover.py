@@ -46,7 +46,9 @@ def data(n: int = 160, seed: int = 1) -> Data:
 
 
 def run(base, **options):
-    return recover(base / "compressed", **{"data": data(), "steps": 60, "rank": 4, "threads": 1, **options})
+    # A temperature at which each sample is asked once, and bounds that a loss in units of probability can keep.
+    plain = {"data": data(), "steps": 60, "rank": 4, "threads": 1, "temperature": 2.0, "mix": False}
+    return recover(base / "compressed", **{**plain, **options})
 
 
 @pytest.mark.parametrize("kind", kinds())
@@ -151,6 +153,8 @@ def net(base, tmp_path, **options):
         "steps": 60,
         "data": data(),
         "threads": 1,
+        "temperature": 2.0,
+        "mix": False,
         "output": tmp_path / "recovered",
         **options,
     }
@@ -160,7 +164,7 @@ def net(base, tmp_path, **options):
 def test_trained_factors_are_another_checkpoint_of_the_same_size(base, tmp_path):
     found = net(base, tmp_path)
     d = found.data
-    assert d["loss"]["after"] < 0.9 * d["loss"]["before"] and d["adapter"] is None
+    assert d["loss"]["after"] < 0.95 * d["loss"]["before"] and d["adapter"] is None
     before, after = load_compressed(base / "compressed"), load_compressed(tmp_path / "recovered")
     assert after.digest != before.digest and after.spec["source"]["digest"] == before.spec["source"]["digest"]
     assert after.open_original().digest == before.open_original().digest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import Counter
 
 import numpy as np
@@ -62,7 +63,7 @@ def gradients(training: Training, batches: int = 1) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("train", ["adapters", "factors"])
 def test_the_gradient_in_pieces_is_that_of_the_whole_batch(place, train, accumulate):
     """Sixty samples in pieces that are not equally large: the mean over all of them, not a mean of means."""
-    options = {"train": train, "accumulate": accumulate, "loss": "logits=1,labels=0.5"}
+    options = {"train": train, "accumulate": accumulate, "loss": "logits=1,labels=0.5", "temperature": 2.0}
     with training_of(place / "small", data(), **options) as (job, training):
         found = gradients(training)
         batch = next(iter(job.train_data.batches(60)))
@@ -172,14 +173,14 @@ def test_bf16_trains_in_bf16_and_decides_in_fp32(place, tmp_path):
         )
     finally:
         handle.remove()
-    assert set(seen) == {(True, True), (False, False)} and min(seen.values()) > 0, seen
+    assert {k for k, n in seen.items() if n} == {(True, True), (False, False)}, seen
     loss = found.data["loss"]
     assert loss["after"] < loss["before"]
     x = torch.as_tensor(next(iter(select.batches(50))).inputs["x"])
     with torch.no_grad():
-        exact = float(losses.logits(found.model(x), small()(x)).mean())
+        exact = float(losses.logits(found.model(x), small()(x), temperature=math.inf).mean())
         with torch.autocast("cpu", torch.bfloat16):
-            rough = float(losses.logits(found.model(x).float(), small()(x).float()).mean())
+            rough = float(losses.logits(found.model(x).float(), small()(x).float(), temperature=math.inf).mean())
     assert loss["after"] == pytest.approx(exact, rel=1e-5) and rough != pytest.approx(exact, rel=1e-5)
     kept = read_adapter(tmp_path / "a").adapters.values()
     assert {p.dtype for a in kept for p in a.parameters()} == {torch.float32}

@@ -184,7 +184,7 @@ def test_white_steps_reach_what_plain_steps_do_not():
             loss = (F.linear(x, p) - x @ target.T).square().mean()
             loss.backward()
             own.step(rate * (1 - i / 40), 1e9)
-        return float(loss)
+        return float(loss.detach())
 
     rates = (0.01, 0.03, 0.1, 0.3)
     assert min(reached({"p": root}, r) for r in rates) < 0.5 * min(reached({}, r) for r in rates)
@@ -310,7 +310,7 @@ def test_a_start_is_what_it_was_where_nothing_was_won(place):
     """Whitening alone must not touch a network: an absurd rate loses everything it did, bit for bit."""
     import lrcompress
 
-    found = recover(place / "small", data=data(), train="factors", steps=4, learning_rate=50.0, threads=1)
+    found = recover(place / "small", data=data(), train="factors", steps=4, learning_rate=2.0, threads=1)
     assert found.data["best_step"] == 0
     before = lrcompress.load(place / "small").state_dict()
     assert all(torch.equal(v, before[n]) for n, v in found.model.state_dict().items())
@@ -360,3 +360,28 @@ def test_pairs_stay_together_by_the_longer_of_them():
     assert sorted(sorted(b.tolist()) for b in order.epoch(0)) == [[0, 2], [1, 3]]
     assert Order.of(data.take(np.array([2, 3, 0, 1])), 4, 0).sizes.tolist() == [2, 9]
     assert Order.of(rows(), 4, 0).sizes is None
+
+
+@pytest.mark.parametrize("train", ["factors", "adapters"])
+def test_a_loss_that_is_no_number_lowers_a_rate_that_was_found(place, monkeypatch, train):
+    """The third step diverges: the run goes on at a lower rate, and ends where any other does; a given rate is an error."""
+    import lrcompress.recover.rates as rates
+    from lrcompress.errors import ModelError
+
+    plain, at = Training._gradients, []
+
+    def gradients(self, units, epoch, where):
+        found = plain(self, units, epoch, where)
+        if where.startswith("step"):
+            at.append(self.state.rate)
+        return math.nan if len(at) == 3 and where.startswith("step") else found
+
+    monkeypatch.setattr(Training, "_gradients", gradients)
+    monkeypatch.setattr(rates, "_next", lambda scores, start=None: None)
+    options = {"data": data(), "train": train, "steps": 8, "threads": 1, "closed": "off"}
+    found = recover(place / "small", **options).data
+    assert found["steps"] == 8 and at == [3e-3] * 3 + [pytest.approx(3e-3 / math.sqrt(10))] * 5
+    assert math.isfinite(found["loss"]["after"]) and found["loss"]["after"] <= found["loss"]["before"]
+    at.clear()
+    with pytest.raises(ModelError, match="got nan at step 3; lower the learning rate: --lr"):
+        recover(place / "small", learning_rate=3e-3, **options)
