@@ -18,6 +18,10 @@ from ..errors import DataError, ManifestError
 from ..manifest import GRAPH, Manifest
 from ..payload import Payload
 
+#: Without it, x86 processors before VNNI multiply int8 by uint8 in 16 bits that overflow, silently: answers are wrong by as
+#: much as a few per cent. With it the runtime takes slower products there that do not; elsewhere it changes nothing.
+EXACT_INT8 = ("session.x64quantprecision", "1")
+
 
 @dataclass(frozen=True)
 class Active:
@@ -42,6 +46,7 @@ class Session:
         options.log_severity_level = 3  # the runtime warns once per slot that it is not constant: that is the point
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
+        options.add_session_config_entry(*EXACT_INT8)
         try:
             self._session = ort.InferenceSession(str(exported / GRAPH), options, providers=["CPUExecutionProvider"])
         except Exception as e:  # the runtime raises its own private family

@@ -30,6 +30,7 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
     options.intra_op_num_threads = int(job["threads"])
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    options.add_session_config_entry("session.x64quantprecision", "1")  # as `runtime.session` does; nothing on ARM
     session = ort.InferenceSession(str(job["model"]), options, providers=["CPUExecutionProvider"])
     names = [o.name for o in session.get_outputs()]
     inputs = _arrays(job["inputs"])

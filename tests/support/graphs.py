@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from lrcompress.files import sha256_bytes
 from lrcompress.manifest import base_id, slots_id
+from lrcompress.runtime.session import EXACT_INT8
 
 
 class Graph:
@@ -99,6 +100,7 @@ def mlp(form: str, slot: bool = True) -> tuple[onnx.ModelProto, list[str]]:
 def run(model: onnx.ModelProto, **feeds: np.ndarray) -> np.ndarray:
     options = ort.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, 1
+    options.add_session_config_entry(*EXACT_INT8)
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return np.asarray(session.run(None, feeds)[0])
 

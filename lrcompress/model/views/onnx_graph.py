@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ...errors import DataError, ModelError
 from ...factorize import Factorization
+from ...runtime.session import EXACT_INT8
 from ..surgery import Layer
 from .base import Deliver, LayerView, Outputs, Reading
 from .walk import Walk
@@ -225,6 +226,7 @@ class OnnxView(LayerView):
             options = ort.SessionOptions()
             options.log_severity_level = 3
             options.intra_op_num_threads = torch.get_num_threads()
+            options.add_session_config_entry(*EXACT_INT8)
             options.add_session_config_entry(
                 "session.model_external_initializers_file_folder_path", str(self.path.parent.resolve())
             )
