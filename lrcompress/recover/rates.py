@@ -6,7 +6,7 @@ Downhill only, for factors (`descending`): the first rate from the centre down w
 prefers rates that are too low for a long run, which has the time to settle, so that the highest one which does no harm
 is the best guess; and it must be long enough: the first steps of an optimizer shake a network that is nearly right.
 (ResNet-20 at 0.35 of its numbers, loss 1.772 at the start: trials of 12 steps at 3e-4, 1e-3, 3e-3 end at 1.774, 1.800,
-1.827, trials of 24 at 1.770, 1.752, 1.722, and runs of 300 are best at 3e-3. MiniLM at half of its encoder, from 0.170: 0.169,
+1.827, trials of 24 at 1.770, 1.752, 1.722, and a run of 300 is better at 3e-3 than at 1e-3. MiniLM at half of its encoder, from 0.170: 0.169,
 0.187, 0.258 after 24.)
 """
 

@@ -10,6 +10,8 @@ import math
 import time
 from dataclasses import dataclass, field
 
+from ..progress import Advance
+
 
 @dataclass
 class Clock:
@@ -51,3 +53,15 @@ class Schedule:
         """Return the seconds that are left, as the pace so far tells."""
         position = self.position(step, seconds)
         return seconds * (1 / position - 1) if 0 < position < 1 else 0.0
+
+
+class Shown:
+    """Moves a progress bar by steps, or by seconds where the clock ends the run."""
+
+    def __init__(self, advance: Advance, *, by_steps: bool) -> None:
+        self._advance, self._by_steps, self._done = advance, by_steps, 0
+
+    def at(self, step: int, seconds: float, note: str) -> None:
+        now = step if self._by_steps else int(seconds)
+        self._advance(now - self._done, note)
+        self._done = now

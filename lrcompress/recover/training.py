@@ -21,14 +21,13 @@ from torch import Tensor
 from ..data import Data
 from ..errors import DataError, ModelError
 from ..model import tensors_of
-from ..progress import Advance, Progress, Silent
+from ..progress import Progress, Silent
 from ..work.jobs import Packed
-from . import mixing
 from .logs import Log, NoLog
 from .mixing import Mix
 from .objective import Asked, Held, Objective, laid_out
 from .order import Augment, Order, read_units, width_of
-from .schedule import Clock, Schedule
+from .schedule import Clock, Schedule, Shown
 from .settings import Outcome, Settings
 from .state import Saved, State
 from .teacher import Teacher
@@ -88,7 +87,7 @@ class Training:
             raise DataError("recovery data", "samples to train on and to select on", got)
         self.order = Order.of(data, s.batch_size, s.seed)
         self.changes: list[Augment | Mix] = [Augment.of(data, s.seed)] if s.augment else []
-        if mixing.wanted(s.mix, data, labels="labels" in self.objective.mix):
+        if s.mix:
             self.changes.append(Mix(data, s.seed))
         self.parameters = list(self.trained.parameters.values())
         self.state = State()
@@ -212,7 +211,7 @@ class Training:
         state, schedule, s = self.state, self.schedule, self.settings
         total, saved_at = s.most_steps, time.perf_counter()
         with self.progress.task("recover", total=total or round(s.max_seconds or 0)) as advance:
-            shown = _Shown(advance, by_steps=total is not None)
+            shown = Shown(advance, by_steps=total is not None)
             shown.at(state.step, self.clock.seconds, "")
             while True:
                 batches = self.order.epoch(state.epoch)
@@ -388,18 +387,6 @@ class Training:
 
 #: Samples of the held-out data that are judged together.
 _EVALUATED = 250
-
-
-class _Shown:
-    """Moves a progress bar by steps, or by seconds where the clock ends the run."""
-
-    def __init__(self, advance: Advance, *, by_steps: bool) -> None:
-        self._advance, self._by_steps, self._done = advance, by_steps, 0
-
-    def at(self, step: int, seconds: float, note: str) -> None:
-        now = step if self._by_steps else int(seconds)
-        self._advance(now - self._done, note)
-        self._done = now
 
 
 def _check_inputs(inputs: Mapping[str, Tensor], where: str) -> None:

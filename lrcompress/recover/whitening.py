@@ -124,9 +124,8 @@ class Whitened:
         self._parameters, self._roots, self._decay = parameters, roots, weight_decay
         # A white parameter is stepped from zero every time: what the optimizer holds is the step alone.
         self.seen: dict[str, Tensor] = {
-            n: torch.zeros(len(p), p[0].numel()) if n in roots else p for n, p in parameters.items()
+            n: torch.zeros(len(p), p[0].numel(), device=p.device) if n in roots else p for n, p in parameters.items()
         }
-        self.seen = {n: t.to(parameters[n].device) for n, t in self.seen.items()}
         self._scales = {n: _rounded(scales[n]) for n in parameters}
         groups: dict[tuple[float, bool], list[Tensor]] = {}
         for name, tensor in self.seen.items():

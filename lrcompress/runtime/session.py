@@ -18,8 +18,8 @@ from ..errors import DataError, ManifestError
 from ..manifest import GRAPH, Manifest
 from ..payload import Payload
 
-#: Without it, x86 processors before VNNI multiply int8 by uint8 in 16 bits that overflow, silently: answers are wrong by as
-#: much as a few per cent. With it the runtime takes slower products there that do not; elsewhere it changes nothing.
+#: Without it, x86 processors before VNNI multiply int8 by uint8 in 16 bits that overflow, silently: answers are
+#: wrong. With it the runtime takes slower products there that do not; elsewhere it changes nothing.
 EXACT_INT8 = ("session.x64quantprecision", "1")
 
 

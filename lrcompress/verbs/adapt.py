@@ -34,8 +34,9 @@ from ..progress import Progress, Silent
 from ..recover import World
 from ..recover.logs import NoLog
 from ..recover.share import RANKS, Prices, prices, ranks_within
+from .holding import split
 from .recover import MAKER, original_of, recover
-from .recovering import Asked, Job, TrainingOptions, prepare, ready, settings_of, split
+from .recovering import Asked, Job, TrainingOptions, prepare, ready, settings_of
 from .sources import device_of, for_model
 
 #: Bytes of a number in a payload of float16.

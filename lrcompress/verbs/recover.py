@@ -27,7 +27,8 @@ from ..recover.logs import Log, log_to
 from ..recover.trained import factors_of
 from ..work import Store
 from .closed import ClosedForm, check_mode, refitted
-from .recovering import Asked, Job, TrainingOptions, answer_name, judge, prepare, settings_of, split, untrained
+from .holding import split
+from .recovering import Asked, Job, TrainingOptions, answer_name, judge, prepare, settings_of, untrained
 from .recovering import train as run_job
 from .sources import device_of, for_model
 
