@@ -70,7 +70,7 @@ def write_graph_checkpoint(
     """Write `model`, made from `graph`, into the folder `stage` that will become `dest`; return its digest."""
     copy = ModelProto()
     copy.CopyFrom(model)
-    _inline(copy.graph, graph)
+    inline(copy.graph, graph)
     _move_out(copy.graph, stage / TENSORS)
     (stage / GRAPH).write_bytes(copy.SerializeToString(deterministic=True))
     digest = _digest(stage, layers)
@@ -114,24 +114,23 @@ def _digest(folder: Path, layers: Mapping[str, Any]) -> str:
     })  # fmt: skip
 
 
-def _inline(proto: GraphProto, graph: OnnxGraph) -> None:
+def inline(proto: GraphProto, graph: OnnxGraph) -> None:
     """Bring external data into the graph, here and inside."""
     for tensor in proto.initializer:
-        inlined(tensor, graph)
+        _inlined(tensor, graph)
     for node in proto.node:
         for attribute in node.attribute:
             if attribute.HasField("t"):
-                inlined(attribute.t, graph)
+                _inlined(attribute.t, graph)
         for inner in branches(node):
-            _inline(inner, graph)
+            inline(inner, graph)
 
 
-def inlined(tensor: TensorProto, graph: OnnxGraph) -> TensorProto:
+def _inlined(tensor: TensorProto, graph: OnnxGraph) -> None:
     """Bring the external data of one tensor into it."""
     if tensor.data_location == TensorProto.EXTERNAL:
         array, name = graph.array(tensor), tensor.name
         tensor.CopyFrom(numpy_helper.from_array(array, name))
-    return tensor
 
 
 def _move_out(graph: GraphProto, path: Path) -> None:
@@ -162,4 +161,4 @@ def _move_out(graph: GraphProto, path: Path) -> None:
             tensor.external_data.add(key=key, value=value)
 
 
-__all__ = ["GraphCheckpoint", "inlined", "is_graph_checkpoint", "load_graph_checkpoint", "write_graph_checkpoint"]
+__all__ = ["GraphCheckpoint", "inline", "is_graph_checkpoint", "load_graph_checkpoint", "write_graph_checkpoint"]

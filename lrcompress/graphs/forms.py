@@ -65,8 +65,9 @@ class Factors:
         """Return the weight that the factors stand for."""
         a = self.arrays
         if self.form == "svd":
-            return (flat(a["U"]) @ flat(a["V"])).reshape(self.shape)
-        return np.einsum("oa,ai...,ij->oj...", flat(a["O"]), a["core"], flat(a["I"])).reshape(self.shape)
+            return np.asarray(flat(a["U"]) @ flat(a["V"])).reshape(self.shape)
+        made = np.einsum("oa,ai...,ij->oj...", flat(a["O"]), a["core"], flat(a["I"]))
+        return np.asarray(made).reshape(self.shape)
 
 
 def flat(weight: np.ndarray) -> np.ndarray:

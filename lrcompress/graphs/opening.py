@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+import onnxruntime as ort
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, inliner, numpy_helper
 
 from ..errors import ModelError
 from ..files import contained, sha256_file, sha256_json
@@ -81,7 +82,7 @@ def open_graph(path: str | Path) -> OnnxGraph:
     model = _parse(path)
     if model.functions:
         try:
-            model = onnx.inliner.inline_local_functions(model)
+            model = inliner.inline_local_functions(model)
         except Exception as e:
             raise ModelError(path, "functions that can be inlined", line(e), "export it without functions") from e
     if not model.graph.node:
@@ -101,6 +102,18 @@ def open_graph(path: str | Path) -> OnnxGraph:
 def opset_of(model: ModelProto) -> int:
     """Return the version of ONNX's own operators that a model is written in."""
     return next((int(o.version) for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
+
+
+#: What releases of ONNX Runtime take: the newest opset and IR version. Measured by loading files of each.
+_TAKEN = (("1.22.0", 22, 10), ("1.23.0", 23, 11), ("1.24.0", 25, 13))
+
+
+def needed_runtime(model: ModelProto) -> str:
+    """Return the oldest ONNX Runtime that takes a model's opset and IR version; what none of the list does, this one does."""
+    for version, opset, ir in _TAKEN:
+        if opset_of(model) <= opset and model.ir_version <= ir:
+            return version
+    return str(ort.__version__)
 
 
 def nodes_of(graph: GraphProto) -> Iterator[NodeProto]:
@@ -244,7 +257,7 @@ def _nbytes(tensor: TensorProto) -> int:
         TensorProto.INT2: 2,
         TensorProto.UINT2: 2,
     }
-    count = math.prod(tensor.dims)
+    count: int = math.prod(tensor.dims)
     if tensor.data_type in bits:
         return -(-count * bits[tensor.data_type] // 8)
     return count * int(helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)

@@ -20,7 +20,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 
 from ..errors import DataError, ModelError
 from ..runtime.session import EXACT_INT8
-from .layers import Scope
+from .layers import Scope, find_layers
 from .opening import OnnxGraph, Port, line
 
 #: Sessions take the graph as bytes; protobuf ends here.
@@ -55,7 +55,7 @@ class Run:
         outside = [n for n in self._outputs if not only_watched or n in self._watched.values()]
         options = ort.RunOptions()
         options.only_execute_path_to_fetches = only_watched
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what fails is raised, and said once
         if not (wanted := [*outside, *inside]):
             return {}, {name: np.asarray(feeds[self._watched[name]]) for name in self._watched}
         try:
@@ -179,11 +179,40 @@ class Feeds:
         if not len(value) or not np.array_equal(value, np.broadcast_to(value[:1], value.shape)):
             where = f"{self.graph.path}: input {port.name}"
             raise DataError(where, "one value for all samples of a batch", "different ones", "split the data by it")
-        return np.ascontiguousarray(value[0])
+        return np.array(value[0])
 
     def groups(self, size: int) -> int:
         """Return the batch size to read data in."""
         return self.fixed or size
+
+
+def example_feeds(graph: OnnxGraph, *, batch: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Return seeded inputs: a word is a dynamic axis, of one size wherever it stands; the first is the batch.
+
+    Whole numbers are drawn below the shortest table that rows are looked up in; masks are ones, positions count.
+    """
+    rng = np.random.default_rng(seed)
+    rows = [layer.shape[0] for layer in find_layers(graph) if layer.kind == "embedding"]
+    top = max(1, min([*rows, 1000])) if rows else 2
+    sizes: dict[str, int] = {}
+    found = {}
+    for port in graph.inputs:
+        first = next((d for d in port.shape if isinstance(d, str)), None)
+        shape = [
+            d if isinstance(d, int) else sizes.setdefault(d, batch if d == first else 12 + len(sizes)) for d in port.shape
+        ]  # fmt: skip
+        kind = np.dtype(port.dtype).kind
+        value: np.ndarray
+        if kind == "f":
+            value = rng.standard_normal(shape)
+        elif "mask" in port.name or kind == "b":
+            value = np.ones(shape)
+        elif "position" in port.name and shape:
+            value = np.broadcast_to(np.arange(shape[-1]), shape)
+        else:
+            value = rng.integers(0, 1 if "type" in port.name else top, shape)
+        found[port.name] = np.asarray(value).astype(port.dtype)
+    return found
 
 
 def floats(outputs: Mapping[str, np.ndarray]) -> Iterator[np.ndarray]:
@@ -191,4 +220,4 @@ def floats(outputs: Mapping[str, np.ndarray]) -> Iterator[np.ndarray]:
     yield from (v for v in outputs.values() if np.issubdtype(v.dtype, np.floating))
 
 
-__all__ = ["Feeds", "Run", "floats", "session"]
+__all__ = ["Feeds", "Run", "example_feeds", "floats", "session"]

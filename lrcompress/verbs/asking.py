@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import CommandError, ModelError
 
-L = TypeVar("L")
+if TYPE_CHECKING:
+    from ..graphs import GraphLayer
+    from ..model.surgery import Layer
+
+L = TypeVar("L", "Layer", "GraphLayer")
 
 
 def check_sizes(rank: int | None, ratio: float | None, energy: float | None, plan: object) -> None:

@@ -34,6 +34,7 @@ from ..export.targets import Request, Written
 from ..export.targets import target as find_target
 from ..files import check_output, sha256_file, staged_folder, write_json
 from ..golden import project
+from ..graphs import is_graph_checkpoint
 from ..manifest import DATA, GRAPH, REQUIRED, Manifest, base_id, slots_id
 from ..model import OpenedModel
 from ..model.checkpoint import Compressed, load_compressed, module_layers, state_of, tensors_digest
@@ -42,6 +43,7 @@ from ..plan.profile import DeviceProfile, load_profile
 from ..progress import Progress, Silent
 from ..runtime import Session
 from ..validate.tolerances import tolerances
+from .export_graph import export_graph
 from .predict import predictor
 from .sources import for_model
 
@@ -85,6 +87,12 @@ def export(
     """
     progress = progress or Silent()
     dest = Path(output)
+    if isinstance(compressed, str | Path) and is_graph_checkpoint(Path(compressed)):
+        report, dest = export_graph(
+            compressed, target=target, slots=slots, slot_include=slot_include, quantize=quantize, calib=calib, merge=merge,
+            adapters=adapters, original=original, name=name, device=device, output=output, progress=progress,
+        )  # fmt: skip
+        return ExportResult(report, dest)
     exporter = _check(target, slots or ("none",), quantize)
     profile = None if device is None else load_profile(device)
     check_output(dest, maker=MAKER, marker=MARKER)
@@ -226,7 +234,7 @@ def _write(
         "compressed": None if source.folder is None else {"path": os.path.relpath(source.folder.resolve(), dest.resolve()), "digest": source.digest},
         "versions": {p: importlib.metadata.version(p) for p in ("torch", "onnx", "onnxruntime", "onnxscript")},
     }  # fmt: skip
-    _fit_tolerance(stage, value, request.golden, precision)
+    fit_tolerance(stage, value, request.golden, precision)
     write_json(stage / MARKER, value)
     sizes = {
         "graph": files[GRAPH]["bytes"],
@@ -252,7 +260,7 @@ def _limits(module: nn.Module, profile: DeviceProfile | None) -> dict[str, Any]:
     return limits
 
 
-def _fit_tolerance(stage: Path, value: dict[str, Any], golden: Mapping[str, np.ndarray], precision: str) -> None:
+def fit_tolerance(stage: Path, value: dict[str, Any], golden: Mapping[str, np.ndarray], precision: str) -> None:
     """Gate 4. At fp32 the runtime must match the module; at int8 its own distance is measured and becomes the tolerance.
 
     An int8 answer that is further from the fp32 one than half of the answer's range is refused.

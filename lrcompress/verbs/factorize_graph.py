@@ -239,7 +239,8 @@ def _file_bytes(graph: OnnxGraph) -> int:
     places = {
         e.value for t in graph.stored.values() for e in t.external_data if e.key == "location"
     }  # fmt: skip
-    return graph.path.stat().st_size + sum((graph.folder / place).stat().st_size for place in places)
+    beside: int = sum((graph.folder / place).stat().st_size for place in places)
+    return graph.path.stat().st_size + beside
 
 
 def _versions() -> dict[str, str]:

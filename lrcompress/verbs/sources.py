@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..calibrate import Cache, collect, is_statistics, read_statistics
-from ..data import Data, open_data
+from ..data import Data, InputLike, open_data
 from ..errors import CommandError, LrcompressWarning, ModelError
 from ..factorize import Statistics
 from ..model import InputSpec, OpenedModel
@@ -24,7 +24,7 @@ from ..recipe import open_split
 from .asking import marked
 
 
-def as_data(source: str | Path | Data, *, inputs: Sequence[InputSpec], tokenizer: Path | None = None) -> Data:
+def as_data(source: str | Path | Data, *, inputs: Sequence[InputLike], tokenizer: Path | None = None) -> Data:
     """Open `source`: a `Data`, a file, a folder, `pkg.mod:callable`, or `RECIPE.yaml:SPLIT`."""
     if isinstance(source, Data):
         return source
