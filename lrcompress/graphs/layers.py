@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from onnx import GraphProto, NodeProto, helper
 
-from .opening import FLOATS, LOOPS, OnnxGraph, branches
+from ..errors import ModelError
+from .opening import FLOATS, LOOPS, OnnxGraph, branches, line
 
 _OWN = ("", "ai.onnx")
 #: Stored tensors of fewer numbers are not worth a line in a report.
@@ -119,8 +120,14 @@ class GraphLayer:
 
 
 def find_layers(graph: OnnxGraph) -> list[GraphLayer]:
-    """Return the layers in the order they run, then what holds weights and is none."""
-    return _Finder(graph).layers()
+    """Return the layers in the order they run, then what holds weights and is none.
+
+    Raises `ModelError` for nodes whose attributes are not of their operator: bytes that were damaged can say anything.
+    """
+    try:
+        return _Finder(graph).layers()
+    except (ValueError, TypeError, IndexError, AttributeError) as e:
+        raise ModelError(graph.path, "nodes with the attributes of their operators", line(e), "export it again") from e
 
 
 def weight_of(graph: OnnxGraph, layer: GraphLayer) -> np.ndarray:

@@ -128,7 +128,7 @@ def test_a_graph_that_cannot_be_used_says_where_and_why(spoil, tmp_path):
     assert str(path) in str(e.value) and "\n" not in str(e.value) and e.value.remedy
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damaged_bytes_are_an_error_of_the_model_or_a_graph(data, tmp_path):
     whole = bytearray(conv_net().SerializeToString())
