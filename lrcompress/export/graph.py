@@ -21,6 +21,8 @@ from .slots import CORE_SLOT, DORA_SLOT, SLOT
 
 OPSET = 20
 _ROOT = "network."
+#: Joins the names of axes whose lengths add up.
+PLUS = "_plus_"
 
 
 class _Answers(nn.Module):
@@ -51,7 +53,8 @@ def example_inputs(
         shape = []
         for i, d in enumerate(spec.shape):
             if isinstance(d, str):
-                d = sizes.setdefault(d, batch if i == 0 else 12 + len(sizes))
+                # An axis that is two others in one, `past_plus_sequence`, is as long as both.
+                d = sum(sizes.setdefault(part, batch if i == 0 else 12 + len(sizes)) for part in d.split(PLUS))
             shape.append(d)
         if np.issubdtype(np.dtype(spec.dtype), np.floating):
             out[spec.name] = rng.standard_normal(shape).astype(spec.dtype)
@@ -77,7 +80,9 @@ def trace(opened: OpenedModel, module: nn.Module, *, where: str) -> onnx.ModelPr
     wrapper = _Answers(opened, module, [s.name for s in specs]).eval()
     example = example_inputs(specs, module)
     args = tuple(torch.as_tensor(example[s.name]) for s in specs)
-    dims: dict[str, Any] = {d: torch.export.Dim(d) for s in specs for d in s.shape if isinstance(d, str)}
+    words = {d for s in specs for d in s.shape if isinstance(d, str)}
+    # The exporter cannot be told of a sum of axes; it finds the relation itself.
+    dims: dict[str, Any] = {d: torch.export.Dim.AUTO if PLUS in d else torch.export.Dim(d) for d in sorted(words)}
     shapes = tuple({i: dims[d] for i, d in enumerate(s.shape) if isinstance(d, str)} for s in specs)
     with torch.no_grad():
         wrapper(*args)
@@ -95,6 +100,10 @@ def trace(opened: OpenedModel, module: nn.Module, *, where: str) -> onnx.ModelPr
         ) from e
     assert program is not None
     model: onnx.ModelProto = program.model_proto
+    for port, spec in zip(model.graph.input, specs, strict=True):
+        for dim, word in zip(port.type.tensor_type.shape.dim, spec.shape, strict=True):
+            if isinstance(word, str):
+                dim.dim_param = word
     _rename(model.graph, _first_names(wrapper))
     drop_zero_biases(model.graph)
     _strip(model)

@@ -13,7 +13,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,6 +37,7 @@ from ..golden import project
 from ..graphs import is_graph_checkpoint
 from ..manifest import DATA, GRAPH, REQUIRED, Manifest, base_id, slots_id
 from ..model import OpenedModel
+from ..model.cache import CachedModel, with_cache
 from ..model.checkpoint import Compressed, load_compressed, module_layers, state_of, tensors_digest
 from ..model.surgery import count_parameters, wrap_dense
 from ..plan.profile import DeviceProfile, load_profile
@@ -74,6 +75,7 @@ def export(
     original: str | Path | None = None,
     name: str | None = None,
     device: str | Path | None = None,
+    kv_cache: bool = False,
     output: str | Path = "exported",
     trust_pickle: bool = False,
     trust_remote_code: bool = False,
@@ -83,26 +85,29 @@ def export(
 
     `slots`: kinds to wire (default: lora, and core where layers are factorized; dora only where asked for). `adapters`: folders to ship as payloads (default: every folder of `adapters/` beside the checkpoint that belongs
     to it). `merge`: one to bake in instead. `calib`: data for static int8 and for the goldens. `device`: a profile, by
-    name or file, whose limits go into `device.json`. An `OpenedModel` gives the plain baseline. Raises `CommandError`, `ModelError`, `ParityError`.
+    name or file, whose limits go into `device.json`. `kv_cache`: a decoder takes its keys and values as inputs and gives them back. An `OpenedModel` gives the plain baseline. Raises `CommandError`, `ModelError`, `ParityError`.
     """
     progress = progress or Silent()
     dest = Path(output)
     if isinstance(compressed, str | Path) and is_graph_checkpoint(Path(compressed)):
         report, dest = export_graph(
             compressed, target=target, slots=slots, slot_include=slot_include, quantize=quantize, calib=calib, merge=merge,
-            adapters=adapters, original=original, name=name, device=device, output=output, progress=progress,
+            adapters=adapters, original=original, name=name, device=device, kv_cache=kv_cache, output=output,
+            progress=progress,
         )  # fmt: skip
         return ExportResult(report, dest)
     exporter = _check(target, slots or ("none",), quantize)
     profile = None if device is None else load_profile(device)
     check_output(dest, maker=MAKER, marker=MARKER)
     source = _source(compressed)
+    if kv_cache:
+        source = replace(source, opened=with_cache(source.opened))
     module = copy.deepcopy(source.module)
     with progress.task("export", total=5) as advance:
         if merge is not None:
             merge_adapter(module, _of_base(read_adapter(_adapter_folder(merge, source.folder)), source.digest))
         digest = source.digest if merge is None else tensors_digest(state_of(module), module_layers(module))
-        data = None if calib is None else for_model(calib, source.opened)
+        data = None if calib is None else _with_past(for_model(calib, source.opened), source.opened, module)
         trust = {"trust_pickle": trust_pickle, "trust_remote_code": trust_remote_code}
         golden = _golden(source, module, data, original, trust, quantize)
         advance(1, "traced")
@@ -199,8 +204,15 @@ def _golden(
                 raise
             warnings.warn(f"golden.npz has no answers of the original: {e}", LrcompressWarning, stacklevel=2)
     if reference is not None and reference.module is not None:
+        reference = with_cache(reference) if isinstance(source.opened, CachedModel) else reference
+        assert reference.module is not None
         arrays |= {f"original/{k}": v for k, v in predictor(reference, reference.module)(inputs).items()}
     return arrays
+
+
+def _with_past(data: Data, opened: OpenedModel, module: nn.Module) -> Data:
+    """Return data of a decoder with a cache: half of the tokens of each batch are read into it already."""
+    return data.mapped(lambda batch: opened.filled(module, batch)) if isinstance(opened, CachedModel) else data
 
 
 def _unpadded(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

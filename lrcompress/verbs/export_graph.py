@@ -86,6 +86,8 @@ def _check(slots: Sequence[str] | None, quantize: str, others: Mapping[str, Any]
         if others.get(option):
             expected = "no adapters for an ONNX graph"
             raise CommandError(f"{WHERE} --{option.replace('_', '-')}", expected, others[option])
+    if others.get("kv_cache"):
+        raise CommandError(f"{WHERE} --kv-cache", "a Hugging Face decoder", "an ONNX graph, which is what it is")
     if quantize not in QUANTIZE:
         raise CommandError(f"{WHERE} --quantize", f"{' or '.join(QUANTIZE)} for an ONNX graph", quantize)
 

@@ -17,6 +17,7 @@ from ..data import Data, InputLike, open_data
 from ..errors import CommandError, LrcompressWarning, ModelError
 from ..factorize import Statistics
 from ..model import InputSpec, OpenedModel
+from ..model.cache import PAST
 from ..model.surgery import Layer, tensors_as_layers
 from ..model.views import view_of
 from ..progress import Progress
@@ -37,7 +38,8 @@ def as_data(source: str | Path | Data, *, inputs: Sequence[InputLike], tokenizer
 def for_model(source: str | Path | Data, opened: OpenedModel) -> Data:
     """Open `source` for the inputs (and tokenizer) of a model."""
     folder = opened.extra.get("folder")
-    return as_data(source, inputs=opened.inputs, tokenizer=Path(str(folder)) if folder else None)
+    inputs = [s for s in opened.inputs if not s.name.startswith(PAST)]  # no file holds a cache
+    return as_data(source, inputs=inputs, tokenizer=Path(str(folder)) if folder else None)
 
 
 def layers_of(opened: OpenedModel, include: Sequence[str], exclude: Sequence[str], *, verb: str) -> list[Layer]:

@@ -14,6 +14,7 @@ from ..errors import LrcompressError, ModelError
 from ..graphs import Feeds, OnnxGraph, Run, is_graph_checkpoint, is_onnx, load_graph_checkpoint, open_graph
 from ..manifest import Manifest
 from ..model import InputSpec, OpenedModel, open_model
+from ..model.cache import PAST, empty_past
 from ..model.checkpoint import is_compressed, load_compressed
 from ..progress import Progress, Silent
 from ..validate import validate as check_exported
@@ -62,8 +63,13 @@ def validate(
         trust = {"trust_pickle": trust_pickle, "trust_remote_code": trust_remote_code}
         reference = _original(folder, manifest, original, arch, arch_args, inputs, trust)
         specs = [InputSpec(i["name"], i["dtype"], tuple(i["shape"])) for i in manifest.inputs]
-        samples = as_data(data, inputs=specs, tokenizer=_tokenizer(reference))
+        plain = [s for s in specs if not s.name.startswith(PAST)]
+        samples = as_data(data, inputs=plain, tokenizer=_tokenizer(reference))
         predict = _predict(reference)
+        if plain != specs:  # a decoder reads each sample from the start
+            past = [(s.name, s.dtype, s.shape) for s in specs]
+            samples = samples.mapped(lambda batch: batch | empty_past(past, len(next(iter(batch.values())))))
+            predict = _without_past(predict)
     report = check_exported(
         folder, data=samples, metric=metric, predict_original=predict, max_drop=max_drop, on=tuple(on), threads=threads,
         progress=progress or Silent(),
@@ -120,6 +126,13 @@ def _runs(graph: OnnxGraph) -> Predict:
     """Return a function from named input arrays, as the graph takes them, to named output arrays."""
     run = Run(graph)
     return lambda inputs: run(inputs)[0]
+
+
+def _without_past(predict: Predict | None) -> Predict | None:
+    """Return `predict` of a network that keeps no cache."""
+    if predict is None:
+        return None
+    return lambda inputs: predict({k: v for k, v in inputs.items() if not k.startswith(PAST)})
 
 
 def _tokenizer(opened: OpenedModel | None) -> Path | None:
