@@ -24,7 +24,7 @@ demo: $(STAMP) ## from a small network to a device that takes two updates, in mi
 	$(BIN)/lrcompress run quickstart
 
 test: $(STAMP) ## all tests but the long ones
-	$(BIN)/python -m pytest -q -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile
 
 test-long: $(STAMP) ## the long tests
 	$(BIN)/python -m pytest -q -m slow

@@ -28,7 +28,7 @@ from ..errors import CommandError, LrcompressError, LrcompressWarning, ModelErro
 from ..export.gates import outputs_agree
 from ..export.graph import example_inputs
 from ..export.merging import merge_adapter
-from ..export.payloads import payload_tensors
+from ..export.payloads import check_base, payload_tensors
 from ..export.slots import ALL_KINDS as SLOT_KINDS
 from ..export.targets import Request, Written
 from ..export.targets import target as find_target
@@ -36,6 +36,7 @@ from ..files import check_output, sha256_file, staged_folder, write_json
 from ..golden import project
 from ..manifest import DATA, GRAPH, REQUIRED, Manifest, base_id, slots_id
 from ..model import OpenedModel
+from ..model.adapting import every_target
 from ..model.checkpoint import Compressed, load_compressed, module_layers, state_of, tensors_digest
 from ..model.surgery import count_parameters, wrap_dense
 from ..plan.profile import DeviceProfile, load_profile
@@ -90,6 +91,9 @@ def export(
     check_output(dest, maker=MAKER, marker=MARKER)
     source = _source(compressed)
     module = copy.deepcopy(source.module)
+    chosen = [] if merge is not None else _adapters(adapters, source.folder, source.digest)
+    for folder in chosen:  # what cannot be shipped is said before a graph is traced
+        check_base(folder, read_adapter(folder, every_target(module)).base, source.digest)
     with progress.task("export", total=5) as advance:
         if merge is not None:
             merge_adapter(module, _of_base(read_adapter(_adapter_folder(merge, source.folder)), source.digest))
@@ -102,11 +106,7 @@ def export(
         request = Request(source.opened, module, slots, slot_include, quantize, feeds, golden, advance)
         with staged_folder(dest, maker=MAKER, marker=MARKER) as stage:
             report = _write(stage, dest, source, module, digest, exporter, request, name, profile)
-            shipped = (
-                []
-                if merge is not None or not report["slots"]
-                else _payloads(stage, _adapters(adapters, source.folder, digest), module)
-            )
+            shipped = _payloads(stage, chosen, module) if report["slots"] else []
             report["payloads"] = [{"path": str(dest / "payloads" / p.name), "bytes": p.stat().st_size} for p in shipped]
             advance(1, "payloads")
     report["output"] = str(dest)
