@@ -128,7 +128,11 @@ def test_serial_workers_and_a_cluster_give_the_same_bytes(place, cluster):
     expected = sha256_tree(place / "serial")
     assert sha256_tree(place / "workers") == expected and sha256_tree(place / "cluster") == expected
     assert not list(place.glob(".*.work-*"))
-    # All of it on the one that is left; a curve for every layer too.
+
+
+@pytest.mark.slow
+def test_a_budget_on_a_cluster_gives_the_same_bytes(place, cluster):
+    """A curve for every layer, too."""
     budget = [w for w in command("budget", "--cluster", cluster.address) if w not in ("--rank", "300")]
     done = subprocess.run([*budget, "--ratio", "0.5"], cwd=place, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -244,7 +244,7 @@ def test_a_killed_run_continues_to_the_same_hashes(
 ) -> None:
     path, _, report, _ = done
     chance = random.Random(0)
-    moments = [chance.uniform(0.2, 0.3 * report["seconds"]) for _ in range(3)]
+    moments = [chance.uniform(0.2, 0.3 * report["seconds"]) for _ in range(2)]
     # Another depth, too: where the run directory lies must not show in any file that counts.
     fates, hashes = killed_runs(path, tmp_path / "deeper" / "run", moments)
     assert "killed" in fates

@@ -81,6 +81,7 @@ def smaller(found: Recipe, **changes: Any) -> Recipe:
     return made
 
 
+@pytest.mark.slow
 def test_resnet20_through_all_stages(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lrcompress.pipeline.measure._ROUNDS", 2)
     monkeypatch.setattr(sys.modules["lrcompress.pipeline.baselines"], "_EQUAL_TRIES", 1)
