@@ -14,17 +14,21 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 
 from ...factorize import form
 from ...manifest import slot_inputs
 from ...model.checkpoint import module_layers
 from ..gates import factors_stay_apart, names_and_bytes
-from ..graph import OPSET, store_external, trace
-from ..quantize import quantize_int8
+from ..graph import store_external, strip, trace
+from ..needs import check_device, needs
+from ..quantize import quantize
+from ..rewrites import apply, simplify
 from ..slots import attach_slots, make_inputs
 from . import Request, Written
 
-QUANTIZE = ("none", "int8")
+QUANTIZE = ("none", "fp16", "int8", "int4", "plan")
+_BITS = {"fp16": 16, "int8": 8, "int4": 4}
 GRAPH, DATA = "model.onnx", "base.data"
 
 
@@ -56,9 +60,21 @@ def write(stage: Path, request: Request) -> Written:
     model = trace(request.opened, traced, where="export")
     names_and_bytes(model, traced, slot_names)
     make_inputs(model.graph, entries)
+    model, _ = simplify(model, slot_names)
+    strip(model)
     request.advance(1, "gates")
-    if request.quantize == "int8":
-        model = quantize_int8(model, slots=slot_names, calibration=request.calibration)
+    weights: list[dict[str, Any]] = []
+    if request.quantize != "none":
+        bits = _BITS.get(request.quantize) or _planned(model, request.bits)
+        quantized = quantize(model, bits, slots=slot_names, calibration=request.calibration)
+        model, weights = quantized.model, quantized.rows
+        ir_model = ir.from_proto(model)
+        apply("defaults", ir_model, slot_names)
+        model = ir.to_proto(ir_model)
+        strip(model)
+    need = needs(model)
+    if request.profile is not None:
+        check_device(need, request.profile)
     blob = store_external(model, DATA)
     (stage / GRAPH).write_bytes(model.SerializeToString(deterministic=True))
     (stage / DATA).write_bytes(blob)
@@ -66,8 +82,16 @@ def write(stage: Path, request: Request) -> Written:
     if request.quantize == "none":
         factors_stay_apart(stage / GRAPH, factors, slot_names, sum(rebuilt.values()), turned, once)
     request.advance(1, "written")
-    about = {"opset": OPSET, "ir": model.ir_version, "dense_at_run_time": sorted(rebuilt)}
-    return Written(entries, _outputs(model, request.golden), factors, about)
+    opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    dense = {*rebuilt, *(w["name"].rpartition(".")[0] for w in weights if w["kind"] == "conv" and w["bits"] == 4)}
+    about = {"opset": opset, "ir": model.ir_version, "dense_at_run_time": sorted(dense)}
+    return Written(entries, _outputs(model, request.golden), factors, about, weights, need.version)
+
+
+def _planned(model: onnx.ModelProto, layers: Mapping[str, int]) -> dict[str, int]:
+    """Return the bits of every weight whose layer the plan names."""
+    names = (t.name for t in model.graph.initializer)
+    return {n: layers[layer] for n in names if (layer := n.rpartition(".")[0]) in layers}
 
 
 def _outputs(model: onnx.ModelProto, golden: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
