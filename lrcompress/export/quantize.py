@@ -40,6 +40,8 @@ BITS = (32, 16, 8, 4)
 BLOCK = 32
 #: A constant of 4 bits comes with four nodes: smaller ones stay at 8.
 _MIN_CONSTANT = 1024
+#: What is stored in 16 bits comes with a cast.
+_MIN_HALF_BYTES = 1024
 
 
 @dataclass
@@ -98,6 +100,7 @@ def quantize(
         nodes = [n.name for n in model.graph.node if n.op_type in ("MatMul", "Gemm") and matrices & set(n.input[:2])]
         model = dynamic_matrices(model, nodes, Path(scratch))
     quantize_tables(model.graph, {p.weight for p, b in wanted if b == 8 and p.kind == "table"})
+    wanted += _left_over(model, src_model, wanted, bits, slots)
     model.graph.initializer.extend(held)
     model = _packed(model, wanted, fitted, result)
     drop_unused(model.graph, keep=set(slots))
@@ -133,6 +136,22 @@ def _wanted(found: Sequence[Product], bits: int | Mapping[str, int], calibrated:
         if b != 32:
             wanted.append((p, b))
     return wanted
+
+
+def _left_over(
+    model: onnx.ModelProto, source: onnx.ModelProto, wanted: Sequence[tuple[Product, int]], bits: int | Mapping[str, int],
+    slots: Sequence[str],
+) -> list[tuple[Product, int]]:  # fmt: skip
+    """Return what no operator reads in fewer bits (cores of einsums, left operands): it is stored in 16."""
+    done, inputs = {p.weight for p, _ in wanted}, {i.name for i in source.graph.input} | set(slots)
+    network = {t.name for t in source.graph.initializer}
+    found = []
+    for t in model.graph.initializer:
+        asked = bits if isinstance(bits, int) else bits.get(t.name, 32)
+        large = t.data_type == onnx.TensorProto.FLOAT and 4 * int(np.prod(t.dims)) >= _MIN_HALF_BYTES
+        if large and asked < 32 and t.name in network and t.name not in done | inputs:
+            found.append((Product("other", t.name, "", "", tuple(t.dims)), 16))
+    return found
 
 
 def grid_of(p: Product, bits: int, block: int) -> Grid | None:

@@ -231,3 +231,59 @@ def test_a_whole_graph_keeps_its_slots_and_its_numbers(made):
     strip(again)
     assert all(f.fired == 0 for f in more.values()), "nothing is left to do"
     assert again.SerializeToString(deterministic=True) == out.SerializeToString(deterministic=True)
+
+
+def normalised(first="Conv", slot=False):
+    v = {n: (0.5 + RNG.random(6)).astype(np.float32) for n in ("gamma", "beta", "mean", "var")}
+    nodes = (
+        [N("Conv", ["x", "w"], ["c"])] if first == "Conv" else [N("Conv", ["x", "w"], ["a"]), N(first, ["a"], ["c"])]
+    )
+    if slot:
+        nodes = [N("Conv", ["x", "w"], ["a"]), N("Conv", ["x", "s"], ["d"]), N("Add", ["a", "d"], ["c"])]
+    nodes.append(N("BatchNormalization", ["c", "gamma", "beta", "mean", "var"], ["y"], epsilon=1e-3))
+    return nodes, {"w": W, **v, **({"s": 0 * W} if slot else {})}
+
+
+def test_norms_go_into_their_convolution_and_keep_its_name():
+    model = graph(*normalised())
+    out, found = rewritten("norms", model)
+    assert (found.fired, [n.op_type for n in out.graph.node]) == (1, ["Conv"])
+    assert out.graph.node[0].input[1] == "w"
+    np.testing.assert_allclose(answer(out, x=X), answer(model, x=X), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("first", "slot", "reason"),
+    [("Relu", False, "Relu stands before it, no convolution"), ("Conv", True, "Add stands before it, no convolution")],
+)
+def test_norms_refuse(first, slot, reason):
+    more = [helper.make_tensor_value_info("s", TensorProto.FLOAT, ["r", 4, 3, 3])] if slot else []
+    model = graph(*normalised(first, slot), more=more)
+    out, found = rewritten("norms", model, keep=("s",))
+    assert found.fired == 0 and [r.reason for r in found.refused] == [reason]
+    assert sum(n.op_type == "BatchNormalization" for n in out.graph.node) == 1
+
+
+def test_names_are_short_and_the_outside_keeps_its_own():
+    nodes = [N("Relu", ["x"], ["layer1.0.conv1.weight_QuantizeLinear"]), N("Neg", ["layer1.0.conv1.weight_QuantizeLinear"], ["v0"]), N("Abs", ["v0"], ["y"])]  # fmt: skip
+    model = graph(nodes, {})
+    out, found = rewritten("names", model)
+    assert found.fired == 2 and [list(n.output) for n in out.graph.node] == [["v0"], ["v1"], ["y"]]
+    assert np.array_equal(answer(out, x=X), answer(model, x=X))
+
+
+def test_zero_points_that_are_zero_go():
+    codes, scale = (
+        RNG.integers(-127, 127, (6, 4, 3, 3)).astype(np.int8),
+        (0.01 + RNG.random(6) / 100).astype(np.float32),
+    )
+    for zero, fired in ((np.zeros(6, np.int8), 1), (np.arange(6, dtype=np.int8), 0)):
+        nodes = [N("DequantizeLinear", ["q", "s", "z"], ["w"], axis=0), N("Conv", ["x", "w"], ["y"])]
+        model = graph(nodes, {"q": codes, "s": scale, "z": zero})
+        out, found = rewritten("zero_points", model)
+        assert found.fired == fired and ("z" in {t.name for t in out.graph.initializer}) == (not fired)
+        assert np.array_equal(answer(out, x=X), answer(model, x=X))
+    nodes = [N("QuantizeLinear", ["x", "s", "z"], ["q"]), N("DequantizeLinear", ["q", "s", "z"], ["y"])]
+    model = graph(nodes, {"s": np.float32(0.1), "z": np.uint8(0)})
+    _, found = rewritten("zero_points", model)
+    assert found.fired == 0, "an activation's zero is left for the runtime's fusions"

@@ -7,8 +7,14 @@ meant but must not touch, it names with the reason.
     folded    Reshape(Concat(1, 8), …) of numbers alone        = one constant
     no_ops    Slice(x, 0, ∞), Cast to what it is, Expand to …  = x
     as_read   Transpose(W), Reshape(W), Cast(order)            = W stored as it is read
+    norms     BatchNorm(Conv(x, W))                            = Conv(x, a·W, b)
     biases    Add(Conv(x, W), b)                               = Conv(x, W, b)
     defaults  attributes that say what would hold without them = none
+
+and when nothing comes after it any more:
+
+    zero_points  DequantizeLinear(codes, scale, 0)             = DequantizeLinear(codes, scale)
+    names        of values between nodes                       = short ones
 """
 
 from __future__ import annotations
@@ -39,13 +45,23 @@ class Applied:
 
 
 #: In this order: each meets what the one before it leaves.
-ORDER = ("folded", "no_ops", "as_read", "biases", "folded", "defaults")
+ORDER = ("folded", "no_ops", "as_read", "norms", "biases", "folded", "defaults")
+#: What is done when weights are in the form in which they are stored.
+LAST = ("zero_points", "defaults", "names")
 
 
 def apply(name: str, model: ir.Model, keep: Collection[str] = ()) -> Applied:
     """Apply one transformation to `model`, in place. Raises `KeyError` for a name that is none."""
     found: Applied = plugins.load(__name__, name).apply(model, keep)
     return found
+
+
+def finish(source: onnx.ModelProto, keep: Collection[str] = ()) -> onnx.ModelProto:
+    """Return `source` as it is stored: nothing reads it after this but the runtime."""
+    model = ir.from_proto(source)
+    for name in LAST:
+        apply(name, model, keep)
+    return ir.to_proto(model)
 
 
 def simplify(source: onnx.ModelProto, keep: Collection[str] = ()) -> tuple[onnx.ModelProto, Mapping[str, Applied]]:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 
 from ...factorize import form
 from ...manifest import slot_inputs
@@ -23,7 +22,7 @@ from ..gates import factors_stay_apart, names_and_bytes
 from ..graph import store_external, strip, trace
 from ..needs import check_device, needs
 from ..quantize import quantize
-from ..rewrites import apply, simplify
+from ..rewrites import finish, simplify
 from ..slots import attach_slots, make_inputs
 from . import Request, Written
 
@@ -48,7 +47,8 @@ def write(stage: Path, request: Request) -> Written:
     rebuilt = {
         name: math.prod(spec["shape"])
         for name, spec in module_layers(request.module).items()
-        if getattr(form(spec["form"]), "DENSE_AT_RUN_TIME", False)
+        # Of an embedding, only the rows that are looked up are rebuilt.
+        if getattr(form(spec["form"]), "DENSE_AT_RUN_TIME", False) and spec["kind"] != "embedding"
     }
     turned = sum(
         math.prod(f)
@@ -68,10 +68,8 @@ def write(stage: Path, request: Request) -> Written:
         bits = _BITS.get(request.quantize) or _planned(model, request.bits)
         quantized = quantize(model, bits, slots=slot_names, calibration=request.calibration)
         model, weights = quantized.model, quantized.rows
-        ir_model = ir.from_proto(model)
-        apply("defaults", ir_model, slot_names)
-        model = ir.to_proto(ir_model)
-        strip(model)
+    model = finish(model, slot_names)
+    strip(model)
     need = needs(model)
     if request.profile is not None:
         check_device(need, request.profile)
