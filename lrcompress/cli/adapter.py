@@ -112,7 +112,11 @@ def show(shell: Shell, path: str, base_path: str | None, **options: Any) -> Resu
 @click.option("--exported", type=click.Path(), help="The exported model whose slots a payload or onnx_adapter fills.")
 @click.option("--rank", type=int, help="Cut to this rank, as LoRA; the error is printed per layer.")
 @click.option(
-    "-o", "--output", required=True, type=click.Path(), help="Folder to write, or a file for lycoris, payload, onnx_adapter."
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(),
+    help="Folder to write, or a file for lycoris, payload, onnx_adapter.",
 )
 @_includes
 @_with_base
