@@ -29,8 +29,7 @@ from ..errors import LrcompressWarning, ModelError
 from .int8 import MIN_TABLE_BYTES, dynamic_matrices, quantize_tables, quiet, static_convs
 from .packing import Packed, constants, halves, nbits, tables
 from .products import Product, products, put
-from .refit import Refit, refit
-from .refit.gptq import quantize as round_only
+from .refit import Refit, refit, round_only
 from .refit.grids import ROW8, Coded, Grid, blocks, signed
 from .refit.moments import observe
 from .rewrites import Refusal
@@ -83,9 +82,11 @@ def quantize(
     _check_slots(model, slots)
     if not batches and any(b == 8 and p.kind == "conv" for p, b in wanted):
         warnings.warn(
-            "convolutions stay fp32: int8 needs calibration data for them (--calib)", LrcompressWarning, stacklevel=2
+            "convolutions stay in 16 bits: int8 needs calibration data for them (--calib)",
+            LrcompressWarning,
+            stacklevel=2,
         )
-        wanted = [(p, b) for p, b in wanted if b != 8 or p.kind != "conv"]
+        wanted = [(p, 16 if b == 8 and p.kind == "conv" else b) for p, b in wanted]
     fitted = _fitted(model, found, wanted, batches or [], block, refits)
     put(model.graph, fitted.arrays.items())
     result.coded = fitted.coded
@@ -128,7 +129,9 @@ def _wanted(found: Sequence[Product], bits: int | Mapping[str, int], calibrated:
         b = bits if isinstance(bits, int) else bits.get(p.weight, 32)
         n = int(np.prod(p.shape))
         if p.kind == "table" and 4 * n < MIN_TABLE_BYTES and b < 16:
-            b = 32 if isinstance(bits, int) and bits == 8 else 16
+            b = 16
+        if p.kind == "table" and b == 4 and p.shape[1] % 2:
+            b = 8  # two codes fill a byte
         if p.kind in ("conv", "conv_transpose") and b == 4 and n < _MIN_CONSTANT:
             b = 8 if p.kind == "conv" and calibrated else 16
         if p.kind == "conv_transpose" and b < 16:
@@ -163,8 +166,6 @@ def grid_of(p: Product, bits: int, block: int) -> Grid | None:
         return None
     if p.kind == "conv":
         return signed(4, columns)
-    if p.kind == "table" and columns % 2:
-        return ROW8
     # Short rows are padded to whole blocks: a finer block may be fewer bytes.
     fine = [b for b in (16, 32, 64, 128, 256) if b <= block]
     return min((blocks(4, b) for b in fine), key=lambda g: (g.n_bytes(1, columns), g.block))
@@ -176,17 +177,7 @@ def _fitted(
 ) -> Refit:  # fmt: skip
     grids = {p.weight: g for p, b in wanted if (g := grid_of(p, b, block)) is not None}
     if not refits:
-        plain = Refit()
-        for p in found:
-            if p.weight in grids:
-                w = p.rows(numpy_helper.to_array(next(t for t in model.graph.initializer if t.name == p.weight)))
-                import torch
-
-                coded = round_only(torch.from_numpy(np.array(w)), grids[p.weight])
-                plain.coded[p.weight] = coded
-                if grids[p.weight] != ROW8:
-                    plain.arrays[p.weight] = p.array(coded.values().numpy())
-        return plain
+        return round_only(model, found, grids)
     seen = observe(model, found, batches)
     eight = {p.kind for p, b in wanted if b == 8}
     return refit(model, found, grids, seen, rounds_activations=bool(eight - {"table"}))
@@ -196,7 +187,7 @@ def _packed(
     model: onnx.ModelProto, wanted: Sequence[tuple[Product, int]], fitted: Refit, result: Quantized
 ) -> onnx.ModelProto:
     """Put what ONNX Runtime's tools do not write into the graph."""
-    four = [Packed(p, fitted.coded[p.weight]) for p, b in wanted if b == 4 and fitted.coded[p.weight].grid.block]
+    four = [Packed(p, fitted.coded[p.weight]) for p, b in wanted if b == 4]
     half = [Packed(p) for p, b in wanted if b == 16]
     if not four and not half:
         return model

@@ -240,6 +240,33 @@ def test_a_table_that_is_also_a_weight_works_in_both_places():
     assert relative(run(model, ids=ids), run(found.model, ids=ids)) < 0.2
 
 
+def test_what_no_operator_reads_in_fewer_bits_is_stored_in_sixteen():
+    """A left operand, and a tensor that no product reads; one without elements stays what it is."""
+    g = Graph()
+    left = g.node("MatMul", [g.weight("left", 24, 64), "x"], "l")
+    wide = g.node("Add", [left, g.constant("table", np.ones((24, 16), np.float32))], "w")
+    y = g.node("Concat", [wide, g.constant("none", np.zeros((0, 16), np.float32))], "c", axis=0)
+    model = g.model("x", TensorProto.FLOAT, [64, 16], y, 16)
+    del model.graph.output[0].type.tensor_type.shape.dim[:]
+    for d in (24, 16):
+        model.graph.output[0].type.tensor_type.shape.dim.add().dim_value = d
+    for bits in (16, 8, 4):
+        found = quantize(model, bits, slots=[], calibration=None)
+        arrays = stored(found.model)
+        assert {n: str(a.dtype) for n, a in arrays.items()} == {
+            "left_quantized": "float16", "table_quantized": "float16", "none": "float32"
+        }  # fmt: skip
+        x = np.random.default_rng(0).standard_normal((64, 16)).astype(np.float32)
+        assert relative(run(model, x=x), run(found.model, x=x)) < 1e-3
+
+
+def test_rows_of_an_odd_number_of_codes_take_eight_bits():
+    g = Graph()
+    x = g.node("Gather", [g.weight("emb.weight", 700, 33), "ids"], "rows", axis=0)
+    found = quantize(g.model("ids", TensorProto.INT64, ["batch"], x, 33), 4, slots=[], calibration=None)
+    assert [r["bits"] for r in found.rows] == [8] and stored(found.model)["emb.weight_quantized"].dtype == np.int8
+
+
 # the verb -----------------------------------------------------------------------------------------------------------------
 
 

@@ -144,7 +144,7 @@ def _shape(layer, kind):
 
 
 def test_as_many_products_as_factors_and_few_nodes_around_them(exported):
-    kind, network, folder, _ = exported
+    kind, _network, folder, _ = exported
     model = onnx.load(str(folder / "model.onnx"), load_external_data=False)
     for name in serving(kind):
         found = Counter(n.op_type for n in branch(model, name))

@@ -86,7 +86,11 @@ def test_an_export_says_which_layers_changed_and_serves_the_same_payloads(tmp_pa
     calib = Data.of_arrays({"x": pictures()})
     opened = open_model(net, inputs=SPEC)
     report = {}
-    for name, options in (("fp32", {}), ("int8", {"quantize": "int8"}), ("cored", {"quantize": "int8", "slots": ("core",)})):
+    for name, options in (
+        ("fp32", {}),
+        ("int8", {"quantize": "int8"}),
+        ("cored", {"quantize": "int8", "slots": ("core",)}),
+    ):
         options = {"slots": ("lora",), **options}
         report[name] = lrcompress.export(opened, calib=calib, output=tmp_path / name, **options).data
     notes = {n: [w["gauge"] for w in r["weights"] if w["kind"] == "layer"] for n, r in report.items()}

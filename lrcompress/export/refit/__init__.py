@@ -66,6 +66,17 @@ def refit(
     return _Pass(model, products, grids, seen, counts or {}, rounds_activations).run()
 
 
+def round_only(model: onnx.ModelProto, products: Sequence[Product], grids: Mapping[str, Grid]) -> Refit:
+    """Return the weights of `grids` rounded to the nearest, each by itself: what there is to compare a refit with."""
+    found = Refit()
+    for p in products:
+        if p.weight in grids:
+            w = torch.from_numpy(np.array(p.rows(array_of(model.graph, p.weight)), dtype=np.float64))
+            coded = found.coded[p.weight] = quantize(w, grids[p.weight])
+            found.arrays[p.weight] = p.array(coded.values().numpy())
+    return found
+
+
 class _Pass:
     """One walk over the graph."""
 
