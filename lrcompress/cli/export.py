@@ -20,8 +20,15 @@ from .output import Result, Shell, common, human_bytes
     "[default: lora, and core where layers are factorized]",
 )
 @click.option("--slot-include", multiple=True, metavar="GLOB", help="Only layers whose path matches get a slot.")
-@click.option("--quantize", default="none", show_default=True, help="none or int8.")
-@click.option("--calib", metavar="DATA", help="Inputs for static int8 and for the golden set.")
+@click.option(
+    "--quantize",
+    default="none",
+    show_default=True,
+    help="none, fp16, int8, int4, or plan: what --plan gave each layer.",
+)
+@click.option(
+    "--calib", metavar="DATA", help="Inputs to quantize by (needed for int8 convolutions) and for the golden set."
+)
 @click.option("--merge", metavar="NAME", help="Bake this adapter in instead of shipping it.")
 @click.option(
     "--adapter",
@@ -29,6 +36,9 @@ from .output import Result, Shell, common, human_bytes
     multiple=True,
     type=click.Path(),
     help="Adapter to ship as a payload  [default: all of adapters/]",
+)
+@click.option(
+    "--emit", multiple=True, metavar="FORMAT", help="Write beside each payload: onnx_adapter (for C, C++, C#)."
 )
 @click.option("--original", type=click.Path(), help="The model that was factorized, if it moved.")
 @click.option(
