@@ -1,4 +1,4 @@
-"""Time operators with ONNX Runtime: interleaved rounds, medians, and what two halves of the rounds differ by.
+"""Time operators with ONNX Runtime: interleaved rounds, medians, and by how much rounds differ.
 
 A graph of several copies is timed against one of none, with inputs and outputs bound beforehand, so what remains is the
 operator and its share of the runtime's loop. Every round opens its sessions anew and takes the probes in another order:
@@ -20,13 +20,15 @@ from ..runtime import session_options
 from .operators import Graph, Probe
 
 #: A run of a graph should take about this long; copies are added until it does, as far as weights allow.
-_RUN_MS, _MOST_COPIES, _WEIGHT_BYTES = 0.3, 8, 16 << 20
+_RUN_MS, _MOST_COPIES, _WEIGHT_BYTES = 0.3, 8, 12 << 20
+#: Rounds that differ by less agree.
+_AGREED = 0.05
 _ELEMENT = {1: np.float32, 2: np.uint8, 7: np.int64}
 
 
 @dataclass(frozen=True)
 class Timing:
-    """`ms`: the median over rounds; `spread`: by what share the medians of even and odd rounds differ."""
+    """`ms`: the time of one operator; `spread`: by what share of it undisturbed rounds differ."""
 
     ms: float
     spread: float
@@ -66,25 +68,37 @@ def copies_of(probe: Probe, once_ms: float) -> int:
 def measure(
     probes: Sequence[Probe], threads: int, *, rounds: int, seconds: float, progress: Progress, seed: int = 0
 ) -> dict[Probe, Timing]:
-    """Return what each probe takes with so many threads. `seconds`: for one probe in one round."""
+    """Return what each probe takes with so many threads. `seconds`: for one probe in one round.
+
+    After half of the rounds only probes whose times do not agree yet are timed again.
+    """
     order, draw = list(probes), random.Random(seed)
     found: dict[Probe, list[float]] = {p: [] for p in probes}
     copies: dict[Probe, int] = {}
     with progress.task(f"measure, {threads} thread{'s' * (threads > 1)}", total=len(order) * rounds) as advance:
-        for _ in range(rounds):
+        for done in range(rounds):
             draw.shuffle(order)
             for probe in order:
-                none = run_ms(probe.graph(0), threads, seconds / 4)
-                if probe not in copies:
-                    copies[probe] = copies_of(probe, run_ms(probe.graph(1), threads, 0.0, 3) - none)
-                n = copies[probe]
-                found[probe].append(max(run_ms(probe.graph(n), threads, seconds) - none, 0.0) / n)
+                if done < rounds / 2 or timing(found[probe]).spread > _AGREED:
+                    found[probe].append(_once(probe, copies, threads, seconds))
                 advance(1, f"{probe.kind} {'×'.join(map(str, probe.dims))}")
-    return {p: _timing(times) for p, times in found.items()}
+    return {p: timing(times) for p, times in found.items()}
 
 
-def _timing(times: Sequence[float]) -> Timing:
-    ms = max(float(np.median(times)), 1e-5)
-    if len(times) < 2:
-        return Timing(ms, 0.0)
-    return Timing(ms, abs(float(np.median(times[::2]) - np.median(times[1::2]))) / ms)
+def _once(probe: Probe, copies: dict[Probe, int], threads: int, seconds: float) -> float:
+    """Time one probe in one round, in ms; a first look tells how many copies its graph should hold."""
+    none = run_ms(probe.graph(0), threads, seconds / 4)
+    if probe not in copies:
+        copies[probe] = copies_of(probe, run_ms(probe.graph(1), threads, 0.0, 3) - none)
+    n = copies[probe]
+    return max(run_ms(probe.graph(n), threads, seconds) - none, 0.0) / n
+
+
+def timing(times: Sequence[float]) -> Timing:
+    """Return the median of the faster half of the rounds: what disturbs a machine only ever adds time.
+
+    The spread is that half's own, from its fastest to its slowest, so it says what a second measurement would find.
+    """
+    half = sorted(times)[: len(times) // 2 + 1]
+    ms = max(float(np.median(half)), 1e-5)
+    return Timing(ms, (half[-1] - half[0]) / ms)

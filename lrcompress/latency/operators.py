@@ -255,6 +255,25 @@ def _moved(kind: str, dims: Dims, copies: int) -> _Made:
     return _surrounded(nodes, feeds, constants if copies else {}, {f"y{i}": kept for i in range(copies)})
 
 
+def _batch_norm(bits: int, dims: Dims, copies: int) -> _Made:
+    """(channels, positions)."""
+    channels, positions = dims
+    four = {k: np.full(channels, v, np.float32) for k, v in (("g", 1.0), ("b", 0.0), ("m", 0.0), ("v", 1.0))}
+    nodes = [Node("BatchNormalization", [f"x{i}", *four], [f"y{i}"]) for i in range(copies)]
+    feeds = {f"x{i}": _random((1, channels, positions), i) for i in range(copies)}
+    return _surrounded(nodes, feeds, four if copies else {}, {f"y{i}": FLOAT for i in range(copies)})
+
+
+def _reorder(bits: int, dims: Dims, copies: int) -> _Made:
+    """A convolution that does next to nothing, from and to the layout without blocks."""
+    _, channels, _, _, height, width, _ = dims
+    about = {"kernel_shape": [1, 1], "group": channels}
+    constants = {f"w{i}": _random((channels, 1, 1, 1), i) for i in range(copies)}
+    nodes = [Node("Conv", [f"x{i}", f"w{i}"], [f"y{i}"], about) for i in range(copies)]
+    feeds = {f"x{i}": _random((1, channels, height, width), i) for i in range(copies)}
+    return _surrounded(nodes, feeds, constants, {f"y{i}": FLOAT for i in range(copies)})
+
+
 def _reduce(bits: int, dims: Dims, copies: int) -> _Made:
     nodes = [Node("ReduceMean", [f"x{i}", "axes"], [f"y{i}"]) for i in range(copies)]
     feeds = {f"x{i}": _random(dims, i) for i in range(copies)}
@@ -270,6 +289,48 @@ def _quantize(bits: int, dims: Dims, copies: int) -> _Made:
     return _surrounded(nodes, {f"x{i}": _random(dims, i) for i in range(copies)}, {}, outputs)
 
 
+#: The operators of one block of a network: kind, bits, sizes, as they are priced.
+Block = list[tuple[str, int, Dims]]
+
+
+def network(width: int, blocks: int, rows: int = 16) -> tuple[Graph, Block]:
+    """Return a small network of mixed operators, and what they are by themselves.
+
+    Between operators of other kinds, with weights that push everything else out of the caches, an operator takes longer
+    than among its like; by how much is what this graph is for.
+    """
+    wide = 4 * width
+    constants: dict[str, np.ndarray] = {"two": np.float32(2).reshape(()), "flat": np.array([rows, wide], np.int64)}
+    constants["heads"] = np.array([rows, 4, width], np.int64)
+    nodes: list[Node] = []
+    x = "x"
+    for i in range(blocks):
+        constants |= {f"u{i}": _random((width, wide), i), f"v{i}": _random((wide, width), i), f"b{i}": np.full(wide, 0.1, np.float32), f"g{i}": np.ones(width, np.float32)}
+        nodes += [
+            Node("LayerNormalization", [x, f"g{i}"], [f"n{i}"]),
+            Node("MatMul", [f"n{i}", f"u{i}"], [f"a{i}"]),
+            Node("Mul", [f"a{i}", f"b{i}"], [f"c{i}"]),
+            Node("Reshape", [f"c{i}", "heads"], [f"d{i}"]),
+            Node("Transpose", [f"d{i}"], [f"e{i}"], {"perm": [1, 0, 2]}),
+            Node("Sigmoid", [f"e{i}"], [f"f{i}"]),
+            Node("Transpose", [f"f{i}"], [f"h{i}"], {"perm": [1, 0, 2]}),
+            Node("Reshape", [f"h{i}", "flat"], [f"j{i}"]),
+            Node("Softmax", [f"j{i}"], [f"k{i}"]),
+            Node("MatMul", [f"k{i}", f"v{i}"], [f"l{i}"]),
+            Node("Add", [f"l{i}", x], [f"y{i}"]),
+        ]
+        x = f"y{i}"
+    feeds = {"x": _random((rows, width))}
+    data = model(nodes, inputs={"x": (FLOAT, (rows, width))}, outputs={x: FLOAT}, constants=constants)
+    many = (rows * wide,)
+    block: Block = [
+        ("LayerNormalization", 32, (rows, width)), ("matmul", 32, (rows, width, wide)), ("Mul", 32, many),
+        ("Relu", 32, (4,)), ("Transpose", 32, many), ("Sigmoid", 32, many), ("Transpose", 32, many), ("Relu", 32, (4,)),
+        ("Softmax", 32, (rows, wide)), ("matmul", 32, (rows, wide, width)), ("Add", 32, (rows * width,)),
+    ]  # fmt: skip
+    return Graph(data, feeds, {x: FLOAT}), block
+
+
 def _at(i: int) -> str:
     return f"h{i}"
 
@@ -282,12 +343,12 @@ def _surrounded(nodes: list[Node], feeds: dict[str, np.ndarray], constants: dict
 
 
 #: Operators of one input that work number by number, with what ONNX Runtime calls them.
-UNARY = ("Relu", "Sigmoid", "Tanh", "Erf", "Sqrt", "Neg", "Gelu")
-BINARY = ("Add", "Mul", "Div", "Pow")
+UNARY = ("Relu", "Sigmoid", "Tanh", "Erf", "Sqrt", "Neg", "Gelu", "Pow")
+BINARY = ("Add", "Mul", "Div")
 #: Operators that move numbers: (elements,) of what they write.
 MOVES = ("Slice", "Concat", "Expand", "Pad", "Where", "Cast", "QuantizeLinear", "DequantizeLinear", "Transpose")
 #: Operators along the last axis: (rows, columns).
-ROWWISE = ("LayerNormalization", "Softmax", "ReduceMean", "gather", "quantize")
+ROWWISE = ("LayerNormalization", "Softmax", "ReduceMean", "gather", "quantize", "BatchNormalization")
 #: Precisions of products with a constant weight.
 BITS = (32, 8, 4)
 
@@ -297,8 +358,10 @@ def _elementwise(kind: str) -> Callable[[int, Dims, int], _Made]:
         if kind in MOVES:
             return _moved(kind, dims, copies)
         if kind in UNARY:
-            nodes = [Node(kind, [_at(i)], [_at(i + 1)]) for i in range(copies)]
-            return _surrounded(nodes, {"h0": np.abs(_random(dims))}, {}, {_at(copies): FLOAT} if copies else {})
+            squares = kind == "Pow"  # the exponent that norms have
+            nodes = [Node(kind, [_at(i), *(["two"] if squares else [])], [_at(i + 1)]) for i in range(copies)]
+            constants = {"two": np.float32(2).reshape(())} if squares and copies else {}
+            return _surrounded(nodes, {"h0": np.abs(_random(dims))}, constants, {_at(copies): FLOAT} if copies else {})
         other = {f"c{i}": np.full(dims, 1.0 + i / 64, np.float32) for i in range(copies)}
         nodes = [Node(kind, [_at(i), f"c{i}"], [_at(i + 1)]) for i in range(copies)]
         return _surrounded(nodes, {"h0": np.abs(_random(dims)), **other}, {}, {_at(copies): FLOAT} if copies else {})
@@ -309,6 +372,6 @@ def _elementwise(kind: str) -> Callable[[int, Dims, int], _Made]:
 _KINDS: dict[str, Callable[[int, Dims, int], _Made]] = {
     "matmul": _matmul, "bmm": _bmm, "conv": _conv, "conv_odd": _conv, "depthwise": _depthwise, "gather": _gather,
     "LayerNormalization": _layer_norm, "Softmax": _softmax, "Transpose": _transpose, "quantize": _quantize,
-    "ReduceMean": _reduce,
+    "ReduceMean": _reduce, "BatchNormalization": _batch_norm, "reorder": _reorder,
 }  # fmt: skip
 KINDS = tuple(dict.fromkeys((*_KINDS, *UNARY, *BINARY, *MOVES)))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +14,19 @@ import onnxruntime as ort
 
 from ..progress import Progress, Silent
 from ..runtime import session_options
-from .measuring import Timing, measure
-from .operators import BINARY, BITS, MOVES, ROWWISE, UNARY, Dims, Probe
+from .measuring import Timing, measure, run_ms, timing
+from .operators import BINARY, BITS, MOVES, ROWWISE, UNARY, Dims, Probe, network
 from .table import LatencyTable, Row, machine
 
 #: Seconds for one probe in one round, and rounds: of a whole profile and of a quick one.
-_SECONDS, _ROUNDS = (0.006, 0.003), (4, 2)
+_SECONDS, _ROUNDS = (0.004, 0.003), (6, 2)
 #: Products above this many multiply-adds are not measured: what is larger is as fast per product.
 _MOST_MACS = 80_000_000
 #: A rank may be rounded up for nothing if that costs no more than this share.
 _FREE = 0.03
 _RANKS = tuple(range(32, 65))
+#: Blocks of the networks that tell what operators cost together.
+_BLOCKS = 8
 
 
 def sizes(quick: bool = False) -> list[Probe]:
@@ -36,11 +39,13 @@ def sizes(quick: bool = False) -> list[Probe]:
         found += [Probe("conv", bits, d) for d in _convolutions(quick)]
         found += [Probe("depthwise", bits, d) for d in _depthwise(quick)]
     found += [Probe("conv_odd", 32, d) for d in _odd(quick)]
+    for width in (32, 128, 384):  # the operators of the small networks, so that what is left is what they cost together
+        found += [Probe(kind, bits, dims) for kind, bits, dims in network(width, 1)[1]]
     elements: tuple[Dims, ...] = ((4,), (1024,), (16384,), (131072,)) if not quick else ((4,), (4096,), (131072,))
     found += [Probe(kind, 32, d) for kind in (*UNARY, *BINARY, *MOVES) for d in elements]
     rows = tuple(itertools.product((1, 16, 128) if not quick else (1, 128), (8, 64, 384)))
     found += [Probe(kind, 32, d) for kind in ROWWISE for d in (*rows, (1024, 128))]
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _matmuls(quick: bool) -> list[Dims]:
@@ -95,19 +100,57 @@ def profile_device(
     probes, ranks = sizes(quick), {bits: _rank_probes(bits) for bits in (32, 8)}
     extra = [p for own in ranks.values() for p in own]
     rows: list[Row] = []
-    run_ms, spread, multiples = {}, {}, {}
+    run_ms, spread, among, multiples = {}, {}, {}, {}
+    if keeps_blocks():
+        probes += _reorders(quick)
     for count in threads:
         wanted = [*probes, *(extra if count == min(threads) and not quick else [])]
         found = measure(wanted, count, rounds=_ROUNDS[quick], seconds=_SECONDS[quick], progress=progress)
         rows += [Row(p.kind, p.bits, count, p.dims, t.ms, t.spread) for p, t in sorted(found.items())]
         run_ms[count] = request_ms(count)
+        among[count] = _among_others(found, count)
+        rows = _without_convolutions(rows)
         spread[count] = round(float(np.median([t.spread for t in found.values()])), 4)
         if count == min(threads) and not quick:
             multiples = {bits: rank_multiple({p.dims[-1]: found[p] for p in own}) for bits, own in ranks.items()}
     return LatencyTable(
-        machine(), ort.__version__, tuple(rows), run_ms, spread, keeps_blocks(), quick, multiples,
+        machine(), ort.__version__, tuple(rows), run_ms, spread, among, keeps_blocks(), quick, multiples,
         time.monotonic() - started,
     )  # fmt: skip
+
+
+def _reorders(quick: bool) -> list[Probe]:
+    """Return convolutions that do next to nothing, with and without a change of layout around them."""
+    found = []
+    for channels in (16, 64, 256) if not quick else (32,):
+        for side in (5, 20, 40, 80) if not quick else (8, 40):
+            if channels * side * side <= 200_000:
+                dims = (channels, channels, 1, 1, side, side, 1)
+                found += [Probe("reorder", 32, dims), Probe("depthwise", 32, dims)]
+    return found
+
+
+def _without_convolutions(rows: Sequence[Row]) -> list[Row]:
+    """Turn what a change of layout was measured with into what one direction of it takes, by elements."""
+    alone = {(r.dims, r.threads): r.ms for r in rows if r.kind == "depthwise" and r.dims[2:4] == (1, 1)}
+    found = []
+    for r in rows:
+        if r.kind == "reorder" and len(r.dims) > 1:
+            ms = max((r.ms - alone[r.dims, r.threads]) / 2, r.ms / 20)
+            r = replace(r, dims=(r.dims[0] * r.dims[4] * r.dims[5],), ms=ms)
+        found.append(r)
+    return found
+
+
+def _among_others(found: Mapping[Probe, Timing], threads: int) -> list[tuple[float, float]]:
+    """Return (weight bytes per operator, ms that an operator takes longer in a network than among its like)."""
+    out = []
+    for width in (32, 128, 384):
+        graph, block = network(width, _BLOCKS)
+        alone = sum(found[Probe(*o)].ms for o in block) * _BLOCKS
+        ms = timing([run_ms(graph, threads, 0.05) for _ in range(5)]).ms - run_ms(Probe("Add", 32, (4,)).graph(0), threads, 0.01)
+        out.append((8 * width * width * 4 / len(block), max(ms - alone, 0.0) / (_BLOCKS * len(block))))
+    return out
 
 
 def _rank_probes(bits: int) -> list[Probe]:

@@ -11,7 +11,7 @@ import math
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,8 @@ class Row:
 class LatencyTable:
     """`machine`: what it is, as far as the system tells. `run_ms`: by threads, what a request takes beside operators.
 
+    `among`: by threads, [(weight bytes per operator, ms that each operator takes longer in a network than by itself)].
+
     `blocked`: whether the runtime keeps convolutions of this machine in blocks of channels. `rank_multiple`: of what
     ranks should be multiples, by bits. `retest_spread`: by threads, the median of the rows' spreads.
     """
@@ -53,6 +55,7 @@ class LatencyTable:
     rows: tuple[Row, ...]
     run_ms: Mapping[int, float]
     retest_spread: Mapping[int, float]
+    among: Mapping[int, Sequence[tuple[float, float]]]
     blocked: bool = False
     quick: bool = False
     rank_multiple: Mapping[int, int] = field(default_factory=dict)
@@ -88,6 +91,7 @@ class LatencyTable:
             "quick": self.quick, "blocked": self.blocked, "seconds": round(self.seconds, 1),
             "run_ms": {str(k): v for k, v in self.run_ms.items()},
             "retest_spread": {str(k): v for k, v in self.retest_spread.items()},
+            "among": {str(k): [[round(b), _rounded(ms)] for b, ms in own] for k, own in self.among.items()},
             "rank_multiple": {str(k): v for k, v in self.rank_multiple.items()},
             "columns": ["kind", "bits", "threads", "dims", "ms", "spread"],
             "rows": [[r.kind, r.bits, r.threads, list(r.dims), _rounded(r.ms), _rounded(r.spread)] for r in self.rows],
@@ -183,7 +187,8 @@ def _table(body: Mapping[str, Any]) -> LatencyTable:
     if lacking or not run:
         raise ValueError(f"no times for {sorted(lacking)} threads")
     return LatencyTable(
-        dict(body["machine"]), str(body["ort"]), rows, run, _by_number(body["retest_spread"]), bool(body["blocked"]),
+        dict(body["machine"]), str(body["ort"]), rows, run, _by_number(body["retest_spread"]),
+        {int(k): [(float(b), float(ms)) for b, ms in own] for k, own in body["among"].items()}, bool(body["blocked"]),
         bool(body["quick"]), {k: int(v) for k, v in _by_number(body["rank_multiple"]).items()}, float(body["seconds"]),
     )  # fmt: skip
 

@@ -36,7 +36,7 @@ _BY_ELEMENTS = {
     **dict.fromkeys(("Relu", "Clip", "LeakyRelu", "PRelu", "Not", "IsNaN", "Abs", "Ceil", "Floor", "Round"), "Relu"),
     **dict.fromkeys(("Neg",), "Neg"),
     **dict.fromkeys(("Add", "Sub", "Sum", "Max", "Min", "And", "Or", "QLinearAdd"), "Add"),
-    **dict.fromkeys(("Mul", "BatchNormalization", "QLinearMul"), "Mul"),
+    **dict.fromkeys(("Mul", "QLinearMul"), "Mul"),
     **dict.fromkeys(("Div", "Reciprocal", "Mod", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal"), "Div"),
     **dict.fromkeys(("Pow",), "Pow"),
     **dict.fromkeys(("Sqrt",), "Sqrt"),
@@ -50,7 +50,8 @@ _BY_ELEMENTS = {
     **dict.fromkeys(("Pad",), "Pad"),
     **dict.fromkeys(("Where",), "Where"),
     **dict.fromkeys(("Cast",), "Cast"),
-    **dict.fromkeys(("Transpose", "ReorderInput", "ReorderOutput"), "Transpose"),
+    **dict.fromkeys(("Transpose",), "Transpose"),
+    **dict.fromkeys(("ReorderInput", "ReorderOutput"), "reorder"),
     **dict.fromkeys(("QuantizeLinear",), "QuantizeLinear"),
     **dict.fromkeys(("DequantizeLinear",), "DequantizeLinear"),
 }
@@ -86,7 +87,16 @@ def graph_time(path: Path, feeds: Mapping[str, np.ndarray], prices: Prices) -> G
     parts: dict[str, float] = {}
     for o, ms in timed:
         parts[o.op] = parts.get(o.op, 0.0) + ms
-    return GraphTime(prices.run_ms + sum(ms for _, ms in timed), parts, timed)
+    count = sum(o.times > 0 for o, _ in timed)
+    parts["(among others)"] = prices.among_ms(sum(weight_bytes(o) for o, _ in timed), count)
+    return GraphTime(prices.run_ms + sum(parts.values()), parts, timed)
+
+
+def weight_bytes(o: Operator) -> float:
+    """Return the bytes of constants that a product reads."""
+    if o.kind == "matmul":
+        return o.dims[1] * o.dims[2] * o.bits / 8
+    return float(np.prod(o.dims[:4])) * o.bits / 8 if o.kind in ("conv", "conv_odd") else 0.0
 
 
 def operators(path: Path | bytes, feeds: Mapping[str, np.ndarray], *, blocked: bool) -> list[Operator]:
@@ -145,6 +155,9 @@ def _priced(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]], constan
     if op in _REDUCTIONS:
         size, kept = _size(shapes.get(node.input[0], ())), max(_size(out), 1)
         return [Operator(op, "ReduceMean", 32, (kept, max(size // kept, 1)), 1, node.name)]
+    if op == "BatchNormalization":
+        channels = max(out[1] if len(out) > 1 else 1, 1)
+        return [Operator(op, op, 32, (channels, max(_size(out) // channels, 1)), 1, node.name)]
     if op in _POOLS:
         window = int(np.prod(_attribute(node, "kernel_shape", [1])))
         return [Operator(op, "ReduceMean", 32, (max(_size(out), 1), window), 1, node.name)]

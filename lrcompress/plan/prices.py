@@ -130,6 +130,14 @@ class Prices:
         """What one request takes beside its operators."""
         return self.table.run_ms[self.threads]
 
+    def among_ms(self, weight_bytes: float, count: int) -> float:
+        """Return what `count` operators that read so many bytes of weights take longer than each by itself."""
+        known = sorted(self.table.among.get(self.threads, ()))
+        if not known or not count:
+            return 0.0
+        at = np.log2([b for b, _ in known])
+        return count * float(np.interp(np.log2(max(weight_bytes / count, 1.0)), at, [ms for _, ms in known]))
+
     def ms(self, kind: str, bits: int, dims: Dims) -> float:
         """Return the time of one operator."""
         key = kind, bits, dims
