@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .wire import BOOL, FLOAT, INT64, MICROSOFT, UINT8, Node, model
+from .wire import BOOL, FLOAT, INT64, MICROSOFT, UINT8, Attribute, Node, model
 
 BLOCK = 32
 Dims = tuple[int, ...]
@@ -79,13 +79,17 @@ def _matmul(bits: int, dims: Dims, copies: int) -> _Made:
             constants[f"w{i}"] = _random((inner, out), i)
             nodes.append(Node("MatMul", ["x", f"w{i}"], [f"y{i}"]))
         elif bits == 8:
-            constants |= {f"w{i}": _codes((inner, out), i), f"s{i}": np.full(out, 0.01, np.float32), f"z{i}": np.zeros(out, np.int8)}
+            constants |= {
+                f"w{i}": _codes((inner, out), i),
+                f"s{i}": np.full(out, 0.01, np.float32),
+                f"z{i}": np.zeros(out, np.int8),
+            }
             nodes += _dynamic(f"{i}")
         else:
             blocks = -(-inner // BLOCK)
             constants[f"w{i}"] = _codes((out, blocks, BLOCK // 2), i).view(np.uint8)
             constants[f"s{i}"] = np.full(out * blocks, 0.01, np.float32)
-            about: dict[str, int | str] = {"K": inner, "N": out, "bits": 4, "block_size": BLOCK, "accuracy_level": 4}
+            about: dict[str, Attribute] = {"K": inner, "N": out, "bits": 4, "block_size": BLOCK, "accuracy_level": 4}
             nodes.append(Node("MatMulNBits", ["x", f"w{i}", f"s{i}"], [f"y{i}"], about, MICROSOFT))
     return _surrounded(nodes, {"x": _random((rows, inner))}, constants, {f"y{i}": FLOAT for i in range(copies)})
 
@@ -123,7 +127,9 @@ def _depthwise(bits: int, dims: Dims, copies: int) -> _Made:
     return _convolutions(bits, (channels, 1, high, wide), (height, width), stride, channels, copies)
 
 
-def _convolutions(bits: int, shape: tuple[int, int, int, int], out: tuple[int, int], stride: int, groups: int, copies: int) -> _Made:
+def _convolutions(
+    bits: int, shape: tuple[int, int, int, int], out: tuple[int, int], stride: int, groups: int, copies: int
+) -> _Made:
     c_in, (high, wide) = shape[1] * groups, shape[2:]
     size = out[0] * stride, out[1] * stride
     feeds = {"x": _random((1, 4, *size))}
@@ -131,11 +137,11 @@ def _convolutions(bits: int, shape: tuple[int, int, int, int], out: tuple[int, i
     nodes = [Node("Conv", ["x", "w", "b"], ["h"], {"kernel_shape": [1, 1]}), Node("Relu", ["h"], ["h_relu"])]
     source = "h_relu"
     if bits == 8:
-        constants |= {"scale": np.float32(0.02).reshape(()), "zero": np.uint8(0).reshape(())}
+        constants |= {"scale": np.array(0.02, np.float32), "zero": np.array(0, np.uint8)}
         nodes = [*_quantized("x", "x8"), *_int8_conv("", "x8", "h", constants, {"kernel_shape": [1, 1]})]
         source = "h"
     top, left = high - 1, wide - 1
-    about = {
+    about: dict[str, Attribute] = {
         "kernel_shape": [high, wide], "strides": [stride, stride], "group": groups,
         "pads": [top // 2, left // 2, top - top // 2, left - left // 2],
     }  # fmt: skip
@@ -161,7 +167,7 @@ def _quantized(x: str, y: str) -> list[Node]:
     ]
 
 
-def _int8_conv(i: str, x: str, y: str, constants: dict[str, np.ndarray], about: Mapping[str, object]) -> list[Node]:
+def _int8_conv(i: str, x: str, y: str, constants: dict[str, np.ndarray], about: Mapping[str, Attribute]) -> list[Node]:
     """A convolution between quantizers, as quantize_static writes it: one scale per output channel."""
     weight = constants.pop(f"w{i}")
     constants[f"w{i}_q"] = np.clip(np.rint(weight * 100), -127, 127).astype(np.int8)
@@ -174,7 +180,7 @@ def _int8_conv(i: str, x: str, y: str, constants: dict[str, np.ndarray], about: 
     return [
         Node("DequantizeLinear", [f"w{i}_q", f"w{i}_s", f"w{i}_z"], [f"w{i}"], {"axis": 0}),
         Node("DequantizeLinear", [f"b{i}_q", f"b{i}_s", f"b{i}_z"], [f"b{i}"], {"axis": 0}),
-        Node("Conv", [x, f"w{i}", f"b{i}"], [f"r{i}"], about),  # type: ignore[arg-type]
+        Node("Conv", [x, f"w{i}", f"b{i}"], [f"r{i}"], about),
         *_quantized(f"r{i}", y),
     ]
 
@@ -225,7 +231,11 @@ def _moved(kind: str, dims: Dims, copies: int) -> _Made:
         x, y = f"x{i}", f"y{i}"
         if kind == "Slice":
             feeds[x] = _random((shape[0], 2 * width), i)
-            constants = {"from": np.array([0], np.int64), "to": np.array([width], np.int64), "axis": np.array([1], np.int64)}
+            constants = {
+                "from": np.array([0], np.int64),
+                "to": np.array([width], np.int64),
+                "axis": np.array([1], np.int64),
+            }
             nodes.append(Node("Slice", [x, "from", "to", "axis"], [y]))
         elif kind == "Concat":
             feeds[x] = _random((shape[0], width // 2), i)
@@ -242,11 +252,11 @@ def _moved(kind: str, dims: Dims, copies: int) -> _Made:
             feeds["c"] = np.ones(shape, bool)
             nodes.append(Node("Where", ["c", x, f"x{(i + 1) % copies}"], [y]))
         elif kind == "QuantizeLinear":
-            constants = {"scale": np.float32(0.01).reshape(()), "zero": np.uint8(128).reshape(())}
+            constants = {"scale": np.array(0.01, np.float32), "zero": np.array(128, np.uint8)}
             nodes.append(Node("QuantizeLinear", [x, "scale", "zero"], [y]))
         elif kind == "DequantizeLinear":
             feeds[x] = _codes(shape, i).view(np.uint8)
-            constants = {"scale": np.float32(0.01).reshape(()), "zero": np.uint8(128).reshape(())}
+            constants = {"scale": np.array(0.01, np.float32), "zero": np.array(128, np.uint8)}
             nodes.append(Node("DequantizeLinear", [x, "scale", "zero"], [y]))
         else:
             feeds[x] = _codes(shape, i).view(np.uint8)
@@ -267,7 +277,7 @@ def _batch_norm(bits: int, dims: Dims, copies: int) -> _Made:
 def _reorder(bits: int, dims: Dims, copies: int) -> _Made:
     """A convolution that does next to nothing, from and to the layout without blocks."""
     _, channels, _, _, height, width, _ = dims
-    about = {"kernel_shape": [1, 1], "group": channels}
+    about: dict[str, Attribute] = {"kernel_shape": [1, 1], "group": channels}
     constants = {f"w{i}": _random((channels, 1, 1, 1), i) for i in range(copies)}
     nodes = [Node("Conv", [f"x{i}", f"w{i}"], [f"y{i}"], about) for i in range(copies)]
     feeds = {f"x{i}": _random((1, channels, height, width), i) for i in range(copies)}
@@ -282,7 +292,8 @@ def _reduce(bits: int, dims: Dims, copies: int) -> _Made:
 
 
 def _quantize(bits: int, dims: Dims, copies: int) -> _Made:
-    nodes, outputs = [], {}
+    nodes: list[Node] = []
+    outputs: dict[str, int] = {}
     for i in range(copies):
         nodes.append(Node("DynamicQuantizeLinear", [f"x{i}"], [f"y{i}", f"s{i}", f"z{i}"]))
         outputs |= {f"y{i}": UINT8, f"s{i}": FLOAT, f"z{i}": UINT8}
@@ -300,12 +311,17 @@ def network(width: int, blocks: int, rows: int = 16) -> tuple[Graph, Block]:
     than among its like; by how much is what this graph is for.
     """
     wide = 4 * width
-    constants: dict[str, np.ndarray] = {"two": np.float32(2).reshape(()), "flat": np.array([rows, wide], np.int64)}
+    constants: dict[str, np.ndarray] = {"two": np.array(2, np.float32), "flat": np.array([rows, wide], np.int64)}
     constants["heads"] = np.array([rows, 4, width], np.int64)
     nodes: list[Node] = []
     x = "x"
     for i in range(blocks):
-        constants |= {f"u{i}": _random((width, wide), i), f"v{i}": _random((wide, width), i), f"b{i}": np.full(wide, 0.1, np.float32), f"g{i}": np.ones(width, np.float32)}
+        constants |= {
+            f"u{i}": _random((width, wide), i),
+            f"v{i}": _random((wide, width), i),
+            f"b{i}": np.full(wide, 0.1, np.float32),
+            f"g{i}": np.ones(width, np.float32),
+        }
         nodes += [
             Node("LayerNormalization", [x, f"g{i}"], [f"n{i}"]),
             Node("MatMul", [f"n{i}", f"u{i}"], [f"a{i}"]),
@@ -335,7 +351,9 @@ def _at(i: int) -> str:
     return f"h{i}"
 
 
-def _surrounded(nodes: list[Node], feeds: dict[str, np.ndarray], constants: dict[str, np.ndarray], outputs: dict[str, int]) -> _Made:
+def _surrounded(
+    nodes: list[Node], feeds: dict[str, np.ndarray], constants: dict[str, np.ndarray], outputs: dict[str, int]
+) -> _Made:
     """Add the smallest operator there is: a graph must have one even where no copy is wanted."""
     feeds = feeds or {"e": np.zeros(1, np.float32)}
     feeds = {**feeds, "e": np.ones(1, np.float32)}
@@ -360,7 +378,7 @@ def _elementwise(kind: str) -> Callable[[int, Dims, int], _Made]:
         if kind in UNARY:
             squares = kind == "Pow"  # the exponent that norms have
             nodes = [Node(kind, [_at(i), *(["two"] if squares else [])], [_at(i + 1)]) for i in range(copies)]
-            constants = {"two": np.float32(2).reshape(())} if squares and copies else {}
+            constants = {"two": np.array(2, np.float32)} if squares and copies else {}
             return _surrounded(nodes, {"h0": np.abs(_random(dims))}, constants, {_at(copies): FLOAT} if copies else {})
         other = {f"c{i}": np.full(dims, 1.0 + i / 64, np.float32) for i in range(copies)}
         nodes = [Node(kind, [_at(i), f"c{i}"], [_at(i + 1)]) for i in range(copies)]

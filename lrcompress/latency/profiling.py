@@ -64,7 +64,9 @@ def _products(quick: bool) -> list[Dims]:
 def _convolutions(quick: bool) -> list[Dims]:
     squares = (4, 8, 16, 32, 80) if not quick else (8, 32)
     found: list[Dims] = []
-    pairs = ((3, 16), (16, 16), (32, 32), (64, 64), (128, 128), (16, 64), (64, 16)) if not quick else ((16, 16), (64, 64))
+    pairs = (
+        ((3, 16), (16, 16), (32, 32), (64, 64), (128, 128), (16, 64), (64, 16)) if not quick else ((16, 16), (64, 64))
+    )
     found += [(i, o, 3, 3, s, s, 1) for i, o in pairs for s in squares]
     found += [(i, o, 3, 3, s, s, 2) for i, o in ((3, 16), (16, 32), (32, 64), (128, 128)) for s in (8, 16, 80)]
     wide = (8, 32, 128, 512) if not quick else (16, 128)
@@ -77,8 +79,13 @@ def _convolutions(quick: bool) -> list[Dims]:
 
 def _odd(quick: bool) -> list[Dims]:
     squares = (8, 16, 32) if not quick else (8, 32)
-    found: list[Dims] = [(i, o, k, k, s, s, 1) for i, o in ((16, 13), (32, 20), (64, 44)) for k in (1, 3) for s in squares]
-    return [*found, *((i, o, h, w, s, s, 1) for i, o in ((16, 13), (64, 44)) for h, w in ((1, 3), (3, 1)) for s in squares[::2])]
+    found: list[Dims] = [
+        (i, o, k, k, s, s, 1) for i, o in ((16, 13), (32, 20), (64, 44)) for k in (1, 3) for s in squares
+    ]
+    return [
+        *found,
+        *((i, o, h, w, s, s, 1) for i, o in ((16, 13), (64, 44)) for h, w in ((1, 3), (3, 1)) for s in squares[::2]),
+    ]
 
 
 def _depthwise(quick: bool) -> list[Dims]:
@@ -148,7 +155,9 @@ def _among_others(found: Mapping[Probe, Timing], threads: int) -> list[tuple[flo
     for width in (32, 128, 384):
         graph, block = network(width, _BLOCKS)
         alone = sum(found[Probe(*o)].ms for o in block) * _BLOCKS
-        ms = timing([run_ms(graph, threads, 0.05) for _ in range(5)]).ms - run_ms(Probe("Add", 32, (4,)).graph(0), threads, 0.01)
+        ms = timing([run_ms(graph, threads, 0.05) for _ in range(5)]).ms - run_ms(
+            Probe("Add", 32, (4,)).graph(0), threads, 0.01
+        )
         out.append((8 * width * width * 4 / len(block), max(ms - alone, 0.0) / (_BLOCKS * len(block))))
     return out
 

@@ -1,7 +1,7 @@
 """The latency table of a machine: what `device profile` writes and everything that prices reads.
 
-    table = read_table(Path("table.json"))      # ProfileError for a file that is cut off, altered, or something else
-    table.differs_from_here()                   # why its times may not be those of this machine, or None
+table = read_table(Path("table.json"))      # ProfileError for a file that is cut off, altered, or something else
+table.differs_from_here()                   # why its times may not be those of this machine, or None
 """
 
 from __future__ import annotations
@@ -179,7 +179,9 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _table(body: Mapping[str, Any]) -> LatencyTable:
-    rows = tuple(Row(str(k), int(b), int(t), tuple(int(v) for v in d), float(ms), float(s)) for k, b, t, d, ms, s in body["rows"])
+    rows = tuple(
+        Row(str(k), int(b), int(t), tuple(int(v) for v in d), float(ms), float(s)) for k, b, t, d, ms, s in body["rows"]
+    )
     run = _by_number(body["run_ms"])
     if not rows or any(not (math.isfinite(r.ms) and r.ms > 0 and min(r.dims) > 0) for r in rows):
         raise ValueError("times and sizes above 0")

@@ -79,7 +79,12 @@ def _attribute(name: str, value: Attribute) -> bytes:
 def _tensor(name: str, value: np.ndarray) -> bytes:
     dims = b"".join(_number(1, d) for d in value.shape)
     kind = _number(2, _DTYPES[str(value.dtype)])
-    return dims + kind + _text(8, name) + _message(9, np.ascontiguousarray(value).astype(value.dtype.newbyteorder("<")).tobytes())
+    return (
+        dims
+        + kind
+        + _text(8, name)
+        + _message(9, np.ascontiguousarray(value).astype(value.dtype.newbyteorder("<")).tobytes())
+    )
 
 
 def _value(name: str, kind: int, shape: Sequence[int] | None) -> bytes:

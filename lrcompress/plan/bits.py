@@ -55,7 +55,7 @@ def stored_bytes(name: str, layer: Layer, rank: Rank, bits: int, statistics: Sta
     """Return the bytes of a layer in the exported file: numbers, scales, and its part of the graph."""
     module = form(name)
     shapes = module.factor_shapes(layer.shape, rank)
-    integer = getattr(module, "INTEGER", frozenset())
+    integer: frozenset[str] = getattr(module, "INTEGER", frozenset())
     total = 0
     for factor, shape in shapes.items():
         if factor in integer:
@@ -98,5 +98,5 @@ def input_loss(layer: Layer, step: float, statistics: Statistics | None) -> floa
 def parts(name: str, layer: Layer, rank: Rank) -> int:
     """Return how many rounded factors stand one after the other."""
     module = form(name)
-    integer = getattr(module, "INTEGER", frozenset())
+    integer: frozenset[str] = getattr(module, "INTEGER", frozenset())
     return sum(n not in integer for n in module.factor_shapes(layer.shape, rank))

@@ -75,7 +75,7 @@ def layer_ms(steps: Sequence[Step], kind: str, bits: int, prices: Prices) -> flo
 def _steps(name: str, kind: str, shape: tuple[int, ...], rank: Rank, place: Place) -> tuple[Step, ...]:
     module = form(name)
     plain = name == "dense"
-    integer = getattr(module, "INTEGER", frozenset())
+    integer: frozenset[str] = getattr(module, "INTEGER", frozenset())
     stored = shape if not (plain and kind == "grouped") else (shape[0] * shape[1], *shape[2:])
     factors = {
         n: torch.empty(s, device="meta", dtype=torch.int64 if n in integer else torch.float32)
@@ -98,11 +98,11 @@ def _steps(name: str, kind: str, shape: tuple[int, ...], rank: Rank, place: Plac
     return tuple(watch.steps)
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes down the operators of a forward pass. What is made of constants alone is done before the first request."""
 
     def __init__(self, constants: Any) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._constants = {id(t) for t in constants}
         self._kept: list[Tensor] = list(constants)  # an id is only good as long as its tensor lives
         self.steps: list[Step] = []
@@ -130,7 +130,9 @@ _Make = Callable[[str, list[Tensor], list[bool], Tensor, Any], list[Step]]
 
 def _moved(name: str, tensors: list[Tensor], constant: list[bool], out: Tensor, args: Any) -> list[Step]:
     """Anything that is no product: by the numbers that it writes."""
-    kind = {"cat": "Concat", "index_select": "Transpose", "index": "gather", "embedding": "gather", "mul": "Mul"}.get(name)
+    kind = {"cat": "Concat", "index_select": "Transpose", "index": "gather", "embedding": "gather", "mul": "Mul"}.get(
+        name
+    )
     if kind == "gather":
         width = out.shape[-1]
         return [Step("gather", (max(out.numel() // max(width, 1), 1), width))]
@@ -156,7 +158,7 @@ def _product(name: str, tensors: list[Tensor], constant: list[bool], out: Tensor
 
 
 def _convolved(name: str, tensors: list[Tensor], constant: list[bool], out: Tensor, args: Any) -> list[Step]:
-    x, w = tensors[:2]
+    w = tensors[1]
     stride, groups = max(args[3]), int(args[8])
     kernel, space = (1, *w.shape[2:])[-2:], (1, *out.shape[2:])[-2:]
     place = (kernel[0], kernel[1], space[0] * out.shape[0], space[1], int(stride))

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -83,13 +84,22 @@ class GraphTime:
 
 def graph_time(path: Path, feeds: Mapping[str, np.ndarray], prices: Prices) -> GraphTime:
     """Return what one request with these inputs takes. Raises `ModelError` where the runtime cannot run the graph."""
-    timed = [(o, o.times * prices.ms(o.kind, o.bits, o.dims)) for o in operators(path, feeds, blocked=prices.table.blocked)]
+    return priced(request_operators(path, feeds, blocked=prices.table.blocked), prices)
+
+
+def priced(found: Sequence[Operator], prices: Prices) -> GraphTime:
+    """Return what these operators take together in one request."""
+    timed = [(o, o.times * prices.ms(o.kind, o.bits, o.dims)) for o in found]
     parts: dict[str, float] = {}
     for o, ms in timed:
         parts[o.op] = parts.get(o.op, 0.0) + ms
     count = sum(o.times > 0 for o, _ in timed)
     parts["(among others)"] = prices.among_ms(sum(weight_bytes(o) for o, _ in timed), count)
     return GraphTime(prices.run_ms + sum(parts.values()), parts, timed)
+
+
+def total_ms(found: Sequence[Operator], prices: Prices) -> float:
+    return priced(found, prices).ms
 
 
 def weight_bytes(o: Operator) -> float:
@@ -99,7 +109,7 @@ def weight_bytes(o: Operator) -> float:
     return float(np.prod(o.dims[:4])) * o.bits / 8 if o.kind in ("conv", "conv_odd") else 0.0
 
 
-def operators(path: Path | bytes, feeds: Mapping[str, np.ndarray], *, blocked: bool) -> list[Operator]:
+def request_operators(path: Path | bytes, feeds: Mapping[str, np.ndarray], *, blocked: bool) -> list[Operator]:
     """Return what runs for one request with these inputs, as priced operators."""
     where = path if isinstance(path, Path) else "the graph"
     try:
@@ -146,7 +156,10 @@ def _priced(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]], constan
     out = shapes.get(node.output[0], ())
     special = _SPECIAL.get(op)
     if special is not None:
-        return [Operator(op, kind, bits, dims, times, node.name) for kind, bits, dims, times in special(node, shapes, constants)]
+        return [
+            Operator(op, kind, bits, dims, times, node.name)
+            for kind, bits, dims, times in special(node, shapes, constants)
+        ]
     if op in _VIEWS:
         return [Operator(op, _NOTHING[0], 32, _NOTHING[1], 1, node.name)]
     if op in _NORMS or op == "Softmax":
@@ -236,7 +249,7 @@ _SPECIAL: Mapping[str, Callable[[onnx.NodeProto, _Shapes, set[str]], _Priced]] =
 }  # fmt: skip
 
 
-def _attribute(node: onnx.NodeProto, name: str, default: object) -> object:  # values of any kind; callers know which
+def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
     return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
 
 

@@ -86,7 +86,7 @@ class Curve:
         return np.asarray(np.linalg.solve(kernel, np.log(self.ms / self._roofline(self.dims))))
 
     def _roofline(self, dims: Array) -> Array:
-        return np.maximum(_features(self.kind, dims) @ self._coefficients, 1e-7)
+        return np.asarray(np.maximum(_features(self.kind, dims) @ self._coefficients, 1e-7))
 
     def each(self, dims: Array) -> Array:
         """Return the ms of each row of sizes."""
@@ -96,7 +96,7 @@ class Curve:
 
     @cached_property
     def _residuals(self) -> Array:
-        return np.log(self.ms / self._roofline(self.dims))
+        return np.asarray(np.log(self.ms / self._roofline(self.dims)))
 
 
 def _nearness(a: Array, b: Array) -> Array:

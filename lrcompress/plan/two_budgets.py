@@ -63,7 +63,9 @@ def solve(losses: Sequence[Array], costs: Sequence[Array], limits: Sequence[floa
     own = np.array([c[:, i] for c, i in zip(costs, found, strict=True)]).sum(axis=0)
     worth = prices * task.scale / np.where(np.isfinite(limits), limits, np.inf)
     loss = float(sum(v[i] for v, i in zip(losses, found, strict=True)))
-    return Solution(found, loss, tuple(map(float, own)), tuple(map(float, worth)), min(bound * task.scale + task.offset, loss))
+    return Solution(
+        found, loss, tuple(map(float, own)), tuple(map(float, worth)), min(bound * task.scale + task.offset, loss)
+    )
 
 
 class _Task:
@@ -90,7 +92,7 @@ class _Task:
 
     def at(self, chosen: Array) -> Array:
         """Return the costs of a choice, 1 being a whole budget."""
-        return self.costs[:, self._layers, chosen].sum(axis=1)
+        return np.asarray(self.costs[:, self._layers, chosen].sum(axis=1))
 
     def loss(self, chosen: Array) -> float:
         return float(self.losses[self._layers, chosen].sum())
@@ -101,7 +103,7 @@ class _Task:
     def priced(self, prices: Array) -> Array:
         """Return losses with costs at these prices."""
         padded = np.where(np.isfinite(self.costs), self.costs, 0.0)
-        return self.losses + np.tensordot(prices, padded, axes=1)
+        return np.asarray(self.losses + np.tensordot(prices, padded, axes=1))
 
     def best_prices(self) -> tuple[Array, float, list[Array]]:
         """Return the prices with the highest bound, the bound, and the choices that were seen last and best."""
