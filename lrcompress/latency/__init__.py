@@ -4,11 +4,12 @@ table = profile_device(threads=(1, 2), progress=progress)
 write_table(Path("table.json"), table)
 """
 
+from .measuring import timing
 from .operators import BINARY, KINDS, UNARY, Dims, Probe
 from .profiling import profile_device, sizes
 from .table import LatencyTable, Row, check_table_output, machine, read_table, write_table
 
 __all__ = [
     "BINARY", "KINDS", "UNARY", "Dims", "LatencyTable", "Probe", "Row", "check_table_output", "machine",
-    "profile_device", "read_table", "sizes", "write_table",
+    "profile_device", "read_table", "sizes", "timing", "write_table",
 ]  # fmt: skip

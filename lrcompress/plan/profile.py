@@ -81,10 +81,19 @@ def table_of(profile: DeviceProfile | None, latency: str | Path | None, *, neede
     if needed:
         name = "the device" if profile is None else profile.name
         raise ProfileError(
-            "--max-ms", f"a latency table of {name}", "none",
+            "latency", f"a latency table of {name}", "none",
             "run 'lrcompress device profile -o table.json' on it, and give --latency table.json",
         )  # fmt: skip
     return None
+
+
+def named_table(name: str | Path) -> LatencyTable:
+    """Read the latency table that a file is, or that a device profile names. Raises `ProfileError`."""
+    if str(name) in shipped() or Path(name).suffix in (".yaml", ".yml"):
+        found = table_of(load_profile(name), None, needed=True)
+        assert found is not None
+        return found
+    return read_table(Path(name))
 
 
 def shipped() -> dict[str, Path]:
