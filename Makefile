@@ -7,7 +7,7 @@ PEERS := .venv-peers
 PEERS_STAMP := $(PEERS)/.installed
 PEERS_LISTS := tests/benchmarks/peers/requirements.txt tests/benchmarks/peers/packages.txt
 
-.PHONY: demo test test-long bench-forms bench-peers bench-recover bench-stream mutants lint clean help
+.PHONY: demo test test-long bench-forms bench-frontier bench-peers bench-recover bench-stream mutants lint clean help
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -50,6 +50,9 @@ bench-peers: $(STAMP) $(PEERS_STAMP) ## other methods in one harness: ARGS="--on
 
 bench-recover: $(STAMP) ## training adapters, against peft and lycoris-lora: ARGS="--only speed --rounds 31"
 	$(BIN)/python -m tests.benchmarks.bench_recover $(ARGS)
+
+bench-frontier: $(STAMP) ## accuracy, bytes and milliseconds of every way to be small: ARGS="--only resnet20 --quick"
+	$(BIN)/python -m tests.benchmarks.bench_frontier $(ARGS)
 
 mutants: $(STAMP) ## plant faults and see the tests catch each; PLACES="svd.py recover" for some
 	$(BIN)/python -m tests.mutants $(PLACES)

@@ -11,8 +11,9 @@ import click
 import numpy as np
 
 from ..edge import Device
-from ..errors import DataError, ParityError
+from ..errors import CommandError, DataError, ParityError
 from ..files import write_atomic
+from .options import Bits
 from .output import Result, Shell, common, human_bytes, table
 
 
@@ -166,3 +167,42 @@ def _read(path: Path, names: list[str]) -> dict[str, np.ndarray]:
     if len(names) == 1 and len(arrays) == 1:
         return {names[0]: next(iter(arrays.values()))}
     return {k: v for k, v in arrays.items() if k in names} or arrays
+
+
+@device.command(epilog="Example: lrcompress device profile -o table.json --threads 1,2")
+@click.option("-o", "--output", default="latency.json", show_default=True, type=click.Path(), help="File to write.")
+@click.option(
+    "--threads", type=Bits(), default="1,2", show_default=True, metavar="LIST", help="Threads of the runtime."
+)
+@click.option("--quick", is_flag=True, help="Fewer sizes and rounds: less than a minute on a fast machine.")
+@common
+def profile(shell: Shell, output: str, threads: tuple[int, ...], quick: bool) -> Result:
+    """Measure how long operators take here, for 'plan --latency' and 'validate --latency'.
+
+    Leave the machine alone meanwhile: minutes on a fast one, half an hour on a small board.
+    """
+    from ..latency import check_table_output, machine, profile_device, write_table
+
+    wrong = [t for t in threads if not 1 <= t <= 256]
+    if wrong:
+        raise CommandError("lrcompress device profile --threads", "numbers of threads, at least 1", wrong[0])
+    cores = machine()["cores"]
+    if max(threads) > cores:
+        raise CommandError(
+            "lrcompress device profile --threads", f"at most the {cores} cores of this machine", max(threads)
+        )
+    check_table_output(Path(output))
+    found = profile_device(threads=tuple(dict.fromkeys(threads)), quick=quick, progress=shell.progress)
+    write_table(Path(output), found)
+    spread = {str(k): v for k, v in found.retest_spread.items()}
+    d = {
+        "output": output, "machine": dict(found.machine), "ort": found.ort, "threads": found.threads, "rows": len(found.rows),
+        "retest_spread": spread, "rank_multiple": {str(k): v for k, v in found.rank_multiple.items()}, "quick": quick,
+    }  # fmt: skip
+    told = ", ".join(f"{v:.1%} at {k}" for k, v in spread.items())
+    text = f"{output}: {len(found.rows)} times of {found.machine['cpu']}, ONNX Runtime {found.ort}; repeated ones differ by {told}"
+    if max(found.retest_spread.values()) > 0.1:
+        shell.note(
+            "the machine was not quiet: repeated times differ by more than 10 %; profile it again when it is idle"
+        )
+    return Result(d, text=text)

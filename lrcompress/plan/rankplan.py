@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,8 @@ class RankPlan:
     """The plan of one model under one budget.
 
     `predicted_loss` is the sum over layers, `measured_loss` that of the whole planned network before anything makes up
-    for drift, `bound` what no allocation of these options can be below; None where it was not asked for.
+    for drift, `bound` what no allocation of these options can be below; None where it was not asked for. `about`: what
+    else belongs into the file.
     """
 
     model_digest: str
@@ -70,6 +71,7 @@ class RankPlan:
     predicted_loss: float | None = None
     measured_loss: float | None = None
     bound: float | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -111,6 +113,7 @@ class RankPlan:
             "predicted_loss": _rounded(self.predicted_loss),
             "measured_loss": _rounded(self.measured_loss),
             "bound": _rounded(self.bound),
+            **self.about,
             "layers": [_layer_json(p) for p in self.layers],
         }
 

@@ -55,7 +55,7 @@ def factorize(
     plan: str | Path | None = None,
     method: str | None = None,
     svd: str = "auto",
-    multiple: int = 1,
+    multiple: int | None = None,
     calib: str | Data | None = None,
     select: Data | None = None,
     quick: bool = False,
@@ -87,6 +87,7 @@ def factorize(
     """
     progress = progress or Silent()
     _check_options(rank, ratio, energy, plan, method, svd)
+    multiple = 1 if multiple is None else multiple
     if multiple < 1:
         raise CommandError("lrcompress factorize --rank-multiple", "a whole number of at least 1", multiple)
     device = device_of(compute)

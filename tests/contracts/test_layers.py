@@ -19,7 +19,7 @@ LAYERS: list[set[str]] = [
     {"manifest", "golden", "expansions"},
     {"payload"},
     {"runtime"},
-    {"edge"},
+    {"edge", "latency"},
     # What a device runs ends here; from here on the [build] extra may be imported.
     {"threads"},
     {"factorize", "yamlfile"},
@@ -52,6 +52,7 @@ EDGE = {
     "golden",
     "runtime",
     "edge",
+    "latency",
 }
 EDGE_MAY_IMPORT = set(sys.stdlib_module_names) | {
     "click",
