@@ -44,6 +44,9 @@ from .output import Result, Shell, common, human_bytes
 @click.option(
     "--device", metavar="NAME|FILE", help="Device profile whose limits go into device.json, e.g. raspberry-pi-4."
 )
+@click.option(
+    "--kv-cache", is_flag=True, help="Decoders: keys and values so far are inputs and outputs, for token by token."
+)
 @click.option("--name", help="Name of the model in manifests and repositories.")
 @click.option("--trust-pickle", is_flag=True, help="Allow an original that can run code while it is opened.")
 @click.option("--trust-remote-code", is_flag=True, help="Allow code that a Hugging Face folder brings.")

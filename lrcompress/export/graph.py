@@ -23,6 +23,8 @@ OPSET = 20
 #: What it takes to say where a tensor lies; offsets of large tensors are those of pages, of others those of vectors.
 _POINTER_BYTES, _LARGE_BYTES, _PAGE, _LINE = 96, 1 << 20, 4096, 64
 _ROOT = "network."
+#: Joins the names of axes whose lengths add up.
+PLUS = "_plus_"
 
 
 class _Answers(nn.Module):
@@ -53,7 +55,8 @@ def example_inputs(
         shape = []
         for i, d in enumerate(spec.shape):
             if isinstance(d, str):
-                d = sizes.setdefault(d, batch if i == 0 else 12 + len(sizes))
+                # An axis that is two others in one, `past_plus_sequence`, is as long as both.
+                d = sum(sizes.setdefault(part, batch if i == 0 else 12 + len(sizes)) for part in d.split(PLUS))
             shape.append(d)
         if np.issubdtype(np.dtype(spec.dtype), np.floating):
             out[spec.name] = rng.standard_normal(shape).astype(spec.dtype)
@@ -79,7 +82,9 @@ def trace(opened: OpenedModel, module: nn.Module, *, where: str) -> onnx.ModelPr
     wrapper = _Answers(opened, module, [s.name for s in specs]).eval()
     example = example_inputs(specs, module)
     args = tuple(torch.as_tensor(example[s.name]) for s in specs)
-    dims: dict[str, Any] = {d: torch.export.Dim(d) for s in specs for d in s.shape if isinstance(d, str)}
+    words = {d for s in specs for d in s.shape if isinstance(d, str)}
+    # The exporter cannot be told of a sum of axes; it finds the relation itself.
+    dims: dict[str, Any] = {d: torch.export.Dim.AUTO if PLUS in d else torch.export.Dim(d) for d in sorted(words)}
     shapes = tuple({i: dims[d] for i, d in enumerate(s.shape) if isinstance(d, str)} for s in specs)
     with torch.no_grad():
         wrapper(*args)
@@ -97,6 +102,10 @@ def trace(opened: OpenedModel, module: nn.Module, *, where: str) -> onnx.ModelPr
         ) from e
     assert program is not None
     model: onnx.ModelProto = program.model_proto
+    for port, spec in zip(model.graph.input, specs, strict=True):
+        for dim, word in zip(port.type.tensor_type.shape.dim, spec.shape, strict=True):
+            if isinstance(word, str):
+                dim.dim_param = word
     _rename(model.graph, _first_names(wrapper))
     drop_zero_biases(model.graph)
     return model

@@ -13,7 +13,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,9 +34,11 @@ from ..export.slots import ALL_KINDS as SLOT_KINDS
 from ..export.targets import Request, Written
 from ..export.targets import target as find_target
 from ..files import check_output, sha256_file, staged_folder, write_json
+from ..graphs import is_graph_checkpoint
 from ..manifest import DATA, GRAPH, REQUIRED, Manifest, base_id, slots_id
 from ..model import OpenedModel
 from ..model.adapting import every_target
+from ..model.cache import CachedModel, with_cache
 from ..model.checkpoint import Compressed, load_compressed, module_layers, state_of, tensors_digest
 from ..model.surgery import count_parameters, wrap_dense
 from ..plan.profile import DeviceProfile, load_profile
@@ -45,6 +47,7 @@ from ..progress import Progress, Silent
 from ..runtime import Session
 from ..validate.tolerances import tolerances
 from .adapter_out import with_goldens
+from .export_graph import export_graph
 from .predict import predictor
 from .sources import for_model
 
@@ -78,6 +81,7 @@ def export(
     name: str | None = None,
     device: str | Path | None = None,
     emit: Sequence[str] = (),
+    kv_cache: bool = False,
     output: str | Path = "exported",
     trust_pickle: bool = False,
     trust_remote_code: bool = False,
@@ -88,15 +92,25 @@ def export(
     `slots`: kinds to wire (default: lora, and core where layers are factorized; dora only where asked for). `adapters`: folders to ship as payloads (default: every folder of `adapters/` beside the checkpoint that belongs
     to it). `merge`: one to bake in instead. `calib`: data for static int8 and for the goldens. `device`: a profile, by
     name or file, whose limits go into `device.json`; a runtime of its that is too old is refused. `emit`: files to write
-    beside each payload: onnx_adapter. An `OpenedModel` gives the plain baseline. Raises `CommandError`, `ModelError`, `ParityError`.
+    beside each payload: onnx_adapter. `kv_cache`: a decoder takes its keys and values as inputs and gives them back. An
+    `OpenedModel` gives the plain baseline. Raises `CommandError`, `ModelError`, `ParityError`.
     """
     progress = progress or Silent()
     dest = Path(output)
+    if isinstance(compressed, str | Path) and is_graph_checkpoint(Path(compressed)):
+        report, dest = export_graph(
+            compressed, target=target, slots=slots, slot_include=slot_include, quantize=quantize, calib=calib, merge=merge,
+            adapters=adapters, original=original, name=name, device=device, emit=tuple(emit), kv_cache=kv_cache, output=output,
+            progress=progress,
+        )  # fmt: skip
+        return ExportResult(report, dest)
     exporter = _check(target, slots or ("none",), quantize, emit)
     profile = None if device is None else load_profile(device)
     check_output(dest, maker=MAKER, marker=MARKER)
     source = _source(compressed)
     bits = _planned_bits(source) if quantize == "plan" else {}
+    if kv_cache:
+        source = replace(source, opened=with_cache(source.opened))
     module = copy.deepcopy(source.module)
     chosen = [] if merge is not None else _adapters(adapters, source.folder, source.digest)
     for folder in chosen:  # what cannot be shipped is said before a graph is traced
@@ -105,7 +119,7 @@ def export(
         if merge is not None:
             merge_adapter(module, _of_base(read_adapter(_adapter_folder(merge, source.folder)), source.digest))
         digest = source.digest if merge is None else tensors_digest(state_of(module), module_layers(module))
-        data = None if calib is None else for_model(calib, source.opened)
+        data = None if calib is None else _with_past(for_model(calib, source.opened), source.opened, module)
         trust = {"trust_pickle": trust_pickle, "trust_remote_code": trust_remote_code}
         golden = _golden(source, module, data, original, trust, quantize)
         advance(1, "traced")
@@ -218,8 +232,15 @@ def _golden(
                 raise
             warnings.warn(f"golden.npz has no answers of the original: {e}", LrcompressWarning, stacklevel=2)
     if reference is not None and reference.module is not None:
+        reference = with_cache(reference) if isinstance(source.opened, CachedModel) else reference
+        assert reference.module is not None
         arrays |= {f"original/{k}": v for k, v in predictor(reference, reference.module)(inputs).items()}
     return arrays
+
+
+def _with_past(data: Data, opened: OpenedModel, module: nn.Module) -> Data:
+    """Return data of a decoder with a cache: half of the tokens of each batch are read into it already."""
+    return data.mapped(lambda batch: opened.filled(module, batch)) if isinstance(opened, CachedModel) else data
 
 
 def _unpadded(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -253,7 +274,7 @@ def _write(
         "compressed": None if source.folder is None else {"path": os.path.relpath(source.folder.resolve(), dest.resolve()), "digest": source.digest},
         "versions": {p: importlib.metadata.version(p) for p in ("torch", "onnx", "onnxruntime", "onnxscript")},
     }  # fmt: skip
-    _fit_tolerance(stage, value, request.golden, precision)
+    fit_tolerance(stage, value, request.golden, precision)
     write_json(stage / MARKER, value)
     sizes = {
         "graph": files[GRAPH]["bytes"],
@@ -279,7 +300,7 @@ def _limits(module: nn.Module, profile: DeviceProfile | None) -> dict[str, Any]:
     return limits
 
 
-def _fit_tolerance(stage: Path, value: dict[str, Any], golden: Mapping[str, np.ndarray], precision: str) -> None:
+def fit_tolerance(stage: Path, value: dict[str, Any], golden: Mapping[str, np.ndarray], precision: str) -> None:
     """Gate 4. At fp32 the runtime must match the module; below, its own distance is measured and becomes the tolerance.
 
     An answer that is further from the fp32 one than half of the answer's range is refused.

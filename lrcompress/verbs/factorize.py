@@ -22,6 +22,7 @@ from ..data import Data
 from ..errors import CommandError, LrcompressWarning
 from ..factorize import form, forms
 from ..files import check_output, staged_folder
+from ..graphs import is_onnx
 from ..model import InputSpec, OpenedModel, check_finite, open_model
 from ..model.checkpoint import MAKER, MARKER, state_of, write_compressed
 from ..model.stored import described
@@ -30,6 +31,8 @@ from ..plan import Choice, read_bits
 from ..progress import Progress, Silent
 from ..work import Pool, pool
 from .applying import Spread, apply_choices
+from .asking import check_sizes
+from .factorize_graph import factorize_graph
 from .planning import Prepared, budget_of, plan_within, prepare, spread_over
 from .sources import device_of, no_network
 from .stacked import Stacks, choose_shared, same_input
@@ -86,6 +89,13 @@ def factorize(
     Raises `CommandError`, `ModelError`, `DataError`, `PlanError`, `BudgetError`.
     """
     progress = progress or Silent()
+    if isinstance(model, str | Path) and is_onnx(Path(model)):
+        data, output = factorize_graph(
+            model, rank=rank, ratio=ratio, energy=energy, plan=plan, method=method, svd=svd,
+            multiple=1 if multiple is None else multiple, calib=calib, quick=quick, anchor=anchor, include=include, exclude=exclude, arch=arch, arch_args=arch_args, inputs=inputs,
+            output=output, seed=seed, threads=threads, compute=compute, workers=workers, cluster=cluster, progress=progress,
+        )  # fmt: skip
+        return FactorizeResult(data, None, output)
     _check_options(rank, ratio, energy, plan, method, svd)
     multiple = 1 if multiple is None else multiple
     if multiple < 1:
@@ -214,22 +224,8 @@ def _bits(plan: str | Path | None) -> dict[str, int]:
 def _check_options(
     rank: int | None, ratio: float | None, energy: float | None, plan: object, method: str | None, svd: str
 ) -> None:
+    check_sizes(rank, ratio, energy, plan)
     where = "lrcompress factorize"
-    given = [
-        n for n, v in (("--rank", rank), ("--ratio", ratio), ("--energy", energy), ("--plan", plan)) if v is not None
-    ]
-    if len(given) != 1:
-        raise CommandError(
-            where,
-            "exactly one of --rank, --ratio, --energy, --plan",
-            " and ".join(given) or "none",
-            "for example --rank 16",
-        )
-    if rank is not None and rank < 1:
-        raise CommandError(f"{where} --rank", "a whole number of at least 1", rank, "for example --rank 16")
-    for name, share in (("--ratio", ratio), ("--energy", energy)):
-        if share is not None and not 0 < share <= 1:
-            raise CommandError(f"{where} {name}", "a number above 0 and at most 1", share)
     if svd not in ("auto", "full", "randomized"):
         raise CommandError(f"{where} --svd", "auto, full or randomized", svd)
     if method is not None and method != "auto":

@@ -22,6 +22,8 @@ LAYERS: list[set[str]] = [
     {"edge", "latency"},
     # What a device runs ends here; from here on the [build] extra may be imported.
     {"threads"},
+    # Graphs are worked on without torch, below everything that has it.
+    {"graphs"},
     {"factorize", "yamlfile"},
     {"adapt"},
     {"model"},

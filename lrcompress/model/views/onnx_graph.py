@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper, inliner, numpy_helper
 from torch import Tensor
 
 from ...errors import DataError, ModelError
@@ -243,7 +243,7 @@ def _load(path: Path) -> onnx.ModelProto:
     try:
         model = onnx.load(path, load_external_data=False)
         if model.functions:
-            model = onnx.inliner.inline_local_functions(model)
+            model = inliner.inline_local_functions(model)
         if not model.graph.node:
             raise ModelError(path, "a valid ONNX graph", "one without nodes", "export it again")
     except ModelError:
