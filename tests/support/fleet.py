@@ -19,6 +19,10 @@ from lrcompress import publish
 from lrcompress.adapt import adapter as make_adapter
 from lrcompress.adapt._files import write_adapter
 from lrcompress.edge import Device
+from lrcompress.edge.disk import Disk
+from lrcompress.edge.settings import load_settings
+from lrcompress.edge.trial import NoVerdict, Trial, judge
+from lrcompress.errors import PayloadError
 from lrcompress.export.payloads import payload_tensors
 from lrcompress.files import sha256_bytes
 from lrcompress.golden import load_golden, project
@@ -57,6 +61,22 @@ def made() -> Path:
     return folder
 
 
+def trial_here(at: Path) -> Trial:
+    """Return the trial of a device folder, in this process: what the child does, without the second that it takes."""
+
+    def judged(data: bytes) -> None:
+        factory = at / "factory"
+        session = Session(factory, manifest=Manifest.load(factory), verify=False)
+        try:
+            judge(data, session, load_golden(factory / "golden.npz"), load_settings(at, Disk()).limits)
+        except PayloadError:
+            raise
+        except Exception as e:
+            raise NoVerdict(str(e)) from e
+
+    return judged
+
+
 class Fleet:
     """One repository and one device in `folder`."""
 
@@ -65,11 +85,11 @@ class Fleet:
         publish.init_repository(self.repo, made() / "exported", folder / "keys", passphrase=PASSPHRASE)
         self.root = self.repo / "metadata" / "1.root.json"
         Device.init(self.at, made() / "exported", self.root, url or str(self.repo))
-        self.options = {"sleep": lambda s: None, **device}
+        self.options = {"sleep": lambda s: None, "trial": trial_here(self.at), **device}
 
-    def device(self) -> Device:
+    def device(self, **options: object) -> Device:
         """Open the device folder anew, as after a restart."""
-        return Device(self.at, **self.options)
+        return Device(self.at, **{**self.options, **options})
 
     def add(self, name: str, **options: object) -> dict:
         return publish.add(self.repo, made() / "adapters" / name, passphrase=PASSPHRASE, **options)
