@@ -127,6 +127,8 @@ class Updater:
 
     def _take(self, state: State, offer: Offer | None) -> Outcome:
         """Decide about the release that is offered."""
+        wanted = offer is not None and state.refusal(offer.sha256) is None
+        self._clean(state, offer.sha256 if offer is not None and wanted else None)
         if offer is None:
             self._save_time(state)
             return Outcome("up_to_date", f"group {self.group} has no release yet")
@@ -150,7 +152,7 @@ class Updater:
             state.declined == offer.sha256 or (serving is not None and serving.sha256 == offer.sha256)
         ):
             self._save_time(state)
-            self.store.clean(state.named)
+            self._clean(state)
             declined = serving is None or serving.sha256 != offer.sha256
             return Outcome("up_to_date", "rolled back here; the next release will be taken" if declined else "")
         self._check_offer(offer)
@@ -162,6 +164,11 @@ class Updater:
             self._stage(offer)
             pending = Pending(offer.sha256, offer.seq)
         return self._try(state, replace(pending, seq=offer.seq, rollback_of=offer.rollback_of))
+
+    def _clean(self, state: State, downloading: str | None = None) -> None:
+        """Delete what neither the state nor the release at hand needs; nothing, where the state could not be read."""
+        if state.readable:
+            self.store.clean(state.named, downloading)
 
     def _save_time(self, state: State) -> None:
         """Write a newer trusted time, but no more than once a day: flash wears."""
@@ -201,7 +208,6 @@ class Updater:
         if self.store.read(offer.sha256) is not None:
             return
         settings, part = self.settings, self.store.part(offer.sha256)
-        self.store.clean(self.files.read().named, offer.sha256)  # what another release left half-way makes room
         for left in (1, 0):
             most = None if settings.max_disk_bytes is None else int(settings.max_disk_bytes)
             self.store.need_room(offer.sha256, offer.length, keep_free=int(settings.min_free_bytes or 0), most=most)

@@ -146,16 +146,17 @@ def _asker() -> str:
 class _File:
     durable: bytes | None
     now: bytes
+    #: Whether it was cut to nothing since it was synced; otherwise what was durable stays whatever is appended.
+    rewritten: bool = False
 
     def contents(self) -> list[bytes]:
         """Return what a cut may leave of it, what was durable first."""
         if self.durable == self.now:
             return [self.now]
         old, new = self.durable or b"", self.now
-        found = [old, new, b"", new[: len(new) // 2], bytes(len(new))]
-        if old and new.startswith(old):  # appended: what was there stays, what came may be torn or zeros
-            added = len(new) - len(old)
-            found += [new[: len(old) + added // 2], old + bytes(added)]
+        kept = b"" if self.rewritten else old
+        added = len(new) - len(kept)
+        found = [old, new, kept, new[: len(kept) + added // 2], kept + bytes(added)]
         return list(dict.fromkeys(found))
 
 
@@ -221,11 +222,12 @@ class Model:
                 folder.put({name: (inode := self._new(_File(None, b"")))})
             file = self._inodes[inode]
             assert isinstance(file, _File)
+            file.rewritten = file.rewritten or op.name == "write"
             file.now = (file.now if op.name == "append" else b"") + op.data
         elif op.name == "sync":
             file = self._inodes[folder.now[name]]
             assert isinstance(file, _File)
-            file.durable = file.now
+            file.durable, file.rewritten = file.now, False
         elif op.name == "mkdir":
             folder.put({name: self._new(_Folder())})
         elif op.name in ("unlink", "rmdir"):
