@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import signal
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,35 @@ def update(shell: Shell, folder: str | None) -> Result:
         text=f"{d['state']}: serving {describe_serving(d['serving'])}",
         exit_code=int(error["code"]),
     )
+
+
+@device.command(epilog="Example: lrcompress device agent /var/lib/lrcompress")
+@place
+@click.option("--unit", is_flag=True, help="Print a systemd unit that runs the agent, and end.")
+@common
+def agent(shell: Shell, folder: str | None, unit: bool) -> Result:
+    """Update DIR again and again, about every poll_s seconds, until stopped; a line on stderr for every poll that moved.
+
+    Ending it at any moment is safe. An application beside it follows with lrcompress.edge.EdgeSession.
+    """
+    from ..edge import agent as agents
+
+    if unit:
+        return Result({"unit": agents.unit()}, text=agents.unit().rstrip())
+    polls = {"polls": 0, "updates": 0, "failures": 0}
+
+    def told(said: dict[str, Any]) -> None:
+        polls["polls"] += 1
+        polls["updates"] += said["state"] in ("updated", "rolled_back")
+        polls["failures"] += said["error"] is not None
+        if said["state"] != "up_to_date":
+            shell.note(f"{said['state']}: {said['reason'] or describe_serving(said['serving'])}")
+
+    running = agents.Agent(Device(folder), told=told)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: running.stop.set())
+    running.run()
+    return Result(polls, text=f"stopped after {polls['polls']} polls")
 
 
 @device.command(epilog="Example: lrcompress device infer dev --input x.npz --output y.npz")

@@ -74,6 +74,8 @@ class Device:
         self._session: Session | None = None
         self._serving: Entry | None = None
         self._payload: Payload | None = None
+        #: When a payload on probation stops to be served, unless somebody sees it through.
+        self.serves_until: datetime | None = None
         self.refresh()
 
     @classmethod
@@ -102,15 +104,27 @@ class Device:
     def group(self) -> str:
         return str(self._config["group"])
 
+    @property
+    def serving(self) -> Entry | None:
+        """The payload that the next request will see; None is the factory's model."""
+        return self._serving
+
     # serving ------------------------------------------------------------------------------------------------------
 
     def refresh(self) -> None:
         """Serve what the folder names: its active payload, else the one before, else the factory's model."""
-        entry, payload = self._chosen(self._files.read())
+        for _ in range(5):
+            state = self._files.read()
+            entry, payload = self._chosen(state)
+            # Another process may have moved on between the two reads, and deleted what the older state names.
+            if self._files.read().generation == state.generation:
+                break
         with self._lock:
             if self._session is not None and (payload is None or entry != self._serving):
                 self._session.swap(payload)
             self._serving, self._payload = entry, payload
+            tried = state.probation
+            self.serves_until = None if tried is None else datetime.fromisoformat(tried.until)
 
     def _chosen(self, state: State) -> tuple[Entry | None, Payload | None]:
         """Return the first payload of the state that is whole and fits; none at all is the factory's model."""

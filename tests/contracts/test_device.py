@@ -23,6 +23,7 @@ from lrcompress.edge.web import HttpTransport
 from lrcompress.errors import CommandError, DataError, DeviceStateError, DownloadError, ManifestError, UpdateError
 from lrcompress.files import sha256_bytes
 from tests.support.fleet import PASSPHRASE, Fleet, X, answers, made, payload_bytes, release, served, trial_here
+from tests.support.payloads import put_together, taken_apart
 
 
 @pytest.fixture
@@ -135,6 +136,22 @@ def test_a_payload_that_rots_is_replaced_by_the_one_before_and_then_mended(fleet
     d = device.update()
     assert (d["state"], d["to_seq"]) == ("updated", 2)
     np.testing.assert_array_equal(answers(device), good)
+
+
+def test_a_stored_payload_that_does_not_fit_this_base_is_not_served(fleet):
+    """The hash is right and the state names it: of another base, it is passed over all the same."""
+    fleet.add("first")
+    fleet.device().update()
+    header, body = taken_apart(payload_bytes("second"))
+    header["__metadata__"]["base_ids"] = json.dumps([sha256_bytes(b"another")])
+    other = put_together(header, body)
+    files = StateFiles(fleet.at, Disk())
+    state = files.read()
+    (fleet.at / "store" / sha256_bytes(other)).write_bytes(other)
+    files.write(State(seq=2, active=Entry(sha256_bytes(other), 2), previous=state.active))
+    device = fleet.device()
+    assert device.status()["serving"]["seq"] == 1
+    answers(device)
 
 
 def test_requests_in_flight_never_see_half_an_update(fleet):

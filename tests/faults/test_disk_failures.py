@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lrcompress.edge import disk as door
-from tests.faults.powercut import Op
-from tests.faults.scenes import World, scenes
+from lrcompress.errors import HostError
+from tests.faults.powercut import Op, Recorder, taken
+from tests.faults.scenes import Scene, World, scenes
 from tests.faults.test_powercut import scene
 
 NUMBERS = {
@@ -51,14 +53,9 @@ def fails(world: World, name: str, number: int, lasting: bool, every: int) -> in
         if d["state"] == "failed":
             assert d["error"]["code"] == 10 and os.strerror(number) in d["reason"], d
         promised = [what for _, what in disk.marks]
-        from tests.faults.powercut import taken
-
         world.judge(one, taken(world.live), promised)
         tried += 1
     return tried
-
-
-SCENES = ["second update", "third update, the oldest goes", "a payload that fails its trial", "on probation, and ill"]
 
 
 @pytest.mark.parametrize("lasting", [False, True], ids=["once", "from then on"])
@@ -84,12 +81,32 @@ def test_a_disk_that_fails_anywhere(kind: str, lasting: bool) -> None:
     assert n > 300
 
 
+def test_a_download_that_could_not_be_synced_is_not_believed_later(world: World) -> None:
+    """After a failed sync the pages count as clean: the next sync succeeds, and the disk may hold anything."""
+    one = scene(world, "second update")
+
+    def before(i: int, op: Op) -> None:
+        if op.name == "sync" and op.path.endswith(".part"):
+            with door._told(Path(op.path)):
+                raise OSError(errno.EIO, "Input/output error", op.path)
+
+    world.record(one, before=before)
+    assert list((world.live / "device" / "dl").iterdir()) == []
+
+
+def test_nothing_is_deleted_while_both_copies_of_the_state_are_lost(world: World) -> None:
+    """Not by a poll without a network, nor by one that finds the release that is stored already."""
+    image = {**world.folders["2"], "device/state.0": b"rot", "device/state.1": b"rot"}
+    stored = {p for p in image if p.startswith("device/store/")}
+    for repo in ("none", "bad", "r2"):
+        one = Scene("lost", image, repo, lambda device: device.update(), None)
+        disk = world.record(one)
+        gone = {op.path for op in disk.ops[: next((i for i, op in enumerate(disk.ops) if op.dest.startswith("device/state.")), len(disk.ops))] if op.name == "unlink"}  # fmt: skip
+        assert not gone & stored, repo
+    assert world.open(world.live / "device", Recorder(world.live)).status()["serving"]["seq"] == 2
+
+
 def test_a_first_boot_on_a_failing_disk_leaves_nothing(world: World) -> None:
-    import shutil
-
-    from lrcompress.errors import HostError
-    from tests.faults.powercut import Recorder
-
     one = scene(world, "first boot")
     for at in range(0, len(world.record(one).ops), 3):
         shutil.rmtree(world.live)

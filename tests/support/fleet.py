@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import http.server
+import os
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -43,6 +44,8 @@ X, Y = images(96)
 @functools.cache
 def made() -> Path:
     """Return a folder with compressed/, adapters/{first,second,loha} and exported/; nobody may change it."""
+    if "LRCOMPRESS_TEST_MADE" in os.environ:  # of another process, which waits for this one
+        return Path(os.environ["LRCOMPRESS_TEST_MADE"])
     folder = Path(tempfile.mkdtemp(prefix="lrcompress-fleet-"))
     torch.save(small().state_dict(), folder / "model.pt")
     lrcompress.factorize(
