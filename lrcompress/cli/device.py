@@ -28,7 +28,7 @@ def device() -> None:
     DIR/device.json: {"schema": 1, "proxy": ..., "health_command": [...]}. The way to updates: url, proxy, ca_file,
     cert_file, key_file, bearer_token, bearer_token_file, max_bytes_per_s. Room: max_disk_bytes, min_free_bytes. One
     payload: max_payload_bytes, latency_factor, max_distance, trial_timeout_s. In use: threads, health_command,
-    probation_s, health_interval_s, health_timeout_s, poll_s.
+    probation_s, health_interval_s, health_timeout_s, poll_s, emit.
     """
 
 
@@ -53,13 +53,16 @@ def init(shell: Shell, folder: str | None, exported: str, root: str, url: str, g
 
 @device.command(epilog="Example (from cron): lrcompress device update dev --quiet")
 @place
+@click.option(
+    "--emit", type=click.Choice(["onnx-adapter"]), help="Also write DIR/emit/current.json and an .onnx_adapter."
+)
 @common
-def update(shell: Shell, folder: str | None) -> Result:
+def update(shell: Shell, folder: str | None, emit: str | None) -> Result:
     """Bring the newest release of DIR's group, try it, and serve it.
 
     A payload that fails a check is refused for good, and the device goes on with what it serves: exit 6 says so.
     """
-    d = Device(folder).update()
+    d = Device(folder).update(emit=emit)
     error = d.pop("error")
     moved = (
         f"{human_bytes(d['bytes_downloaded'])} in {d['requests']} requests, {human_bytes(d['bytes_written'])} written, "

@@ -201,11 +201,14 @@ class Device:
 
     # changing -----------------------------------------------------------------------------------------------------
 
-    def update(self) -> dict[str, Any]:
+    def update(self, *, emit: str | None = None) -> dict[str, Any]:
         """Bring the newest healthy release, try it, serve it; return the JSON object of `lrcompress device update`.
 
         An update that is refused or fails is a result with `error`, not an exception: the device goes on serving.
+        `emit` is the setting of that name, for this once.
         """
+        if emit is not None:
+            self.settings = replace(self.settings, emit=emit)
         started, before_disk, traffic = time.perf_counter(), self._disk.tally.copy(), Traffic()
         with locked(self.folder):
             before = self._files.read()
@@ -217,6 +220,7 @@ class Device:
             after = self._files.read()
             if after.active != self._serving:  # what rotted was mended, or what was on probation went back
                 self.refresh()
+            self._emit()
         wear = self._disk.tally.since(before_disk)
         return {
             "state": outcome.state, "serving": describe_serving(self._serving), "from_seq": before.seq, "to_seq": after.seq,
@@ -233,9 +237,24 @@ class Device:
         updater = Updater(
             folder=self.folder, files=self._files, store=self._store, log=self._log, disk=self._disk,
             manifest=self.manifest, settings=self.settings, trial=self._trial, transport=transport,
-            root=root, group=self.group, clock=self._clock, sleep=self._sleep, switched=self.refresh,
+            root=root, group=self.group, clock=self._clock, sleep=self._sleep, switched=self._switched,
         )  # fmt: skip
         return updater.run(), transport.traffic
+
+    def _switched(self) -> None:
+        self.refresh()
+        self._emit()
+
+    def _emit(self) -> None:
+        """Write what other languages load, where that is wanted; a disk that refuses it takes nothing back."""
+        if self.settings.emit is None:
+            return
+        from .emit import emit
+
+        try:
+            emit(self.folder, self.manifest, self._serving, self._payload, self._disk)
+        except LrcompressError as e:
+            self._log.write(self._clock(), "not_emitted", reason=str(e))
 
     def rollback(self) -> dict[str, Any]:
         """Serve the payload before this one (else the factory's model) until the next release; return the new state.
@@ -255,7 +274,7 @@ class Device:
             )
             self._log.write(self._clock(), "rolled_back", seq=undone.seq, sha256=undone.sha256)
             self._store.clean(state.named)
-            self.refresh()
+            self._switched()
         return {
             "state": "rolled_back",
             "serving": describe_serving(self._serving),

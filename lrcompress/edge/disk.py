@@ -126,7 +126,7 @@ class Disk:
         """Remove what a cut left unfinished in a folder."""
         for path in self.names(folder):
             if path.name.endswith(UNFINISHED):
-                self.unlink(path)
+                self.clear(path)
 
     # looking ------------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ DIR/factory/                 the exported model; always there to fall back to
 DIR/store/<sha256>           at most two payloads that passed their trial
 DIR/dl/<sha256>.part         at most one that is on its way, or whole and waiting for its verdict
 DIR/state.0, state.1, metadata/, log.jsonl
+DIR/emit/                    what applications in C and C++ load, where the operator wants that (see `emit`)
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ..errors import DeviceStateError
 
 CONFIG, ROOT, FACTORY, SETTINGS = "config.json", "root.json", "factory", "device.json"
 STORE, DOWNLOADS, METADATA, ROOTS = "store", "dl", "metadata", "metadata/root_history"
+EMITTED = "emit"
 #: Folders that a device has, each a real one.
 FOLDERS = (FACTORY, STORE, DOWNLOADS, METADATA, ROOTS)
 STATE_VARIABLE, DEFAULT = "LRCOMPRESS_STATE", "/var/lib/lrcompress"
@@ -41,6 +43,8 @@ def check_folder(folder: Path) -> None:
         _check(folder, stat.S_ISDIR, "folder")
         for name in FOLDERS:
             _check(folder / name, stat.S_ISDIR, "folder")
+        if os.path.lexists(folder / EMITTED):
+            _check(folder / EMITTED, stat.S_ISDIR, "folder")
         for name in (CONFIG, ROOT, SETTINGS, "state.0", "state.1"):
             if os.path.lexists(folder / name):
                 _check(folder / name, stat.S_ISREG, "file")
@@ -74,7 +78,10 @@ def _check(path: Path, kind: object, what: str) -> None:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the folder against a second writer. Raises `DeviceStateError` if there is one; a kill lets go of it."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as e:
+        raise DeviceStateError(folder, "a device folder", e.strerror or str(e), "see where it has gone") from e
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

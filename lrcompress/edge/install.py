@@ -45,7 +45,9 @@ def install(folder: Path, exported: Path, root: Path, url: str, group: str, disk
     files[CONFIG] = (_encoded(config), 0o644)
     _missing_parents(folder.parent, disk)
     stage = folder.parent / f".{folder.name}.new"
-    disk.clear(stage)
+    if stage.is_dir():
+        with locked(stage):  # another one may be at work this moment
+            disk.clear(stage)
     disk.mkdir(stage)
     try:
         with locked(stage):

@@ -22,6 +22,7 @@ from .folder import FACTORY, SETTINGS
 from .trial import Limits
 
 MAX_BYTES = 64 << 10
+EMITS = ("onnx-adapter",)
 REMEDY = "correct device.json; 'lrcompress device --help' lists the settings"
 
 
@@ -58,6 +59,9 @@ class Settings:
     probation_s: float = 60.0
     health_interval_s: float = 10.0
     health_timeout_s: float = 30.0
+
+    #: What is written for applications in other languages: "onnx-adapter", or nothing.
+    emit: str | None = None
 
     #: How the agent polls: about every so many seconds.
     poll_s: float = 3600.0
@@ -113,6 +117,8 @@ def _checked(path: Path, key: str, value: Any) -> Any:
         return tuple(value)
     if not isinstance(value, str) or not value or any(ord(c) < 33 or ord(c) > 126 for c in value):
         raise DeviceStateError(f"{path}: {key}", "text without blanks", "another value", REMEDY)
+    if key == "emit" and value not in EMITS:
+        raise DeviceStateError(f"{path}: {key}", " or ".join(EMITS), value, REMEDY)
     if key == "proxy" and urlsplit(value).scheme not in ("http", "https"):
         raise DeviceStateError(f"{path}: {key}", "http://HOST:PORT", value, REMEDY)
     return value
