@@ -267,8 +267,6 @@ class Updater:
     def _commit(self, state: State, pending: Pending) -> Outcome:
         """Serve a payload that passed its trial: for good, or on probation first."""
         kept = {pending.sha256} | ({state.active.sha256} if state.active is not None else set())
-        if not state.readable:  # nothing is deleted by a device that does not know what it has
-            kept |= {p.name for p in self.disk.names(self.store.folder)}
         self.store.admit(pending.sha256, kept)
         entry = Entry(pending.sha256, pending.seq)
         if self.settings.health_command:
@@ -310,17 +308,19 @@ class Updater:
 
     def _prove(self, before: State, entry: Entry, pending: Pending) -> Outcome:
         """Serve `entry` while the operator's program says, again and again, that the device is well; then keep it or go back."""
-        until = self.clock() + timedelta(seconds=self.settings.probation_s)
+        told = self.settings
+        checks = max(1, round(told.probation_s / told.health_interval_s))
+        # The window, and all the time that its checks may take: after that nobody can be watching any more.
+        until = self.clock() + timedelta(seconds=told.probation_s + checks * (told.health_timeout_s + 1))
         probation = Probation(boot_id(), until.isoformat(), pending.trials, pending.rollback_of)
         state = self.files.write(
             replace(before, active=entry, previous=before.active, pending=None, probation=probation)
         )
         self.log.write(self.clock(), "probation", seq=entry.seq, sha256=entry.sha256, until=until.isoformat())
         self.switched()
-        checks = max(1, round(self.settings.probation_s / self.settings.health_interval_s))
         try:
             for _ in range(checks):  # counted, not timed: a clock that jumps shortens nothing
-                self.sleep(self.settings.probation_s / checks)
+                self.sleep(told.probation_s / checks)
                 self._check_health(entry)
         except PayloadError as e:
             back = replace(state, active=before.active, previous=None, probation=None)

@@ -121,7 +121,7 @@ def test_a_state_that_was_forged_is_no_state(fleet: Fleet) -> None:
 @pytest.mark.parametrize(
     ("name", "error"),
     [("factory/base.data", ManifestError), ("factory/model.onnx", ManifestError), ("factory/golden.npz", ManifestError),
-     ("factory/device.json", ManifestError), ("factory/manifest.json", DeviceStateError), ("config.json", DeviceStateError)],
+     ("factory/device.json", ManifestError), ("factory/manifest.json", ManifestError), ("config.json", DeviceStateError)],
 )  # fmt: skip
 def test_a_base_that_was_changed_is_never_served(fleet: Fleet, name: str, error: type[Exception]) -> None:
     path = fleet.at / name

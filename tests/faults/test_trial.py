@@ -212,7 +212,7 @@ def test_nobody_serves_what_is_on_probation_after_a_reboot_or_after_its_window(
     with pytest.raises(Cut):
         fleet.device(sleep=cut).update()
     assert fleet.device().status()["serving"]["seq"] == 2  # the same boot, within the window
-    later = datetime.now(UTC) + timedelta(seconds=61)
+    later = datetime.fromisoformat(fleet.device().status()["probation"]["until"]) + timedelta(seconds=1)
     assert fleet.device(clock=lambda: later).status()["serving"]["seq"] == 1
     for module in (device_module, updater_module):
         monkeypatch.setattr(module, "boot_id", lambda: "another")
