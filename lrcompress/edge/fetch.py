@@ -21,8 +21,6 @@ MAX_IDLE_TRIES = 4
 MAX_TRIES, BYTES_PER_TRY = 200, 2048
 #: What a power cut may cost of a download: more often, and flash wears.
 SYNC_BYTES = 1 << 20
-#: Statuses that may pass by themselves.
-_PASSING = {408, 425, 429}
 
 
 def fetch(
@@ -48,7 +46,7 @@ def fetch(
         except Unavailable as e:
             if e.status == 416:
                 file.drop()
-            elif e.status < 500 and e.status not in _PASSING:
+            elif not e.passing:
                 raise DownloadError(
                     path, "the file that was signed", f"status {e.status}", "publish it again, or check the URL"
                 ) from e

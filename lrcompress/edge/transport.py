@@ -31,6 +31,11 @@ class Unavailable(Exception):
         super().__init__(f"{path}: status {status}")
         self.status = status
 
+    @property
+    def passing(self) -> bool:
+        """Whether it may pass by itself."""
+        return self.status >= 500 or self.status in (408, 425, 429)
+
 
 class Broken(Exception):
     """The bytes stopped coming, or never began to."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +22,8 @@ from .disk import Disk
 from .transport import Broken, Transport, Unavailable
 
 _PREFIX = "repository:///"
+#: How often one file of the metadata is asked for; they are small.
+_TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -37,26 +40,36 @@ class Offer:
 
 
 class _Fetcher(FetcherInterface):
-    """Let python-tuf read through our transport, and into memory only."""
+    """Let python-tuf read through our transport, into memory only, and over a link that breaks now and then."""
 
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
+    def __init__(self, transport: Transport, sleep: Callable[[float], None]) -> None:
+        self._transport, self._sleep = transport, sleep
 
     def _fetch(self, url: str) -> Iterator[bytes]:
-        try:
-            yield from self._transport.get(url.removeprefix(_PREFIX)).blocks
-        except Unavailable as e:
-            raise DownloadHTTPError(str(e), e.status) from e
+        yield from self._transport.get(url.removeprefix(_PREFIX)).blocks
 
     def download_bytes(self, url: str, max_length: int) -> bytes:
-        """Return the content of `url`; the base class would take the way over a file in /tmp."""
-        found = bytearray()
-        for block in self.fetch(url):
+        """Return the content of `url`; the base class would take the way over a file in /tmp, once."""
+        for tries in range(1, _TRIES + 1):
+            try:
+                return self._whole(url, max_length)
+            except Unavailable as e:
+                if tries == _TRIES or not e.passing:
+                    raise DownloadHTTPError(str(e), e.status) from e
+            except Broken:
+                if tries == _TRIES:
+                    raise
+            self._sleep(0.5 * 2**tries)
+        raise AssertionError("unreachable")
+
+    def _whole(self, url: str, max_length: int) -> bytes:
+        found, path = bytearray(), url.removeprefix(_PREFIX)
+        for block in self._fetch(url):
             found += block
             if len(found) > max_length:
-                raise DownloadLengthMismatchError(
-                    f"{url.removeprefix(_PREFIX)}: more than the {max_length} bytes it may have"
-                )
+                raise DownloadLengthMismatchError(f"{path}: more than the {max_length} bytes it may have")
+        if not found:  # what is left of an answer whose head was cut
+            raise Broken(f"{path}: an empty answer")
         return bytes(found)
 
 
@@ -67,10 +80,10 @@ class _Client(Updater):
     order and is never synced, so a power cut could bring a revoked key back.
     """
 
-    def __init__(self, folder: Path, root: bytes, transport: Transport, disk: Disk, now: datetime) -> None:
+    def __init__(self, folder: Path, root: bytes, fetcher: _Fetcher, disk: Disk, now: datetime) -> None:
         self._disk, self._fresh = disk, dict[Path, bytes]()
         self._first = Metadata[Root].from_bytes(root).signed.version
-        super().__init__(str(folder), f"{_PREFIX}metadata/", fetcher=_Fetcher(transport), bootstrap=root)
+        super().__init__(str(folder), f"{_PREFIX}metadata/", fetcher=fetcher, bootstrap=root)
         self._trusted_set.reference_time = now
 
     def _load_local_metadata(self, rolename: str) -> bytes:
@@ -109,7 +122,15 @@ class _Client(Updater):
 
 
 def newest(
-    metadata: Path, root: bytes, transport: Transport, *, model: str, group: str, disk: Disk, now: datetime
+    metadata: Path,
+    root: bytes,
+    transport: Transport,
+    *,
+    model: str,
+    group: str,
+    disk: Disk,
+    now: datetime,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> tuple[Offer | None, datetime | None]:
     """Return the newest release of a group (None: there is none) and when the metadata were issued.
 
@@ -118,7 +139,7 @@ def newest(
     target_path = f"{model}/{group}/payload.safetensors"
     where = f"update metadata of group {group}"
     try:
-        client = _Client(metadata, root, transport, disk, now)
+        client = _Client(metadata, root, _Fetcher(transport, sleep), disk, now)
         try:
             client.refresh()
             info = client.get_targetinfo(target_path)

@@ -91,7 +91,7 @@ class Updater:
         try:
             offer, issued = newest(
                 self.folder / METADATA, self.root, self.transport, model=self.manifest.model, group=self.group,
-                disk=self.disk, now=self.clock(),
+                disk=self.disk, now=self.clock(), sleep=self.sleep,
             )  # fmt: skip
         except DownloadError:
             if state.pending is None:

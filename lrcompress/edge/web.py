@@ -30,9 +30,10 @@ class _Prompt:
     sock: socket.socket | None
 
     def getresponse(self) -> Any:
-        sock = self.sock
+        sock, late = self.sock, threading.Event()
 
         def hang_up() -> None:
+            late.set()
             with contextlib.suppress(OSError):
                 if sock is not None:
                     sock.shutdown(socket.SHUT_RDWR)
@@ -41,9 +42,12 @@ class _Prompt:
         watch.daemon = True
         watch.start()
         try:
-            return super().getresponse()  # type: ignore[misc]
+            answer = super().getresponse()  # type: ignore[misc]
         finally:
             watch.cancel()
+        if late.is_set():  # a head that was cut reads like one that is whole
+            raise TimeoutError(f"the head of the answer took more than {HEAD_S:.0f} s")
+        return answer
 
 
 class _Http(_Prompt, urllib3.connection.HTTPConnection):

@@ -299,8 +299,8 @@ def _choices(sizes: list[int], most: int, seed: int) -> Iterator[tuple[int, ...]
         for i, n in enumerate(sizes):
             found += [(*base[:i], v, *base[i + 1 :]) for v in range(n)]
     chance = random.Random(seed)
-    found = list(dict.fromkeys(found))
-    if len(found) > most:
+    found = list(dict.fromkeys(found))[: max(2, most)] if most < 3 else list(dict.fromkeys(found))
+    if len(found) > max(2, most):
         found = found[:2] + chance.sample(found[2:], most - 2)
     seen = set(found)
     for _ in range(8 * most):

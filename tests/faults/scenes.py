@@ -256,7 +256,8 @@ class World:
             elif isinstance(what, tuple):
                 name, size = what
                 there = [p.stat().st_size for p in (at / "dl" / f"{name}.part", at / "store" / name) if p.exists()]
-                done = state.refusal(name) is not None
+                # A rename from one folder to another may lose both names, and is begun after the trial only.
+                done = state.refusal(name) is not None or (state.pending is not None and state.pending.sha256 == name)
                 self._need(done or (there and max(there) >= size), f"{size} bytes that were durable are gone")
 
     def _tidy(self, at: Path, status: dict[str, Any]) -> None:

@@ -119,14 +119,25 @@ def killed(place: Place, zygote: Zygote, **task: Any) -> bool:
     return bool(found["killed"])
 
 
+@pytest.mark.parametrize(("newest", "every"), [("good", 2), ("bad", 5), ("truncated", 7)])
+def test_killed_before_calls_to_the_disk(tmp_path: Path, zygote: Zygote, newest: str, every: int) -> None:
+    before_calls(tmp_path, zygote, newest, every)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("newest", ["good", "bad", "truncated"])
 def test_killed_before_every_call(tmp_path: Path, zygote: Zygote, newest: str) -> None:
+    print(f"{newest}: killed before each of {before_calls(tmp_path, zygote, newest, 1)} calls; 0 violations")
+
+
+def before_calls(tmp_path: Path, zygote: Zygote, newest: str, every: int) -> int:
     place = Place(tmp_path, newest)
     place.again()
-    calls = zygote(place.fleet.at)["calls"]
+    calls: int = zygote(place.fleet.at)["calls"]
     assert calls > 20
-    for at in range(calls):
+    for at in range(0, calls, every):
         assert killed(place, zygote, kill_at=at), at
+    return calls
 
 
 def test_killed_at_random_moments(tmp_path: Path, zygote: Zygote) -> None:
