@@ -7,7 +7,7 @@ PEERS := .venv-peers
 PEERS_STAMP := $(PEERS)/.installed
 PEERS_LISTS := tests/benchmarks/peers/requirements.txt tests/benchmarks/peers/packages.txt
 
-.PHONY: demo test test-long bench-forms bench-frontier bench-peers bench-recover bench-stream mutants lint clean help
+.PHONY: demo test test-long faults bench-forms bench-frontier bench-peers bench-recover bench-stream bench-update mutants lint clean help
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -29,11 +29,20 @@ test: $(STAMP) ## all tests but the long ones
 test-long: $(STAMP) ## the long tests
 	$(BIN)/python -m pytest -q -m slow
 
+FAULTS := tests/faults tests/attacks
+faults: $(STAMP) ## a device under power cuts, kills, failing disks and attacks: the long runs, and what each check is for
+	$(BIN)/python -m pytest -q -s -m slow $(FAULTS)
+	$(BIN)/python -m tests.faults.mutations
+	$(BIN)/python -m tests.faults.checks
+
 bench-forms: $(STAMP) ## what statistics are worth, form by form, on layers of real networks
 	$(BIN)/python -m tests.benchmarks.bench_forms
 
 bench-stream: $(STAMP) ## memory and time on layers as large as those of a 7B model
 	$(BIN)/python -m tests.benchmarks.bench_stream
+
+bench-update: $(STAMP) ## what an update costs a device: bytes, requests, fsyncs, milliseconds, memory
+	$(BIN)/python -m tests.benchmarks.bench_update $(ARGS)
 
 # A package that cannot be installed costs its own row only, which then says so.
 $(PEERS_STAMP): $(PEERS_LISTS) pyproject.toml constraints.txt

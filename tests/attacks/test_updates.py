@@ -11,7 +11,6 @@ import pytest
 from tuf.api.metadata import Metadata
 
 from lrcompress import publish
-from lrcompress.edge import Device
 from lrcompress.files import sha256_bytes
 from lrcompress.publish import repository as repositories
 from lrcompress.publish.keys import KeyStore
@@ -341,7 +340,7 @@ def test_a_full_disk_is_told_before_a_byte_is_moved(fleet):
 
     fleet.add("first")
     before = answers(fleet.device())
-    d = Device(fleet.at, disk=Full()).update()
+    d = fleet.device(disk=Full()).update()
     assert (d["state"], d["error"]["code"]) == ("failed", 10) and "free" in d["reason"]
     np.testing.assert_array_equal(answers(fleet.device()), before)
     assert fleet.device().update()["to_seq"] == 2

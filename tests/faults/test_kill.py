@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import shutil
@@ -18,7 +19,7 @@ from lrcompress import publish
 from lrcompress.edge import Device
 from lrcompress.edge.disk import Disk
 from lrcompress.errors import ManifestError, TrustError
-from tests.support.fleet import PASSPHRASE, Fleet, answers, made, payload_bytes, release
+from tests.support.fleet import PASSPHRASE, Fleet, answers, made, payload_bytes, release, trial_here
 
 CALLS = ("write", "append", "sync", "sync_folder", "rename", "unlink")
 
@@ -91,7 +92,7 @@ def copy(world, tmp_path):
 
 
 def opened(at, **options):
-    return Device(at, sleep=lambda s: None, **options)
+    return Device(at, **{"sleep": lambda s: None, "trial": trial_here(at), **options})
 
 
 def serving(world, at):
@@ -218,11 +219,10 @@ def test_both_state_copies_destroyed_serves_the_factory_and_deletes_nothing(worl
     stored = set((at / "store").iterdir())
     assert serving(world, at) == 0
     assert not opened(at).status()["state_readable"]
-    config = (at / "config.json").read_text()
-    (at / "config.json").write_text(config.replace(str(world.repo), str(world.repo) + "-gone"))
+    (at / "device.json").write_text(json.dumps({"schema": 1, "url": f"{world.repo}-gone"}))
     assert opened(at).update()["error"]["code"] == 8
     assert set((at / "store").iterdir()) == stored
-    (at / "config.json").write_text(config)
+    (at / "device.json").unlink()
     converges(world, at)
 
 
@@ -234,7 +234,7 @@ def test_a_bad_payload_is_refused_wherever_it_is_stopped(tmp_path):
     release(fleet, payload_bytes("second", golden={"output": np.ones((8, 5), np.float32)}), seq=2)
     shutil.copytree(fleet.at, tmp_path / "at2", symlinks=True)
     disk = Counting()
-    assert Device(fleet.at, disk=disk).update()["state"] == "rejected"
+    assert fleet.device(disk=disk).update()["state"] == "rejected"
 
     def stop(path):
         raise Stop
@@ -243,7 +243,7 @@ def test_a_bad_payload_is_refused_wherever_it_is_stopped(tmp_path):
         shutil.rmtree(fleet.at)
         shutil.copytree(tmp_path / "at2", fleet.at, symlinks=True)
         with pytest.raises(Stop):
-            Device(fleet.at, disk=Counting(at_call, stop)).update()
+            fleet.device(disk=Counting(at_call, stop)).update()
         device = fleet.device()
         np.testing.assert_array_equal(answers(device), before)
         device.update()
