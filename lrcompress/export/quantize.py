@@ -31,7 +31,7 @@ from .packing import Packed, constants, halves, nbits, tables
 from .products import Product, products, put
 from .refit import Refit, refit, round_only
 from .refit.grids import ROW8, Coded, Grid, blocks, signed
-from .refit.moments import observe
+from .refit.moments import lookups, observe
 from .rewrites import Refusal
 
 BITS = (32, 16, 8, 4)
@@ -180,7 +180,8 @@ def _fitted(
         return round_only(model, found, grids)
     seen = observe(model, found, batches)
     eight = {p.kind for p, b in wanted if b == 8}
-    return refit(model, found, grids, seen, rounds_activations=bool(eight - {"table"}))
+    counts = lookups(found, batches)
+    return refit(model, found, grids, seen, counts=counts, rounds_activations=bool(eight - {"table"}))
 
 
 def _packed(

@@ -32,6 +32,8 @@ from .grids import Coded, Grid
 from .joint import Joint, lost, refitted
 from .moments import Seen, Walk
 
+#: Rows of a table that are rounded to compare gauges.
+_TRIED = 4096
 GAUGES = ("as it is", "orthonormal", "rotated")
 
 
@@ -172,10 +174,20 @@ class _Pass:
             )  # fmt: skip
 
     def _looked_up(self, p: Product, w: Tensor, q: Tensor) -> Joint:
-        count = torch.from_numpy(self.counts.get(p.weight, np.ones(len(w)))).double()
+        """Return the moments of the rows as they were looked up; one in ten is one that was never seen."""
+        seen = torch.from_numpy(self.counts.get(p.weight, np.zeros(p.shape[0]))).double()
+        count = seen + max(float(seen.sum()) / 9, 1.0) / len(seen)
+        count = count[self._frequent(p)] if len(w) < len(count) else count
         share = (count / count.sum().clamp_min(1e-300))[:, None]
         s, c, g = ((share * a).T @ b for a, b in ((w, w), (w, q), (q, q)))
         return Joint(s[None], c[None], g[None], (share * w).sum(0)[None], (share * q).sum(0)[None])
+
+    def _frequent(self, p: Product) -> Tensor:
+        """Return the rows of a table that gauges are tried on: all, or those that are looked up most."""
+        if p.shape[0] <= _TRIED:
+            return torch.arange(p.shape[0])
+        seen = self.counts.get(p.weight, np.zeros(p.shape[0]))
+        return torch.from_numpy(np.argsort(-seen, kind="stable")[:_TRIED].copy())
 
     def _joint(self, p: Product) -> Joint | None:
         """Return the moments of what `p` reads: those of the chain it stands in, or of the data."""
@@ -216,7 +228,8 @@ class _Pass:
             if turned is None:
                 continue
             pair = (turned[0].T if table else turned[0]), turned[1].reshape(u.shape)
-            loss = self._trial(first, second, pair)
+            tried = (pair[0][self._frequent(first)], pair[1]) if table else pair
+            loss = self._trial(first, second, tried)
             if best is None or loss < best[0]:
                 best = loss, gauge, pair
         assert best is not None

@@ -114,6 +114,21 @@ def observe(
     return {p.weight: sums[(p.source, walks.get(p.weight))].seen() for p in wanted}
 
 
+def lookups(products: Sequence[Product], feeds: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Return how often each row of a table was looked up, for tables that are read by an input of the graph."""
+    found: dict[str, np.ndarray] = {}
+    for p in products:
+        if p.kind != "table" or not all(p.source in feed for feed in feeds):
+            continue
+        total = np.zeros(p.shape[0])
+        for feed in feeds:
+            ids, mask = feed[p.source], feed.get(MASK)
+            ids = ids[mask != 0] if mask is not None and mask.shape == ids.shape else ids.reshape(-1)
+            total += np.bincount(ids % p.shape[0], minlength=p.shape[0])
+        found[p.weight] = total
+    return found
+
+
 def _session(model: onnx.ModelProto, names: Sequence[str]) -> ort.InferenceSession:
     watched = onnx.ModelProto()
     watched.CopyFrom(model)
