@@ -63,6 +63,10 @@ class Bench:
             for name, module in kept.items():
                 set_submodule(self.network, name, module)
 
+    def refuses(self, name: str, option: Option) -> bool:
+        """Return whether the form does not hold this weight at this rank."""
+        return option.form != "dense" and name in self.menus and self._factors(name, option) is None
+
     def _factors(self, name: str, option: Option) -> Factorization | None:
         key = name, option.form, option.rank
         if key not in self._made:

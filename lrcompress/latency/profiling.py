@@ -22,8 +22,8 @@ from .table import LatencyTable, Row, machine
 _SECONDS, _ROUNDS = (0.004, 0.003), (6, 2)
 #: Products above this many multiply-adds are not measured: what is larger is as fast per product.
 _MOST_MACS = 80_000_000
-#: A rank may be rounded up for nothing if that costs no more than this share.
-_FREE = 0.03
+#: A rank may be rounded up if that costs no more than this share of what more products would.
+_FREE = 0.25
 _RANKS = tuple(range(32, 65))
 #: Blocks of the networks that tell what operators cost together.
 _BLOCKS = 8
@@ -166,16 +166,18 @@ def _rank_probes(bits: int) -> list[Probe]:
     return [Probe("matmul", bits, (16, 384, r)) for r in _RANKS]
 
 
-def rank_multiple(times: dict[int, Timing]) -> int:
-    """Return the largest power of two to a multiple of which a rank may be rounded up for nothing, on average.
+def rank_multiple(times: Mapping[int, Timing]) -> int:
+    """Return the largest power of two to a multiple of which a rank may be rounded up for next to nothing.
 
-    `times`: by rank, every whole number of a range that ends with a multiple.
+    `times`: by rank, every whole number of a range that ends with a multiple. Next to nothing is at most a quarter of
+    what a kernel would take that is as fast per product at every rank.
     """
     ranks = sorted(times)
     best = 1
     for q in (2, 4, 8, 16, 32):
-        costs = [times[up].ms / times[r].ms for r in ranks if r % q and (up := -(-r // q) * q) in times]
-        if costs and float(np.mean(costs)) <= 1 + _FREE:
+        pairs = [(r, up) for r in ranks if r % q and (up := -(-r // q) * q) in times]
+        costs = float(np.mean([times[up].ms / times[r].ms - 1 for r, up in pairs]))
+        if costs <= _FREE * float(np.mean([up / r - 1 for r, up in pairs])):
             best = q
     return best
 

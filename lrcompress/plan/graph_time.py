@@ -174,7 +174,7 @@ def _priced(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]], constan
     if op in _POOLS:
         window = int(np.prod(_attribute(node, "kernel_shape", [1])))
         return [Operator(op, "ReduceMean", 32, (max(_size(out), 1), window), 1, node.name)]
-    elements = max(_size(out), 1)
+    elements = max(sum(_size(shapes.get(o, ())) for o in node.output if o) if op == "Split" else _size(out), 1)
     return [Operator(op, _BY_ELEMENTS.get(op, op), 32, (elements,), 1, node.name)]
 
 

@@ -150,6 +150,20 @@ class Market:
         kept = [c or own[-1] for c, own, m in zip(found, self.layers, self.menus, strict=True) if c or m.layer.reason]
         return Chosen.of(kept, self.fixed) if len(kept) == len(found) else None
 
+    def chosen(self, limits: Limits) -> Chosen:
+        """Return the best choice whose forms hold their weights: what is refused is crossed out, and chosen anew."""
+        layers = [list(own) for own in self.layers]
+        while True:
+            found = choose(layers, limits, self.fixed)
+            refused = [
+                (k, c) for k, (m, c) in enumerate(zip(self.menus, found.candidates, strict=True))
+                if self.bench is not None and self.bench.refuses(m.layer.name, _option(c))
+            ]  # fmt: skip
+            if not refused:
+                return found
+            for k, c in refused:
+                layers[k] = [o for o in layers[k] if (o.form, o.rank) != (c.form, c.rank)]
+
     def loss(self, chosen: Chosen) -> float | None:
         """Measure what the network loses with these candidates, before anything makes up for drift."""
         if self.bench is None:
@@ -161,9 +175,13 @@ class Market:
                 return None  # one set of factors in several places is not measured here
             if m.layer.reason is None:
                 bits[m.layer.name] = c.bits
-                options[m.layer.name] = Option(c.n_params, c.loss, c.form, c.rank)
+                options[m.layer.name] = _option(c)
         found = self.bench.loss(options, changed=functools.partial(with_bits, bits=bits, kinds=self.kinds))
         return found if found is not None and math.isfinite(found) else None
+
+
+def _option(c: Candidate) -> Option:
+    return Option(c.n_params, c.loss, c.form, c.rank)
 
 
 class _Pricing:
@@ -254,7 +272,7 @@ def _tensor_bytes(module: nn.Module) -> int:
 
 def device_plan(market: Market, limits: Limits) -> RankPlan:
     """Return the plan that loses least within the limits. Raises `BudgetError` with the nearest that can be met."""
-    found = choose(market.layers, limits, market.fixed)
+    found = market.chosen(limits)
     measured = market.loss(found)
     rows = []
     for b in BITS:

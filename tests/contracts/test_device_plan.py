@@ -101,6 +101,18 @@ def test_a_dense_network_that_measures_better_than_the_choice_is_taken_instead(f
     )
 
 
+def test_a_form_that_refuses_a_weight_is_chosen_around(folder, loose, monkeypatch):
+    """A plan must be one that can be applied."""
+    from lrcompress.fit import Bench
+
+    budget = int(0.7 * loose["uniform"][0]["bytes"])
+    used = {p["form"] for p in planned(folder, max_bytes=budget, bits=(32,))["layers"]} - {"dense"}
+    assert used
+    monkeypatch.setattr(Bench, "refuses", lambda self, name, option: option.form in used)
+    found = planned(folder, max_bytes=budget, bits=(32,))
+    assert not {p["form"] for p in found["layers"]} & used and found["bytes"] <= budget
+
+
 def test_what_cannot_be_met_names_what_can(folder):
     with pytest.raises(BudgetError) as e:
         planned(folder, max_bytes=100, max_ms=100.0, quick=True)

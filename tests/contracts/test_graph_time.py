@@ -12,11 +12,14 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from lrcompress.errors import ModelError
 from lrcompress.factorize import ConvGeometry, form, forms
 from lrcompress.latency import Probe
+from lrcompress.latency.profiling import keeps_blocks
 from lrcompress.model.surgery import Layer
 from lrcompress.plan.form_time import Place, layer_ms, steps_of
 from lrcompress.plan.graph_time import graph_time, request_operators
 from lrcompress.plan.prices import Prices
 from tests.support.latency import formula, table
+
+BLOCKS = keeps_blocks()
 
 
 def graph(nodes, inputs, constants, outputs=("y",)):
@@ -77,12 +80,15 @@ def test_dynamic_int8_is_one_operator(tmp_path):
         ((16, 4, 1, 1), {"group": 2}, ("conv", 32, (4, 8, 1, 1, 12, 10, 1), 2)),
     ],
 )
-@pytest.mark.parametrize("blocked", [False, True])
+@pytest.mark.parametrize("blocked", [False, *([True] if BLOCKS else [])])
 def test_convolutions_are_priced_by_what_they_write(weight, about, expected, blocked):
     nodes = [helper.make_node("Conv", ["x", "w"], ["y"], **about)]
     data = graph(nodes, [("x", TensorProto.FLOAT, ["n", 8, 12, 10])], {"w": normal(*weight)}).SerializeToString()
     found = request_operators(data, {"x": normal(1, 8, 12, 10)}, blocked=blocked)
-    assert expected in kinds(found)
+    kind, bits, dims, times = expected
+    if blocked and kind == "conv_odd":  # blocks are filled up
+        kind, dims = "conv", (dims[0], 16, *dims[2:])
+    assert (kind, bits, dims, times) in kinds(found)
 
 
 def test_a_graph_takes_the_sum_of_its_operators(tmp_path):
