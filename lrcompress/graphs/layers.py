@@ -266,21 +266,32 @@ def _walk(scope: Scope) -> Iterator[tuple[Scope, NodeProto]]:
 def _named(uses: list[Use]) -> dict[str, list[Use]]:
     """Group uses by layer: one weight used twice alike is one; a different use is named after its node."""
     out: dict[str, list[Use]] = {}
+    known: dict[tuple[Any, ...], str] = {}
     for use in uses:
-        name = _title(use.weight, use.node)
-        if name in out and (out[name][0].settings != use.settings or out[name][0].weight != use.weight):
-            name = use.node.name or use.node.output[0]
-        while name in out and (out[name][0].settings != use.settings or out[name][0].weight != use.weight):
-            name += "'"
-        out.setdefault(name, []).append(use)
+        alike = (use.weight, use.settings)
+        if alike not in known:
+            name = _title(use.weight, use.node, use.bias)
+            if name in out:
+                name = use.node.name or use.node.output[0]
+            while name in out:
+                name += "'"
+            known[alike] = name
+        out.setdefault(known[alike], []).append(use)
     return out
 
 
-def _title(weight: str, node: NodeProto) -> str:
-    if (weight.startswith(("onnx::", "/", "val_", "_")) or not weight) and node.name:
-        parts = [p for p in node.name.split("/") if p]
-        return ".".join(parts[:-1] or parts)
-    return weight.removesuffix(".weight") or weight
+#: How exporters begin the names that they invent.
+_INVENTED = ("onnx::", "/", "val_", "_")
+
+
+def _title(weight: str, node: NodeProto, bias: str = "") -> str:
+    """Name a layer after its weight, or where that was invented after its bias, or after its node."""
+    if weight and not weight.startswith(_INVENTED):
+        return weight.removesuffix(".weight") or weight
+    if bias.endswith(".bias") and not bias.startswith(_INVENTED):
+        return bias.removesuffix(".bias")
+    parts = [p for p in node.name.split("/") if p]
+    return ".".join(parts[:-1] or parts) or weight
 
 
 def _why_none(node: NodeProto) -> str:

@@ -210,6 +210,8 @@ def test_a_weight_that_may_be_fed_stays_but_not_in_old_files(tmp_path):
 def test_invented_names_give_way_to_those_of_nodes(tmp_path):
     nodes = [node("MatMul", ["x", "onnx::MatMul_403"], ["y"], name="/encoder/layer.0/query/MatMul")]
     assert list(layers_of(tmp_path, nodes, {"onnx::MatMul_403": w(8, 8)})) == ["encoder.layer.0.query"]
+    nodes = [node("MatMul", ["x", "val_4"], ["p"], name="node_MatMul_5"), node("Add", ["p", "q.bias"], ["y"])]
+    assert list(layers_of(tmp_path, nodes, {"val_4": w(8, 8), "q.bias": w(8)})) == ["q"], "or to that of the bias"
 
 
 def test_layers_come_in_the_order_they_run(tmp_path):
