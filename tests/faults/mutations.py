@@ -17,7 +17,9 @@ from tests.faults.powercut import Op, Recorder
 from tests.faults.scenes import Scene, World, killed_at, scenes
 
 #: Calls whose absence no image shows, with the reason why they are made all the same.
-NOT_NEEDED: dict[str, str] = {}
+NOT_NEEDED: dict[str, str] = {
+    "StatusLog.write: rename log.jsonl to log.1.jsonl": "the log promises nothing; a copy would write 256 KiB twice",
+}
 
 
 def kind(op: Op) -> str:
@@ -85,7 +87,7 @@ def main() -> int:
     try:
         for what, names in sorted(kinds(world).items()):
             started = time.perf_counter()
-            found = caught(world, what, names)
+            found = "" if what in NOT_NEEDED else caught(world, what, names)
             if not found and what not in NOT_NEEDED:
                 missed += 1
             text = found or f"NOT CAUGHT{': ' + NOT_NEEDED[what] if what in NOT_NEEDED else ''}"
