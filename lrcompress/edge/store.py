@@ -63,7 +63,10 @@ class Store:
             )
 
     def verify_download(self, sha256: str) -> None:
-        """Make a complete download durable. Raises `UpdateError`, and deletes it, if its hash is another."""
+        """Make a complete download durable. Raises `UpdateError`, and deletes it, if its hash is another.
+
+        Its name among the downloads may be lost in a power cut: then it is downloaded again, and nothing else is.
+        """
         part = self.part(sha256)
         try:
             self._disk.sync(part)
@@ -79,7 +82,6 @@ class Store:
                 found,
                 "what the server holds is not what was signed: publish it again",
             )
-        self._disk.sync_folder(self.downloads)
 
     def admit(self, sha256: str, keep: Collection[str]) -> None:
         """Have a payload that passed its trial in the store, durably, beside those in `keep` and no others."""

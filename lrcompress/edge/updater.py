@@ -94,7 +94,7 @@ class Updater:
                 disk=self.disk, now=self.clock(), sleep=self.sleep,
             )  # fmt: skip
         except DownloadError:
-            if state.pending is None:
+            if state.pending is None or self.store.staged(state.pending.sha256) is None:
                 raise
             return self._try(state, state.pending)  # staged and trusted already: needs no network
         return self._take(self._trust_time(state, issued), offer)
@@ -159,9 +159,9 @@ class Updater:
         if serving is not None and serving.sha256 == offer.sha256:  # the same bytes under a new seq
             self._confirm(state, Entry(offer.sha256, offer.seq), offer.rollback_of)
             return Outcome("updated", "the same payload, signed again")
+        self._stage(offer)
         pending = state.pending
         if pending is None or pending.sha256 != offer.sha256:
-            self._stage(offer)
             pending = Pending(offer.sha256, offer.seq)
         return self._try(state, replace(pending, seq=offer.seq, rollback_of=offer.rollback_of))
 
@@ -205,7 +205,7 @@ class Updater:
 
     def _stage(self, offer: Offer) -> None:
         """Have the offered payload here, whole and durable, whatever was there before."""
-        if self.store.read(offer.sha256) is not None:
+        if self.store.read(offer.sha256) is not None or self._waits(offer.sha256):
             return
         settings, part = self.settings, self.store.part(offer.sha256)
         for left in (1, 0):
@@ -221,6 +221,11 @@ class Updater:
             except UpdateError:
                 if not (resumed and left):  # what lay here from before may be what is wrong: once more from the start
                     raise
+
+    def _waits(self, sha256: str) -> bool:
+        """Tell whether a payload is here that the state names: it was made durable before it was named."""
+        pending = self.files.read().pending
+        return pending is not None and pending.sha256 == sha256 and self.store.staged(sha256) is not None
 
     def _try(self, state: State, pending: Pending) -> Outcome:
         """Give a staged payload its trial, counted on disk before it is loaded."""
@@ -362,7 +367,6 @@ def mend(files: StateFiles, store: Store, log: StatusLog, disk: Disk, now: datet
     if not state.readable:
         return state
     mended = back_from_probation(state)  # whoever watched over it is gone
-    whole = {sha: store.staged(sha) is not None for sha in mended.named}
     stored = {sha: store.read(sha) is not None for sha in mended.named}
     if mended.active is not None and not stored[mended.active.sha256]:
         log.write(now, "rotted", sha256=mended.active.sha256, seq=mended.active.seq)
@@ -371,8 +375,7 @@ def mend(files: StateFiles, store: Store, log: StatusLog, disk: Disk, now: datet
         mended = replace(mended, active=None)
     if mended.previous is not None and not stored[mended.previous.sha256]:
         mended = replace(mended, previous=None)
-    if mended.pending is not None and not whole[mended.pending.sha256]:
-        mended = replace(mended, pending=None)
+    # One that waits is kept, whole or not: the number of its trials must outlive its bytes.
     if mended != state:
         mended = files.write(mended)
     store.clean(mended.named, store.latest_part())

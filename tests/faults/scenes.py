@@ -88,7 +88,7 @@ class World:
         self._restore("r3")
         self.shas["fourth"] = fleet.add("first", encoding="int8")["sha256"]
         self._keep("r4")
-        self._restore("r3")
+        self._restore("r4")
         self._rotate_root()
         self._keep("rotated")
         self.folders: dict[str, Image] = {}
@@ -241,7 +241,9 @@ class World:
     def _remembers(self, device: Device, at: Path, promised: list[Any]) -> None:
         state = StateFiles(at, Disk()).read()
         for what in promised:
-            if isinstance(what, State):
+            if what == "a device":
+                self._need(state.readable, "a device that was made does not know its state")
+            elif isinstance(what, State):
                 self._need(
                     state.generation >= what.generation, f"generation {state.generation} after {what.generation}"
                 )
@@ -284,6 +286,10 @@ def _version(path: Path) -> int:
         return 0
 
 
+def _versions(folder: Path) -> dict[str, int]:
+    return {p.relative_to(folder).as_posix(): _version(p) for p in sorted((folder / "metadata").rglob("*.json"))}
+
+
 @contextlib.contextmanager
 def _marking(disk: Recorder) -> Iterator[None]:
     """While this lasts, note in `disk` what its users are promised: states that were written, metadata, parts of downloads."""
@@ -292,14 +298,7 @@ def _marking(disk: Recorder) -> Iterator[None]:
     def written(self: StateFiles, state: State) -> State:
         out = write(self, state)
         disk.mark(out)
-        folder = self._folder
-        disk.mark(
-            {
-                p.relative_to(folder).as_posix(): _version(p)
-                for p in sorted((folder / "metadata").rglob("*.json"))
-                if not p.is_symlink()
-            }
-        )
+        disk.mark(_versions(self._folder))
         return out
 
     def kept(self: _Part) -> None:
@@ -348,7 +347,7 @@ def scenes(world: World) -> list[Scene]:
         Scene("a link that is cut", f["2"], "r3", with_cuts, s["loha"]),
         Scene("a payload that rotted", rotted, "r2", update, s["second"]),
         Scene("a state copy that rotted", {**f["2"], f"{DEVICE}/state.0": b"rot"}, "r3", update, s["loha"]),
-        Scene("a root that was rotated", f["3"], "rotated", update, s["loha"]),
+        Scene("a root that was rotated, and a release", f["3"], "rotated", update, s["fourth"]),
         Scene("a log that is full", {**f["2"], f"{DEVICE}/log.jsonl": b'{"state": "old"}\n' * 15_420}, "r3", update, s["loha"]),
         Scene("no verdict, then one", f["2"], "r3", no_verdict_first, s["loha"]),
         Scene("a newer release while one waits", f["2"], "r4", overtaken(world), s["fourth"]),
@@ -425,4 +424,8 @@ def killed_at(world: World, scene: Scene, call: int, **options: Any) -> Recorder
     disk._before = None
     with _marking(disk):
         world.open(world.live / DEVICE, disk, **scene.options).update()
+        # Whoever asks now is told what the second process believes, though only the first one wrote it.
+        folder = world.live / DEVICE
+        disk.mark(StateFiles(folder, Disk()).read())
+        disk.mark(_versions(folder))
     return disk

@@ -17,7 +17,7 @@ NAMES = [
     "first boot", "first update", "second update", "third update, the oldest goes", "a payload that fails its trial",
     "rolled back here", "rolled back by the publisher", "the same bytes, signed again", "a download that goes on",
     "a download that was poisoned", "a link that is cut", "a payload that rotted", "a state copy that rotted",
-    "a root that was rotated", "a log that is full", "no verdict, then one", "a newer release while one waits",
+    "a root that was rotated, and a release", "a log that is full", "no verdict, then one", "a newer release while one waits",
     "on probation, and well", "on probation, and ill",
 ]  # fmt: skip
 
