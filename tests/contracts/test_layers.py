@@ -16,8 +16,9 @@ PACKAGE = ROOT / "lrcompress"
 LAYERS: list[set[str]] = [
     {"_version", "errors", "progress"},
     {"files", "plugins"},
-    {"manifest", "golden", "expansions"},
+    {"manifest", "golden", "expansions", "phases"},
     {"payload"},
+    {"deltas"},
     {"runtime"},
     {"edge"},
     # What a device runs ends here; from here on the [build] extra may be imported.
@@ -48,7 +49,9 @@ EDGE = {
     "_version",
     "manifest",
     "expansions",
+    "phases",
     "payload",
+    "deltas",
     "golden",
     "runtime",
     "edge",
