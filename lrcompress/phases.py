@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 
 CHANNELS = ("stable", "canary")
-#: What `place` counts up to: percentages may have two decimals.
+#: What `place` counts up to: percentages may have two decimals. TUF signs whole numbers only.
 PLACES = 10_000
 #: Names of the targets of a group, below <model>/<group>/: what everybody gets, and what some already get.
 STABLE, CANDIDATE = "payload.safetensors", "candidate.safetensors"
@@ -22,11 +22,11 @@ def place(device: str, sha256: str) -> int:
     return int.from_bytes(digest[:8], "big") * PLACES >> 64
 
 
-def takes_candidate(device: str | None, channel: str, sha256: str, percent: float) -> bool:
-    """Tell whether a device takes a candidate. One without an id takes it with everybody else."""
-    if channel == "canary" or percent >= 100:
+def takes_candidate(device: str | None, channel: str, sha256: str, places: int) -> bool:
+    """Tell whether a device takes a candidate that is for the first `places` of 10,000. Without an id: with everybody else."""
+    if channel == "canary" or places >= PLACES:
         return True
-    return device is not None and place(device, sha256) < round(percent * PLACES / 100)
+    return device is not None and place(device, sha256) < places
 
 
 def delta_name(base: str, result: str) -> str:

@@ -32,6 +32,7 @@ from ..payload import parse
 from ..runtime import Session
 from ..runtime.session import Active
 from .disk import Disk
+from .identity import Identity
 from .log import StatusLog
 from .state import Entry, State, StateFiles
 from .store import Store
@@ -197,6 +198,7 @@ class Device:
                 folder=self.folder, files=self._files, store=self._store, log=self._log, disk=self._disk, session=self._session,
                 golden=load_golden(self.folder / FACTORY / GOLDEN), limits=self._limits, transport=transport,
                 root=_read_root(self.folder / ROOT), group=self._config["group"], clock=self._clock, sleep=self._sleep,
+                identity=Identity.find(self.folder),
             )  # fmt: skip
             outcome: Outcome = updater.run()
             after = self._files.read()

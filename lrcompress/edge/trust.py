@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from tuf.ngclient import FetcherInterface, Updater
 
 from ..errors import DownloadError, UpdateError
 from ..manifest import is_sha256
+from .offers import choose, shortcut
 from .transport import Broken, Transport, Unavailable
 
 _PREFIX = "repository:///"
@@ -31,6 +32,8 @@ class Offer:
     base_ids: tuple[str, ...]
     min_version: str
     rollback_of: int | None
+    #: (base, sha256, path, length) of a delta from a payload that is here.
+    shortcut: tuple[str, str, str, int] | None = None
 
 
 class _Fetcher(FetcherInterface):
@@ -47,19 +50,30 @@ class _Fetcher(FetcherInterface):
 
 
 def newest(
-    metadata: Path, root: bytes, transport: Transport, *, model: str, group: str
+    metadata: Path,
+    root: bytes,
+    transport: Transport,
+    *,
+    model: str,
+    group: str,
+    device: str | None = None,
+    channel: str = "stable",
+    have: Collection[str] = (),
 ) -> tuple[Offer | None, datetime | None]:
     """Return the newest release of a group (None: there is none) and when the metadata were issued.
 
     Raises `DownloadError` where bytes did not arrive, `UpdateError` where they cannot be trusted.
     """
-    target_path = f"{model}/{group}/payload.safetensors"
+    shorter = None
     where = f"update metadata of group {group}"
     try:
         updater = Updater(str(metadata), f"{_PREFIX}metadata/", fetcher=_Fetcher(transport), bootstrap=root)
         updater.refresh()
         issued = _issued(metadata / "timestamp.json")
-        info = updater.get_targetinfo(target_path)
+        info, target_path = choose(updater, model=model, group=group, device=device, channel=channel)
+        if info is not None:
+            result = str(info.hashes.get("sha256"))
+            shorter = shortcut(updater, model=model, group=group, result=result, have=have)
     except ExpiredMetadataError as e:
         remedy = "the publisher runs 'lrcompress publish refresh'; check this device's clock too"
         raise UpdateError(where, "signatures that have not expired", e, remedy) from e
@@ -76,7 +90,9 @@ def newest(
         ) from e
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise UpdateError(where, "metadata in TUF's form", f"{type(e).__name__}: {e}") from e
-    return None if info is None else _offer(info.custom, info.length, info.hashes, target_path), issued
+    if info is None:
+        return None, issued
+    return replace(_offer(info.custom, info.length, info.hashes, target_path), shortcut=shorter), issued
 
 
 def _issued(path: Path) -> datetime | None:

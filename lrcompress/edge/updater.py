@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from .._version import RELEASED, __version__
 from ..errors import DownloadError, HostError, LrcompressError, PayloadError, UpdateError
+from ..files import sha256_bytes
 from ..golden import GoldenSet
 from ..manifest import Manifest, version_key
 from ..runtime import Session
 from ..runtime.session import Active
 from .disk import Disk
 from .fetch import fetch
+from .identity import Identity
 from .log import StatusLog
 from .state import Entry, Pending, State, StateFiles
 from .store import Store
@@ -64,6 +66,7 @@ class Updater:
     transport: Transport
     root: bytes
     group: str
+    identity: Identity | None = None
     clock: Callable[[], datetime] = field(default=lambda: datetime.now(UTC))
     sleep: Callable[[float], None] = time.sleep
 
@@ -80,8 +83,10 @@ class Updater:
 
             try:
                 offer, issued = newest(
-                    self.folder / "metadata", self.root, self.transport, model=self.manifest.model, group=self.group
-                )
+                    self.folder / "metadata", self.root, self.transport, model=self.manifest.model, group=self.group,
+                    device=None if self.identity is None else self.identity.id, channel=self.identity.channel if self.identity else "stable",
+                    have=state.named,
+                )  # fmt: skip
             except DownloadError:
                 if state.pending is None or self.store.read(state.pending.sha256) is None:
                     raise
@@ -216,6 +221,8 @@ class Updater:
         if self.store.read(offer.sha256) is not None:
             return
         self.disk.unlink(self.store.path(offer.sha256))  # rotted, if it is there
+        if self._patch(offer):
+            return
         part = self.store.part(offer.sha256)
         for left in (1, 0):
             self.store.need_room(offer.sha256, offer.length)
@@ -229,6 +236,32 @@ class Updater:
             except UpdateError:
                 if not (resumed and left):  # what lay here from before may be what is wrong: once more from the start
                     raise
+
+    def _patch(self, offer: Offer) -> bool:
+        """Make the offered payload from one that is here and a shorter download; tell whether that worked."""
+        if offer.shortcut is None:
+            return False
+        from .offers import patched
+
+        base, sha256, path, length = offer.shortcut
+        data, part = self.store.read(base), self.store.part(sha256)
+        if data is None:
+            return False
+        self.store.need_room(offer.sha256, offer.length + length)
+        self.log.write(self.clock(), "download", seq=offer.seq, sha256=sha256, bytes=length, base=base)
+        try:
+            fetch(self.transport, path, length=length, part=part, disk=self.disk, sleep=self.sleep)
+        except DownloadError:
+            return False
+        delta = part.read_bytes()
+        found = (
+            patched(data, delta, sha256=offer.sha256, length=offer.length) if sha256_bytes(delta) == sha256 else None
+        )
+        if found is not None:
+            self.disk.write(self.store.part(offer.sha256), found)
+            self.store.adopt(offer.sha256)
+        self.disk.unlink(part)
+        return found is not None
 
     def _try(self, state: State, pending: Pending) -> Outcome:
         """Give a staged payload its trial, counted on disk before it is loaded."""

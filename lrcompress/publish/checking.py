@@ -13,7 +13,7 @@ from tuf.ngclient import FetcherInterface, Updater
 
 from ..errors import UpdateError
 from ..files import contained
-from ..phases import CANDIDATE, STABLE
+from ..phases import CANDIDATE, PLACES, STABLE
 from .repository import Repository
 from .upkeep import expiries
 
@@ -89,5 +89,5 @@ def _walk(repository: Repository, updater: Updater, group: str) -> list[dict[str
         if name in (STABLE, CANDIDATE):
             about = info.custom or {}
             row = {"group": group, "seq": about.get("seq"), "bytes": info.length}
-            rows.append(row if name == STABLE else {**row, "percent": about.get("percent")})
+            rows.append(row if name == STABLE else {**row, "percent": about.get("places", 0) * 100 / PLACES})
     return rows

@@ -84,7 +84,7 @@ def add(
         custom = _record(manifest, encoded.sha256, next_seq(repository, group), kind, encoded.encoding)
         name = STABLE
         if channel == "canary":
-            name, custom = CANDIDATE, {**custom, "percent": 0}
+            name, custom = CANDIDATE, {**custom, "places": 0}
         change = Change(drop=stale_deltas(repository, group, stable=channel == "stable"))
         change.add(name, encoded.data, custom)
         for base, delta in encoded.deltas.items():
@@ -141,7 +141,7 @@ def back_to(repository: Repository, group: str, old: Release | None, *, undone: 
         change.add(STABLE, encoded.data, custom)
         return change, custom
     custom = {**old.custom, **about}
-    custom.pop("percent", None)
+    custom.pop("places", None)
     change.point(STABLE, old.target.length, old.sha256, custom)
     change.files.update(stable_bytes(repository, group, old))
     return change, custom
@@ -162,7 +162,7 @@ def check_not_rolling(repository: Repository, group: str) -> None:
     candidate = repository.candidate(group)
     if candidate is not None:
         raise CommandError(
-            f"group {group}", "no rollout under way", f"seq {candidate.seq} at {candidate.custom.get('percent', 0):g} %",
+            f"group {group}", "no rollout under way", f"seq {candidate.seq} at {candidate.percent:g} %",
             "finish it ('publish rollout --percent 100') or halt it ('publish rollout --halt')",
         )  # fmt: skip
 
@@ -218,11 +218,9 @@ def status(repo: str | Path) -> dict[str, Any]:
         history = repository.history(group)
         releases = [
             {
-                **{
-                    k: r.custom.get(k)
-                    for k in ("seq", "sha256", "kind", "encoding", "issued", "rollback_of", "percent")
-                },
+                **{k: r.custom.get(k) for k in ("seq", "sha256", "kind", "encoding", "issued", "rollback_of")},
                 "bytes": r.target.length,
+                "percent": r.percent,
             }
             for r in history
         ]

@@ -41,7 +41,7 @@ from tuf.api.serialization.json import JSONSerializer
 from ..errors import CommandError, DeviceStateError, HostError, LrcompressWarning, UpdateError
 from ..files import disk_errors, fsync_folder, sha256_bytes, write_atomic, write_json
 from ..manifest import is_safe_name
-from ..phases import CANDIDATE, STABLE
+from ..phases import CANDIDATE, PLACES, STABLE
 from .keys import ROLES, KeyStore
 
 MAKER = "lrcompress publish"
@@ -78,6 +78,12 @@ class Release:
     @property
     def sha256(self) -> str:
         return str(self.custom["sha256"])
+
+    @property
+    def percent(self) -> float | None:
+        """The share of stable devices that a candidate is for; None for a release for everybody."""
+        places = self.custom.get("places")
+        return None if places is None else places * 100 / PLACES
 
 
 @dataclass
@@ -266,7 +272,7 @@ class Repository:
         """Write down what clients may have seen by now. A key folder that cannot be written is no reason to fail: it is said."""
         found = {r: self.version(r) for r in self.roles()}
         for group in self.groups():
-            found[f"seq:{group}"] = max((r.seq for r in self.releases(group).values()), default=0)
+            found[f"seq:{group}"] = max((r.seq for r in self.releases(group).values() if "seq" in r.custom), default=0)
         before = self.memory()
         known = {k: max(v, before.get(k, 0)) for k, v in {**before, **found}.items()}
         path = self.keys_folder / MEMORY

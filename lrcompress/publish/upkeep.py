@@ -229,5 +229,6 @@ def expiries(repository: Repository) -> list[dict[str, Any]]:
     found = []
     for role in repository.roles():
         at = repository.read(role).signed.expires.replace(tzinfo=UTC)
-        found.append({"role": role, "at": at.isoformat(), "days": (at - now()) // timedelta(days=1)})
+        days = (at - now()) // timedelta(days=1)
+        found.append({"role": role, "at": at.isoformat(), "days": days, "keys": list(repository.role(role).keyids)})
     return sorted(found, key=lambda e: str(e["at"]))
