@@ -70,7 +70,15 @@ class Device:
 
     @classmethod
     def init(
-        cls, folder: str | Path, exported: str | Path, root: str | Path, url: str, group: str = "default"
+        cls,
+        folder: str | Path,
+        exported: str | Path,
+        root: str | Path,
+        url: str,
+        group: str = "default",
+        *,
+        channel: str = "stable",
+        report_url: str | None = None,
     ) -> Device:
         """Make a device folder from an exported model and the root it shall trust; whole or not at all.
 
@@ -106,6 +114,7 @@ class Device:
                     "group": group,
                 },
             )
+            Identity.create(stage, group=group, channel=channel, report_url=report_url)
         return cls(folder)
 
     # serving ------------------------------------------------------------------------------------------------------

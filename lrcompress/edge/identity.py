@@ -126,10 +126,11 @@ class Identity:
             return False
         with contextlib.suppress(Exception):
             signed = self.record(status, outcome, **about)
-            answer = urllib3.request(
-                "POST", self.report_url, body=json.dumps(signed).encode(), headers={"Content-Type": "application/json"},
-                timeout=TIMEOUT_S, retries=False,
-            )  # fmt: skip
+            with urllib3.PoolManager(num_pools=1) as pool:  # a report is rare: no connection is kept
+                answer = pool.request(
+                    "POST", self.report_url, body=json.dumps(signed).encode(),
+                    headers={"Content-Type": "application/json", "Connection": "close"}, timeout=TIMEOUT_S, retries=False,
+                )  # fmt: skip
             return 200 <= answer.status < 300
         return False
 

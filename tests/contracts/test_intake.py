@@ -12,12 +12,13 @@ import pytest
 import urllib3
 
 from lrcompress.cli.main import run
+from lrcompress.edge import Device
 from lrcompress.edge.identity import Identity
 from lrcompress.errors import CommandError, DeviceStateError, HostError
 from lrcompress.publish.collect import Collector
 from lrcompress.publish.fleetview import fleet as view
 from lrcompress.publish.intake import MAX_RECORD_BYTES, Intake, Refusal
-from tests.support.fleet import PASSPHRASE, Fleet
+from tests.support.fleet import PASSPHRASE, Fleet, made
 
 NOW = datetime(2026, 12, 1, tzinfo=UTC)
 STATUS = {
@@ -192,7 +193,9 @@ def test_over_http_with_every_status(tmp_path, intake, identity):
 def test_the_view_and_the_command_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("LRCOMPRESS_KEY_PASSPHRASE", PASSPHRASE)
     fleet = Fleet(tmp_path / "f")
-    identity = Identity.create(fleet.at, group="default", channel="canary")
+    Device.init(fleet.folder / "canary", made() / "exported", fleet.root, str(fleet.repo), channel="canary")
+    fleet.at = fleet.folder / "canary"
+    identity = Identity(fleet.at)
     first = fleet.add("first")
     new = fleet.add("second", channel="canary")
     repo = str(fleet.repo)

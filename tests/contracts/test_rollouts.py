@@ -27,9 +27,7 @@ def fleet(tmp_path):
 def member(fleet, name, channel="stable"):
     """Make another device of the fleet."""
     at = fleet.folder / name
-    Device.init(at, made() / "exported", fleet.root, str(fleet.repo))
-    Identity.create(at, group="default", channel=channel)
-    return Device(at)
+    return Device.init(at, made() / "exported", fleet.root, str(fleet.repo), channel=channel)
 
 
 def go(fleet, **options):
@@ -65,6 +63,7 @@ def test_canaries_first_then_a_share_then_everybody(fleet):
     percent = (places[2] + 1) / 100
     go(fleet, percent=percent)
     assert Counter(d.update()["to_seq"] for d in plain) == {2: 3, 1: 3}
+    (fleet.at / "identity.json").unlink()
     assert fleet.device().update()["to_seq"] == 1  # without an identity: with everybody else
     with pytest.raises(CommandError, match="more than"):
         go(fleet, percent=percent)
