@@ -87,8 +87,8 @@ class Server(http.server.ThreadingHTTPServer):
 class Box:
     """The whole fleet."""
 
-    def __init__(self, folder: Path, devices: int, canaries: int, workers: int) -> None:
-        self.folder, self.repo, self.traffic = folder, folder / "repo", Traffic()
+    def __init__(self, folder: Path, devices: int, canaries: int, workers: int, html: Path | None = None) -> None:
+        self.html, self.folder, self.repo, self.traffic = html, folder, folder / "repo", Traffic()
         publish.init_repository(self.repo, made() / "exported", folder / "keys", passphrase=PASSPHRASE)
         self.intake = Intake(folder / "fleet.db")
         self.collector = Collector(self.intake, "127.0.0.1", 0)
@@ -159,6 +159,8 @@ class Box:
             self.tick()
             decided = self.cron(policy)
             path.append(f"{decided['percent']:g} %" if decided["decision"] == "advance" else str(decided["decision"]))
+            if decided["decision"] == "halt" and self.html is not None:
+                view(self.repo, self.intake, html=self.html)
             if decided["decision"] == "halt" or decided.get("percent") == 100:
                 break
         self.tick()  # everybody follows: to the release, or back
@@ -215,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(folder: Path, devices: int, workers: int, html: Path | None = None) -> dict[str, Any]:
     started, data = time.perf_counter(), payloads()
     policy = Policy(steps=(5, 25, 100), max_failures=0.02, min_reports=5, coverage=0.9)
-    box = Box(folder, devices, max(2, devices // 40), workers)
+    box = Box(folder, devices, max(2, devices // 40), workers, html)
     try:
         box.traffic.requests = box.traffic.bytes = 0
         rollouts = [
@@ -224,8 +226,6 @@ def run(folder: Path, devices: int, workers: int, html: Path | None = None) -> d
             box.release("good 2", data["good 2"], policy),
             box.release("bad in the field", data["bad in the field"], policy),
         ]
-        if html is not None:
-            view(box.repo, box.intake, html=html)
         rollouts.append(box.release("good 3", data["good 3"], policy))
         idle = _cost(box)
         good = {r["sha256"] for r in rollouts if r["name"].startswith("good")}
