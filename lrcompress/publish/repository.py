@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -38,16 +37,15 @@ from tuf.api.metadata import (
 )
 from tuf.api.serialization.json import JSONSerializer
 
-from ..errors import CommandError, DeviceStateError, HostError, LrcompressWarning, UpdateError
-from ..files import disk_errors, fsync_folder, sha256_bytes, write_atomic, write_json
+from ..errors import CommandError, DeviceStateError, UpdateError
+from ..files import disk_errors, fsync_folder, sha256_bytes, write_atomic
 from ..manifest import is_safe_name
 from ..phases import CANDIDATE, PLACES, STABLE
+from . import memory
 from .keys import ROLES, KeyStore
 
 MAKER = "lrcompress publish"
 CONFIG = "publisher.json"
-#: Beside the keys: what was published with them.
-MEMORY = "published.json"
 EXPIRY = {
     "root": timedelta(days=365),
     "targets": timedelta(days=180),
@@ -247,41 +245,20 @@ class Repository:
         days = self.config.get("expiry_days", {}).get(kind)
         return EXPIRY[kind] if days is None else timedelta(days=days)
 
-    # what was published from here -------------------------------------------------------------------------------
-
     def memory(self) -> dict[str, int]:
-        """Return the newest versions of roles, and of the seq of each group as `seq:<group>`, that were made with these keys."""
-        try:
-            value = json.loads((self.keys_folder / MEMORY).read_text())[self.model]
-            return {str(k): int(v) for k, v in value.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return {}
+        """Return the newest versions that were published from here, and of each group's seq (see `memory`)."""
+        return memory.load(self.keys_folder, self.model)
 
     def _check_memory(self) -> None:
-        for role, version in self.memory().items():
-            if ":" in role:
-                continue
-            found = self.version(role) if role in self.roles() else 0
-            if found < version:
-                raise UpdateError(
-                    self.folder, f"version {version} of {role}, which was published", f"{found}: this is an older copy, and devices would refuse it",
-                    "restore the newest copy, or go on from this one with 'lrcompress publish refresh --recover'",
-                )  # fmt: skip
+        roles = self.roles()
+        memory.check(self.folder, self.memory(), {r: self.version(r) for r in roles})
 
     def _remember(self) -> None:
-        """Write down what clients may have seen by now. A key folder that cannot be written is no reason to fail: it is said."""
         found = {r: self.version(r) for r in self.roles()}
         for group in self.groups():
-            found[f"seq:{group}"] = max((r.seq for r in self.releases(group).values() if "seq" in r.custom), default=0)
-        before = self.memory()
-        known = {k: max(v, before.get(k, 0)) for k, v in {**before, **found}.items()}
-        path = self.keys_folder / MEMORY
-        try:
-            others = json.loads(path.read_text()) if path.exists() else {}
-            write_json(path, {**others, self.model: known})
-        except (HostError, OSError, ValueError) as e:
-            text = f"{path}: not written ({e}); a repository that is set back will not be noticed"
-            warnings.warn(text, LrcompressWarning, 2)
+            seqs = [r.seq for r in self.releases(group).values() if "seq" in r.custom]
+            found[memory.SEQ + group] = max(seqs, default=0)
+        memory.save(self.keys_folder, self.model, found)
 
     # writing ------------------------------------------------------------------------------------------------------
 

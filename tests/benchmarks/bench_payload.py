@@ -1,7 +1,6 @@
 """Bytes of an update, by kind and encoding, as a share of the model, with the accuracy each carries: `make bench-payload`.
 
-A network meets data that moved (noise for ResNet-20, a class-wise change of brightness and contrast for MobileNetV1,
-reviews for MiniLM). Full fine-tune and adapters of each kind learn from the same samples; every payload is built as
+A network meets data that moved (noise for ResNet-20, little contrast for MobileNetV1, reviews for MiniLM). Full fine-tune and adapters of each kind learn from the same samples; every payload is built as
 `publish add` builds it, with its golden outputs, and its accuracy is that of what a device decodes, in ONNX Runtime, on
 test data that nothing else saw. Deltas are from the payload of half as many steps to the final one. Beside them stand
 bsdiff4 and zstd of the whole fine-tuned model against the one before, where those packages are there.
@@ -34,10 +33,12 @@ from lrcompress.export.payloads import payload_tensors
 from lrcompress.files import write_json
 from lrcompress.golden import load_golden, project
 from lrcompress.manifest import Manifest
+from lrcompress.model import InputSpec
 from lrcompress.runtime import Session
 from lrcompress.verbs.recover import recover
 
-from .recovering.adaptation import SHIFTS, Shift, accuracy
+from .recovering import photos
+from .recovering.adaptation import ASSETS, SHIFTS, Shift, accuracy
 
 KINDS = ("lora", "lokr", "core", "loha")
 ENCODINGS = ("f32", "f16", "int8")
@@ -45,12 +46,27 @@ ENCODINGS = ("f32", "f16", "int8")
 REGAINED, SHARES = 0.8, {"minilm": 0.005, "resnet20": 0.015, "mobilenet": 0.015}
 
 
-def mobilenet(place: Path) -> Shift:
-    """Return MobileNetV1 and photos whose brightness and contrast moved."""
-    raise LrcompressError("mobilenet", "a shift for MobileNetV1", "none yet", "see the docstring")
+def dusk(place: Path) -> Shift:
+    """Return MobileNetV1 at 70 % of its numbers, and photos with little contrast; one photo of each class, so few to learn from."""
+    images, classes = photos.photos(ASSETS / "data" / "imagenet_sample_a")
+    order = np.random.RandomState(0).permutation(len(images))
+    known, new = images[order], photos.moved(images[order], 1)
+
+    def part(values: np.ndarray, start: int, stop: int) -> Data:
+        return Data.of_arrays({"x": values[start:stop]}, classes[order][start:stop])
+
+    lrcompress.factorize(
+        ASSETS / "models" / "mobilenet_v1_0.5_160" / "model.safetensors", ratio=0.7, calib=part(known, 0, 256),
+        arch=f"{photos.__name__}:mobilenet", output=place / "dusk", inputs=(InputSpec("x", "float32", ("batch", 3, 160, 160)),),
+    )  # fmt: skip
+    return Shift(place / "dusk", part(new, 0, 256), part(new, 256, 320), part(new, 320, 500), steps=60, batch_size=32)
 
 
-MODELS: dict[str, Callable[[Path], Shift]] = {"resnet20": SHIFTS["noise"], "minilm": SHIFTS["reviews"]}
+MODELS: dict[str, Callable[[Path], Shift]] = {
+    "resnet20": SHIFTS["noise"],
+    "minilm": SHIFTS["reviews"],
+    "mobilenet": dusk,
+}
 
 
 def measure(name: str, options: argparse.Namespace, tell: Callable[[str], None]) -> dict[str, Any]:
