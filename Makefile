@@ -7,7 +7,7 @@ PEERS := .venv-peers
 PEERS_STAMP := $(PEERS)/.installed
 PEERS_LISTS := tests/benchmarks/peers/requirements.txt tests/benchmarks/peers/packages.txt
 
-.PHONY: demo test test-long faults bench-forms bench-frontier bench-peers bench-recover bench-stream bench-update mutants lint clean help
+.PHONY: demo fleet test test-long faults bench-forms bench-frontier bench-payload bench-peers bench-recover bench-stream bench-update mutants lint clean help
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -23,6 +23,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## from a small network to a device that takes two updates, in minutes
 	$(BIN)/lrcompress run quickstart
 
+fleet: $(STAMP) ## 200 devices, one server, two bad releases that are stopped: ARGS="--devices 50"
+	$(BIN)/python -m tests.benchmarks.fleet_in_a_box $(ARGS)
+
 test: $(STAMP) ## all tests but the long ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile
 
@@ -37,6 +40,9 @@ faults: $(STAMP) ## a device under power cuts, kills, failing disks and attacks:
 
 bench-forms: $(STAMP) ## what statistics are worth, form by form, on layers of real networks
 	$(BIN)/python -m tests.benchmarks.bench_forms
+
+bench-payload: $(STAMP) ## bytes of an update by kind and encoding, against bsdiff4 and zstd of the model: ARGS="--only resnet20"
+	$(BIN)/python -m tests.benchmarks.bench_payload $(ARGS)
 
 bench-stream: $(STAMP) ## memory and time on layers as large as those of a 7B model
 	$(BIN)/python -m tests.benchmarks.bench_stream

@@ -12,7 +12,9 @@ import click
 import numpy as np
 
 from ..edge import Device
-from ..errors import CommandError, DataError, ParityError
+from ..edge.folder import IDENTITY
+from ..edge.identity import Identity
+from ..errors import CommandError, DataError, DownloadError, ParityError
 from ..files import write_atomic
 from .options import Bits
 from .output import Result, Shell, common, human_bytes, table
@@ -41,11 +43,27 @@ def device() -> None:
 @click.option("--root", required=True, type=click.Path(), help="The publisher's root.json: whom this device trusts.")
 @click.option("--url", required=True, metavar="URL|FOLDER", help="Where updates are: http(s)://, file:// or a folder.")
 @click.option("--group", default="default", show_default=True, help="The group of devices that this one belongs to.")
+@click.option("--channel", default="stable", show_default=True, help="canary: take releases before the others do.")
+@click.option(
+    "--report-url", metavar="URL", help="Where 'lrcompress publish collect' listens: each update is reported there."
+)
 @common
-def init(shell: Shell, folder: str | None, exported: str, root: str, url: str, group: str) -> Result:
-    """Make DIR a device: copy the model and the root into it, and remember where updates come from."""
-    made = Device.init(folder, exported, root, url, group)
-    d = {"output": str(made.folder), **made.status()}
+def init(
+    shell: Shell,
+    folder: str | None,
+    exported: str,
+    root: str,
+    url: str,
+    group: str,
+    channel: str,
+    report_url: str | None,
+) -> Result:
+    """Make DIR a device: copy the model and the root into it, remember where updates come from, make its key and id."""
+    made = Device.init(folder, exported, root, url, group, channel=channel, report_url=report_url)
+    identity = Identity(made.folder)
+    d = {
+        "output": str(made.folder), "device": identity.id, "identity": str(identity.folder / IDENTITY), **made.status(),
+    }  # fmt: skip
     return Result(
         d,
         text=f"{made.folder}: {d['model']} as delivered (base {d['base_id'][:16]}), updates of group {group} from {d['url']}",
@@ -63,7 +81,11 @@ def update(shell: Shell, folder: str | None, emit: str | None) -> Result:
 
     A payload that fails a check is refused for good, and the device goes on with what it serves: exit 6 says so.
     """
-    d = Device(folder).update(emit=emit)
+    opened = Device(folder)
+    d = opened.update(emit=emit)
+    identity = Identity.find(opened.folder)
+    if identity is not None and identity.report_url is not None:
+        d["reported"] = identity.report(opened.status(), d)
     error = d.pop("error")
     moved = (
         f"{human_bytes(d['bytes_downloaded'])} in {d['requests']} requests, {human_bytes(d['bytes_written'])} written, "
@@ -109,6 +131,20 @@ def agent(shell: Shell, folder: str | None, unit: bool) -> Result:
         signal.signal(number, lambda *_: running.stop.set())
     running.run()
     return Result(polls, text=f"stopped after {polls['polls']} polls")
+
+
+@device.command(epilog="Example: lrcompress device report dev --failed 'answers are blurred'")
+@place
+@click.option("--failed", metavar="REASON", help="What is served does not do in the field what it should.")
+@common
+def report(shell: Shell, folder: str | None, failed: str | None) -> Result:
+    """Tell the publisher what DIR serves, and whether that works: a rollout that fails often enough is halted."""
+    opened = Device(folder)
+    identity = Identity(opened.folder)
+    sent = identity.report(opened.status(), healthy=failed is None, reason=failed or "")
+    if not sent:
+        raise DownloadError(identity.report_url or opened.folder, "a publisher that takes the report", "none did")
+    return Result({"device": identity.id, "reported": True}, text=f"{identity.id}: reported")
 
 
 @device.command(epilog="Example: lrcompress device infer dev --input x.npz --output y.npz")

@@ -30,6 +30,7 @@ from ..runtime.session import Session
 from .disk import Disk
 from .folder import FACTORY, ROOT, check_folder, locked, state_folder
 from .health import boot_id
+from .identity import Identity, new_identity
 from .install import check_hash, install, read_config, read_root
 from .log import StatusLog
 from .settings import exported_settings, load_settings
@@ -88,12 +89,15 @@ class Device:
         group: str = "default",
         *,
         disk: Disk | None = None,
+        channel: str = "stable",
+        report_url: str | None = None,
     ) -> Device:
         """Make a device folder from an exported model and the root it shall trust; whole or not at all.
 
         A folder that is a device already is refused: its `seq` is what protects it from old releases.
         """
-        install(state_folder(folder), Path(exported), Path(root), url, group, disk or Disk())
+        made = new_identity(group=group, channel=channel, report_url=report_url)
+        install(state_folder(folder), Path(exported), Path(root), url, group, disk or Disk(), made)
         return cls(folder, disk=disk)
 
     @property
@@ -238,6 +242,7 @@ class Device:
             folder=self.folder, files=self._files, store=self._store, log=self._log, disk=self._disk,
             manifest=self.manifest, settings=self.settings, trial=self._trial, transport=transport,
             root=root, group=self.group, clock=self._clock, sleep=self._sleep, switched=self._switched,
+            identity=Identity.find(self.folder, self._disk),
         )  # fmt: skip
         return updater.run(), transport.traffic
 

@@ -22,8 +22,19 @@ MAKER = "lrcompress device"
 MAX_CONFIG_BYTES = 64 << 10
 
 
-def install(folder: Path, exported: Path, root: Path, url: str, group: str, disk: Disk) -> None:
-    """Make `folder` a device; whole or not at all. Raises `DeviceStateError` for a folder that is one already."""
+def install(
+    folder: Path,
+    exported: Path,
+    root: Path,
+    url: str,
+    group: str,
+    disk: Disk,
+    identity: Mapping[str, tuple[bytes, int]],
+) -> None:
+    """Make `folder` a device; whole or not at all. `identity`: its key and id, files with their modes.
+
+    Raises `DeviceStateError` for a folder that is one already.
+    """
     folder = folder.absolute()
     if (folder / CONFIG).exists():
         raise DeviceStateError(folder, "a new folder", "a device", "move it away to start over")
@@ -33,7 +44,7 @@ def install(folder: Path, exported: Path, root: Path, url: str, group: str, disk
         raise CommandError("--group", "a name of a-z, 0-9, '.', '_', '-'", group)
     open_transport(url)
     manifest = Manifest.load(exported)
-    files = {ROOT: (read_root(root), 0o444)}
+    files = {ROOT: (read_root(root), 0o444), **identity}
     for name in (MANIFEST, *manifest.files):
         files[f"{FACTORY}/{name}"] = ((exported / name).read_bytes(), 0o644)
     files |= {name: (encode(State()), 0o644) for name in COPIES}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from tuf.ngclient import FetcherInterface, Updater
 from ..errors import DownloadError, UpdateError
 from ..manifest import is_sha256
 from .disk import Disk
+from .offers import choose, shortcut
 from .transport import Broken, Transport, Unavailable
 
 _PREFIX = "repository:///"
@@ -37,6 +38,8 @@ class Offer:
     base_ids: tuple[str, ...]
     min_version: str
     rollback_of: int | None
+    #: (base, sha256, path, length) of a delta from a payload that is here.
+    shortcut: tuple[str, str, str, int] | None = None
 
 
 class _Fetcher(FetcherInterface):
@@ -131,18 +134,24 @@ def newest(
     disk: Disk,
     now: datetime,
     sleep: Callable[[float], None] = time.sleep,
+    device: str | None = None,
+    channel: str = "stable",
+    have: Collection[str] = (),
 ) -> tuple[Offer | None, datetime | None]:
     """Return the newest release of a group (None: there is none) and when the metadata were issued.
 
     Raises `DownloadError` where bytes did not arrive, `UpdateError` where they cannot be trusted.
     """
-    target_path = f"{model}/{group}/payload.safetensors"
+    shorter = None
     where = f"update metadata of group {group}"
     try:
         client = _Client(metadata, root, _Fetcher(transport, sleep), disk, now)
         try:
             client.refresh()
-            info = client.get_targetinfo(target_path)
+            info, target_path = choose(client, model=model, group=group, device=device, channel=channel)
+            if info is not None:
+                result = str(info.hashes.get("sha256"))
+                shorter = shortcut(client, model=model, group=group, result=result, have=have)
         finally:
             client.keep()
         issued = _issued(client.timestamp.unrecognized_fields.get("issued"))
@@ -162,7 +171,9 @@ def newest(
         ) from e
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise UpdateError(where, "metadata in TUF's form", f"{type(e).__name__}: {e}") from e
-    return None if info is None else _offer(info.custom, info.length, info.hashes, target_path), issued
+    if info is None:
+        return None, issued
+    return replace(_offer(info.custom, info.length, info.hashes, target_path), shortcut=shorter), issued
 
 
 def _issued(value: Any) -> datetime | None:

@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from .._version import RELEASED, __version__
 from ..errors import DownloadError, HostError, LrcompressError, PayloadError, UpdateError
+from ..files import sha256_bytes
 from ..manifest import Manifest, version_key
 from .disk import Disk
 from .fetch import fetch
 from .folder import METADATA, ROOTS
 from .health import boot_id, check_health
+from .identity import Identity
 from .log import StatusLog
 from .settings import Settings
 from .state import Entry, Pending, Probation, State, StateFiles
@@ -65,6 +67,7 @@ class Updater:
     transport: Transport
     root: bytes
     group: str
+    identity: Identity | None = None
     clock: Callable[[], datetime] = field(default=lambda: datetime.now(UTC))
     sleep: Callable[[float], None] = time.sleep
     switched: Callable[[], None] = lambda: None
@@ -91,7 +94,9 @@ class Updater:
         try:
             offer, issued = newest(
                 self.folder / METADATA, self.root, self.transport, model=self.manifest.model, group=self.group,
-                disk=self.disk, now=self.clock(), sleep=self.sleep,
+                disk=self.disk, now=self.clock(), sleep=self.sleep, have=state.named,
+                device=None if self.identity is None else self.identity.id,
+                channel="stable" if self.identity is None else self.identity.channel,
             )  # fmt: skip
         except DownloadError:
             if state.pending is None or self.store.staged(state.pending.sha256) is None:
@@ -207,10 +212,11 @@ class Updater:
         """Have the offered payload here, whole and durable, whatever was there before."""
         if self.store.read(offer.sha256) is not None or self._waits(offer.sha256):
             return
-        settings, part = self.settings, self.store.part(offer.sha256)
+        if self._patch(offer):
+            return
+        part = self.store.part(offer.sha256)
         for left in (1, 0):
-            most = None if settings.max_disk_bytes is None else int(settings.max_disk_bytes)
-            self.store.need_room(offer.sha256, offer.length, keep_free=int(settings.min_free_bytes or 0), most=most)
+            self._need_room(offer.sha256, offer.length)
             self.log.write(self.clock(), "download", seq=offer.seq, sha256=offer.sha256, bytes=offer.length)
             resumed = fetch(
                 self.transport, offer.path, length=offer.length, part=part, disk=self.disk, sleep=self.sleep
@@ -226,6 +232,35 @@ class Updater:
         """Tell whether a payload is here that the state names: it was made durable before it was named."""
         pending = self.files.read().pending
         return pending is not None and pending.sha256 == sha256 and self.store.staged(sha256) is not None
+
+    def _patch(self, offer: Offer) -> bool:
+        """Make the offered payload from one that is here and a shorter download; tell whether that worked."""
+        if offer.shortcut is None:
+            return False
+        from .offers import patched
+
+        base, sha256, path, length = offer.shortcut
+        data, part = self.store.read(base), self.store.part(sha256)
+        if data is None:
+            return False
+        self._need_room(offer.sha256, offer.length + length)
+        self.log.write(self.clock(), "download", seq=offer.seq, sha256=sha256, bytes=length, base=base)
+        try:
+            fetch(self.transport, path, length=length, part=part, disk=self.disk, sleep=self.sleep)
+            delta = self.disk.read(part)
+        except (DownloadError, OSError):
+            return False
+        right = sha256_bytes(delta) == sha256
+        found = patched(data, delta, sha256=offer.sha256, length=offer.length) if right else None
+        if found is not None:
+            self.disk.write(self.store.part(offer.sha256), found)
+            self.store.verify_download(offer.sha256)
+        self.disk.unlink(part)
+        return found is not None
+
+    def _need_room(self, sha256: str, length: int) -> None:
+        most = None if self.settings.max_disk_bytes is None else int(self.settings.max_disk_bytes)
+        self.store.need_room(sha256, length, keep_free=int(self.settings.min_free_bytes or 0), most=most)
 
     def _try(self, state: State, pending: Pending) -> Outcome:
         """Give a staged payload its trial, counted on disk before it is loaded."""

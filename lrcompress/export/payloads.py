@@ -74,6 +74,17 @@ def tensors_for(
     return kind, tensors
 
 
+def empty_tensors(manifest: Manifest) -> tuple[str, dict[str, np.ndarray]]:
+    """Return kind and tensors of the correction that leaves every layer alone. Raises `PayloadError` without slots."""
+    if not manifest.slots:
+        raise PayloadError(manifest.model, "a base with slots", "none", "export with --slots")
+    kind = str(manifest.slots[0]["kind"])
+    found: dict[str, np.ndarray] = {}
+    for slot in manifest.slots:
+        found |= _nothing(slot, kind) if slot["kind"] == kind else {}
+    return kind, found
+
+
 def _target(slot: Mapping[str, Any]) -> Target:
     """Return the layer that a slot corrects, as it stores its weight."""
     a, b = (t["shape"] for t in slot["tensors"])

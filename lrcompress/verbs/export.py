@@ -40,6 +40,7 @@ from ..model import OpenedModel
 from ..model.adapting import every_target
 from ..model.cache import CachedModel, with_cache
 from ..model.checkpoint import Compressed, load_compressed, module_layers, state_of, tensors_digest
+from ..model.describing import copy_notices
 from ..model.surgery import count_parameters, wrap_dense
 from ..plan.profile import DeviceProfile, load_profile
 from ..plan.rankplan import BITS
@@ -264,10 +265,12 @@ def _write(
     files: dict[str, dict[str, Any]] = {
         n: {"sha256": sha256_file(stage / n), "bytes": (stage / n).stat().st_size} for n in REQUIRED
     }
+    notices = copy_notices(source.folder, stage, card=source.opened.kind == "huggingface")
+    told = {n: {"sha256": sha256_file(stage / n), "bytes": (stage / n).stat().st_size} for n in notices}
     value: dict[str, Any] = {
         "schema": 1, "made_by": MAKER, "model": name or source.name,
         "base_id": base_id(graph=files[GRAPH]["sha256"], data=files[DATA]["sha256"], slots=written.slots),
-        "slots_id": slots_id(slots=written.slots, factors=digest), "factors_digest": digest, "files": files,
+        "slots_id": slots_id(slots=written.slots, factors=digest), "factors_digest": digest, "files": {**files, **told},
         "inputs": [{"name": s.name, "dtype": s.dtype, "shape": list(s.shape)} for s in source.opened.inputs],
         "outputs": written.outputs, **written.about, "ort": {"min": written.ort_min, "max": None}, "precision": precision,
         "slots": written.slots, "tolerances": tolerances(precision), "factors": written.factors, "params": count_parameters(module),

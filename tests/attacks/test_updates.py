@@ -148,7 +148,7 @@ def test_a_group_key_signs_for_its_own_group_only(fleet):
     forged.to_file(str(repository.metadata / f"{forged.signed.version}.default.json"))
     snapshot, keys = repository.read("snapshot").signed, KeyStore(repository.keys_folder, PASSPHRASE)
     snapshot.meta["default.json"].version = forged.signed.version
-    repository._seal(keys, snapshot)
+    repository.seal(keys, snapshot)
     refused(fleet, "signed for this device")
 
 

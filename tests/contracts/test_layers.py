@@ -16,8 +16,9 @@ PACKAGE = ROOT / "lrcompress"
 LAYERS: list[set[str]] = [
     {"_version", "errors", "progress"},
     {"files", "plugins"},
-    {"manifest", "golden", "expansions"},
+    {"manifest", "golden", "expansions", "phases"},
     {"payload"},
+    {"deltas"},
     {"runtime"},
     {"edge", "latency"},
     # What a device runs ends here; from here on the [build] extra may be imported.
@@ -50,7 +51,9 @@ EDGE = {
     "_version",
     "manifest",
     "expansions",
+    "phases",
     "payload",
+    "deltas",
     "golden",
     "runtime",
     "edge",

@@ -95,6 +95,7 @@ class Fleet:
         return Device(self.at, **{**self.options, **options})
 
     def add(self, name: str, **options: object) -> dict:
+        options = {"encoding": "int8", **options}  # no shortcuts: what is fetched is the payload itself
         return publish.add(self.repo, made() / "adapters" / name, passphrase=PASSPHRASE, **options)
 
     def payload(self, sha256: str) -> Path:
