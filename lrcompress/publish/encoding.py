@@ -95,9 +95,8 @@ def _with_deltas(work: _Work, whole: Encoded, earlier: Sequence[bytes], *, must:
             data, found = other, {sha256_bytes(old): deltas.build(old, other) for old in earlier if old != other}
     if not found:
         return Encoded(data, whole.encoding, whole.sizes)
-    shortest = min(map(len, found.values()))
-    sizes = {**whole.sizes, "delta": len(found.get(newest, b"")) or shortest}
     keep = {sha: delta for sha, delta in found.items() if must or len(delta) + DELTA_ENTRY_BYTES < len(data)}
+    sizes = {**whole.sizes, "delta": len(next(iter(keep.values())))} if keep else whole.sizes
     return Encoded(data, whole.encoding, sizes, keep)
 
 

@@ -14,6 +14,7 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
@@ -89,7 +90,9 @@ class KeyStore:
             elif uri.startswith("hsm:"):
                 from securesystemslib.signer import HSMSigner
 
-                uri, key = HSMSigner.import_()
+                asked = urlsplit(uri)
+                label = dict(parse_qsl(asked.query)).get("label")
+                uri, key = HSMSigner.import_(int(asked.path) if asked.path else None, label, self._secret)
             else:
                 raise ValueError("no public key")
             signer = Signer.from_priv_key_uri(uri, key, self._secret)

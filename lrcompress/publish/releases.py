@@ -90,8 +90,8 @@ def add(
         for base, delta in encoded.deltas.items():
             change.add(delta_name(base, encoded.sha256), delta, {"from": base, "to": encoded.sha256})
         repository.apply(store, group, change)
-        newest = next(iter(encoded.deltas.values()), None)
-        shortest = encoded.data if newest is None or len(newest) >= len(encoded.data) else newest
+        # What a device with the payload before this one fetches.
+        shortest = next(iter(encoded.deltas.values()), encoded.data)
         return report(repository, group, custom, len(shortest)) | {
             "encoding": encoded.encoding if shortest is encoded.data else "delta",
             "whole": {"encoding": encoded.encoding, "bytes": len(encoded.data)},

@@ -93,6 +93,7 @@ def test_a_role_may_need_several_of_its_keys(tmp_path):
         {"expiry_days": {"x": 3}},
         {"signers": [("x", "hsm:")]},
         {"signers": [("root", "nonsense:")]},
+        {"signers": [("root", "hsm:x?label=nothing")]},
         {"signers": [("root", "file2:/nowhere#/nowhere.pem")]},
     ],
 )
@@ -289,7 +290,10 @@ def test_a_pkcs11_token_signs(tmp_path, monkeypatch):
     monkeypatch.setenv("SOFTHSM2_CONF", str(tmp_path / "softhsm.conf"))
     monkeypatch.setenv("PYKCS11LIB", library)
     monkeypatch.setenv(PIN, "1234")
-    subprocess.run([tool, "--init-token", "--free", "--label", "t", "--pin", "1234", "--so-pin", "1"], check=True)
+    subprocess.run(
+        [tool, "--module", library, "--init-token", "--free", "--label", "t", "--pin", "1234", "--so-pin", "1234"],
+        check=True,
+    )
     import pkcs11
     import pkcs11.util.ec
 
@@ -300,7 +304,7 @@ def test_a_pkcs11_token_signs(tmp_path, monkeypatch):
             pkcs11.KeyType.EC, {pkcs11.Attribute.EC_PARAMS: curve}, local=True
         )
         parameters.generate_keypair(store=True, id=bytes([2]), label="k")
-    repo = new(tmp_path, signers=[("targets", "hsm:")])
+    repo = new(tmp_path, signers=[("targets", "hsm:2?label=t")])
     assert (tmp_path / "keys" / "targets.signer").is_file()
     add(repo)
     assert Client(repo, tmp_path / "client").seq() == 1
