@@ -78,7 +78,7 @@ def products(graph: onnx.GraphProto, leave: Collection[str] = ()) -> list[Produc
 
 
 def _floating(t: onnx.TensorProto) -> bool:
-    return t.data_type == onnx.TensorProto.FLOAT
+    return bool(t.data_type == onnx.TensorProto.FLOAT)
 
 
 def _alike(a: Product, b: Product) -> bool:
@@ -111,7 +111,8 @@ def readers(graph: onnx.GraphProto, name: str) -> list[onnx.NodeProto]:
 
 def array_of(graph: onnx.GraphProto, name: str) -> np.ndarray:
     """Return the initializer called `name`."""
-    return numpy_helper.to_array(next(t for t in graph.initializer if t.name == name))
+    found: np.ndarray = numpy_helper.to_array(next(t for t in graph.initializer if t.name == name))
+    return found
 
 
 def put(graph: onnx.GraphProto, arrays: Iterable[tuple[str, np.ndarray]]) -> None:

@@ -19,7 +19,7 @@ from onnxscript.rewriter import MatchResult, RewriteRuleClassBase, RewriteRuleSe
 from . import Applied, Refusal
 
 
-class _BiasOfConv(RewriteRuleClassBase):
+class _BiasOfConv(RewriteRuleClassBase):  # type: ignore[misc]
     """See above; remembers why it refused."""
 
     def __init__(self, keep: Collection[str], refused: dict[str, Refusal]) -> None:
@@ -67,7 +67,7 @@ class _BiasOfConv(RewriteRuleClassBase):
 class _BiasOfSum(_BiasOfConv):
     """The bias of a sum goes to the convolution in it."""
 
-    def pattern(self, op: Any, x: Any, w: Any, b: Any, a: Any) -> Any:
+    def pattern(self, op: Any, x: Any, w: Any, b: Any, a: Any) -> Any:  # type: ignore[override]
         return op.Add(op.Add(a, op.Conv(x, w, _allow_other_attributes=True, _outputs=["y"])), b)
 
     def rewrite(self, op: Any, x: ir.Value, w: ir.Value, b: ir.Value, y: ir.Value, **values: Any) -> Any:

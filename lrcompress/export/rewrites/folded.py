@@ -45,7 +45,7 @@ def apply(model: ir.Model, keep: Collection[str]) -> Applied:
 
 def _is_small_integer(value: ir.Value) -> bool:
     """Return whether an initializer is one of those that stand for a shape: lifted from a constant node by us."""
-    return value.metadata_props.get(_LIFTED) == "1"
+    return bool(value.metadata_props.get(_LIFTED) == "1")
 
 
 _LIFTED = "lrcompress.lifted"
