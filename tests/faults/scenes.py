@@ -28,6 +28,7 @@ from lrcompress.errors import DeviceStateError, PayloadError
 from lrcompress.files import sha256_bytes
 from lrcompress.manifest import strict_json
 from lrcompress.publish.keys import KeyStore
+from lrcompress.publish.memory import FILE as PUBLISHED
 from lrcompress.publish.repository import Repository
 from tests.faults.powercut import Image, Model, Op, Recorder, Stop, laid_out, taken
 from tests.support.fleet import PASSPHRASE, Fleet, made, payload_bytes, release
@@ -110,6 +111,8 @@ class World:
     def _restore(self, name: str) -> None:
         shutil.rmtree(self.fleet.repo)
         shutil.copytree(self.at / f"repo-{name}", self.fleet.repo)
+        # The history forks here on purpose: what the publisher remembers of the other one goes.
+        (Repository(self.fleet.repo).keys_folder / PUBLISHED).unlink(missing_ok=True)
 
     def use(self, name: str) -> None:
         """Have the address that devices know lead to a repository."""

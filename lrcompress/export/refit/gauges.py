@@ -37,8 +37,8 @@ def rotation(n: int, seed: int = 0) -> Tensor:
     """Return a random orthogonal matrix (n, n), the same one for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     q, r = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
-    rotated: Tensor = q * torch.sign(r.diagonal())
-    return rotated
+    turn: Tensor = q * torch.sign(r.diagonal())
+    return turn
 
 
 def step(z: Tensor | None, g: Tensor) -> float:
