@@ -25,6 +25,8 @@ _MOST_MACS = 80_000_000
 #: A rank may be rounded up if that costs no more than this share of what more products would.
 _FREE = 0.25
 _RANKS = tuple(range(32, 65))
+#: Operators that take less are the clock's to tell: they say little of how quiet the machine was.
+_TELLING_MS = 0.01
 #: Blocks of the networks that tell what operators cost together.
 _BLOCKS = 8
 
@@ -117,7 +119,7 @@ def profile_device(
         run_ms[count] = request_ms(count)
         among[count] = _among_others(found, count)
         rows = _without_convolutions(rows)
-        spread[count] = round(float(np.median([t.spread for t in found.values()])), 4)
+        spread[count] = round(float(np.median([t.spread for t in found.values() if t.ms >= _TELLING_MS] or [0.0])), 4)
         if count == min(threads) and not quick:
             multiples = {bits: rank_multiple({p.dims[-1]: found[p] for p in own}) for bits, own in ranks.items()}
     return LatencyTable(
@@ -149,16 +151,15 @@ def _without_convolutions(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-def _among_others(found: Mapping[Probe, Timing], threads: int) -> list[tuple[float, float]]:
-    """Return (weight bytes per operator, ms that an operator takes longer in a network than among its like)."""
+def _among_others(found: Mapping[Probe, Timing], threads: int) -> list[tuple[float, float, float]]:
+    """Return (operators, bytes of weights, ms) of small networks: what they take longer than their operators alone."""
     out = []
     for width in (32, 128, 384):
         graph, block = network(width, _BLOCKS)
         alone = sum(found[Probe(*o)].ms for o in block) * _BLOCKS
-        ms = timing([run_ms(graph, threads, 0.05) for _ in range(5)]).ms - run_ms(
-            Probe("Add", 32, (4,)).graph(0), threads, 0.01
-        )
-        out.append((8 * width * width * 4 / len(block), max(ms - alone, 0.0) / (_BLOCKS * len(block))))
+        none = run_ms(Probe("Add", 32, (4,)).graph(0), threads, 0.01)
+        ms = timing([run_ms(graph, threads, 0.05) for _ in range(7)]).ms - none
+        out.append((_BLOCKS * len(block), 32.0 * width * width * _BLOCKS, max(ms - alone, 0.0)))
     return out
 
 

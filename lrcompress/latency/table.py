@@ -44,7 +44,8 @@ class Row:
 class LatencyTable:
     """`machine`: what it is, as far as the system tells. `run_ms`: by threads, what a request takes beside operators.
 
-    `among`: by threads, [(weight bytes per operator, ms that each operator takes longer in a network than by itself)].
+    `among`: by threads, (operators, bytes of weights, ms) of small networks: the ms that they take longer than their
+    operators by themselves.
 
     `blocked`: whether the runtime keeps convolutions of this machine in blocks of channels. `rank_multiple`: of what
     ranks should be multiples, by bits. `retest_spread`: by threads, the median of the rows' spreads.
@@ -55,7 +56,7 @@ class LatencyTable:
     rows: tuple[Row, ...]
     run_ms: Mapping[int, float]
     retest_spread: Mapping[int, float]
-    among: Mapping[int, Sequence[tuple[float, float]]]
+    among: Mapping[int, Sequence[tuple[float, float, float]]]
     blocked: bool = False
     quick: bool = False
     rank_multiple: Mapping[int, int] = field(default_factory=dict)
@@ -91,7 +92,7 @@ class LatencyTable:
             "quick": self.quick, "blocked": self.blocked, "seconds": round(self.seconds, 1),
             "run_ms": {str(k): v for k, v in self.run_ms.items()},
             "retest_spread": {str(k): v for k, v in self.retest_spread.items()},
-            "among": {str(k): [[round(b), _rounded(ms)] for b, ms in own] for k, own in self.among.items()},
+            "among": {str(k): [[n, size, _rounded(ms)] for n, size, ms in own] for k, own in self.among.items()},
             "rank_multiple": {str(k): v for k, v in self.rank_multiple.items()},
             "columns": ["kind", "bits", "threads", "dims", "ms", "spread"],
             "rows": [[r.kind, r.bits, r.threads, list(r.dims), _rounded(r.ms), _rounded(r.spread)] for r in self.rows],
@@ -190,7 +191,7 @@ def _table(body: Mapping[str, Any]) -> LatencyTable:
         raise ValueError(f"no times for {sorted(lacking)} threads")
     return LatencyTable(
         dict(body["machine"]), str(body["ort"]), rows, run, _by_number(body["retest_spread"]),
-        {int(k): [(float(b), float(ms)) for b, ms in own] for k, own in body["among"].items()}, bool(body["blocked"]),
+        {int(k): [(float(n), float(b), float(ms)) for n, b, ms in own] for k, own in body["among"].items()}, bool(body["blocked"]),
         bool(body["quick"]), {k: int(v) for k, v in _by_number(body["rank_multiple"]).items()}, float(body["seconds"]),
     )  # fmt: skip
 

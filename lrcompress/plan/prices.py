@@ -131,12 +131,18 @@ class Prices:
         return self.table.run_ms[self.threads]
 
     def among_ms(self, weight_bytes: float, count: int) -> float:
-        """Return what `count` operators that read so many bytes of weights take longer than each by itself."""
-        known = sorted(self.table.among.get(self.threads, ()))
+        """Return what `count` operators take longer in one network, reading so many bytes, than each by itself.
+
+        The smallest of the networks that were measured says what an operator pays for being among others; larger ones
+        what a byte of weights costs more when they no longer stay in the caches.
+        """
+        known = sorted(self.table.among.get(self.threads, ()), key=lambda n: n[1])
         if not known or not count:
             return 0.0
-        at = np.log2([b for b, _ in known])
-        return count * float(np.interp(np.log2(max(weight_bytes / count, 1.0)), at, [ms for _, ms in known]))
+        each = known[0][2] / known[0][0]
+        per_byte = [max(ms - each * operators, 0.0) / size for operators, size, ms in known]
+        at = np.log2([size for _, size, _ in known])
+        return count * each + weight_bytes * float(np.interp(np.log2(max(weight_bytes, 1.0)), at, per_byte))
 
     def ms(self, kind: str, bits: int, dims: Dims) -> float:
         """Return the time of one operator."""

@@ -102,10 +102,14 @@ def test_a_graph_takes_the_sum_of_its_operators(tmp_path):
 
 def test_operators_among_others_take_longer_by_the_weights_that_pass(tmp_path):
     onnx.save(products(), tmp_path / "m.onnx")
-    own = table((1,), among={1: [(100.0, 0.0), (1e9, 0.1)]})
+    own = table((1,), among={1: [(10.0, 100.0, 0.01), (10.0, 1e4, 0.11)]})
     plain = graph_time(tmp_path / "m.onnx", {"x": normal(4, 32)}, Prices(table((1,)), 1))
     more = graph_time(tmp_path / "m.onnx", {"x": normal(4, 32)}, Prices(own, 1))
-    assert 0 < more.ms - plain.ms == pytest.approx(more.parts["(among others)"])
+    assert more.ms - plain.ms == pytest.approx(more.parts["(among others)"])
+    few = Prices(own, 1)
+    assert few.among_ms(100.0, 5) == pytest.approx(0.005)  # each operator as in the smallest network
+    assert few.among_ms(1e4, 10) == pytest.approx(0.11) and few.among_ms(2e4, 10) == pytest.approx(0.21)
+    assert few.among_ms(0.0, 0) == 0.0
 
 
 def test_a_graph_that_does_not_run_is_told(tmp_path):

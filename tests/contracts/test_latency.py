@@ -134,7 +134,7 @@ def test_rounding_ranks_up_is_free_where_kernels_work_in_blocks():
 
 
 def test_a_table_comes_back_as_it_was(tmp_path):
-    written = replace(table(), rank_multiple={32: 8, 8: 4}, among={1: [(100.0, 0.001)], 2: []}, seconds=12.3)
+    written = replace(table(), rank_multiple={32: 8, 8: 4}, among={1: [(80.0, 2e5, 0.001)], 2: []}, seconds=12.3)
     write_table(tmp_path / "t.json", written)
     found = read_table(tmp_path / "t.json")
     assert found.rows[5].ms == pytest.approx(written.rows[5].ms, rel=1e-4)
