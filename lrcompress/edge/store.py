@@ -106,11 +106,6 @@ class Store:
             if path.name not in parts or not _is_file(path):
                 self._disk.clear(path)
 
-    def latest_part(self) -> str | None:
-        """Return the hash of the download that was at work last: it may go on."""
-        parts = [p for p in self._disk.names(self.downloads) if p.suffix == PART and is_sha256(p.stem) and _is_file(p)]
-        return max(parts, key=lambda p: p.lstat().st_mtime_ns).stem if parts else None
-
 
 def _is_file(path: Path) -> bool:
     return path.is_file() and not path.is_symlink()

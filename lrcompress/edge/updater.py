@@ -390,7 +390,7 @@ def back_from_probation(state: State) -> State:
 
 
 def mend(files: StateFiles, store: Store, log: StatusLog, disk: Disk, now: datetime, folder: Path) -> State:
-    """Take out of the state what is no longer whole and what nobody saw to the end; delete what it does not name.
+    """Take out of the state what is no longer whole and what nobody saw to the end, and delete what was never finished.
 
     Whatever a process left that was killed before it could sync it is made durable first: it is about to be told.
     """
@@ -413,7 +413,6 @@ def mend(files: StateFiles, store: Store, log: StatusLog, disk: Disk, now: datet
     # One that waits is kept, whole or not: the number of its trials must outlive its bytes.
     if mended != state:
         mended = files.write(mended)
-    store.clean(mended.named, store.latest_part())
     return mended
 
 

@@ -99,6 +99,23 @@ def test_the_trusted_time_only_grows_and_survives(fleet: Fleet, clock: Time) -> 
     assert fleet.device().update()["state"] == "up_to_date"
 
 
+def test_a_clock_set_back_does_not_bring_old_metadata_back(fleet: Fleet, clock: Time) -> None:
+    """Old signatures are valid for an old clock, and a device that lost its metadata knows no newer version of them."""
+    old = {p: p.read_bytes() for p in (fleet.repo / "metadata").iterdir()}
+    clock.passes(days=3)
+    publish.refresh(fleet.repo, passphrase=PASSPHRASE)
+    fleet.device().update()
+    for p in (fleet.at / "metadata").rglob("*.json"):
+        p.unlink()
+    for p, data in old.items():
+        p.write_bytes(data)
+    clock.here = START + timedelta(days=1)
+    d = fleet.device().update()
+    assert (d["state"], d["error"]["code"]) == ("failed", 10) and "known to be past" in d["reason"]
+    clock.here = START + timedelta(days=3)
+    assert fleet.device().update()["state"] == "up_to_date"
+
+
 def test_an_idle_poll_writes_nothing(fleet: Fleet, clock: Time) -> None:
     fleet.device().update()
     for _ in range(3):

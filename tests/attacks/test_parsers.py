@@ -258,7 +258,7 @@ PARSERS = {"payload": payloads, "manifest": manifests, "state": states, "release
 IN_A_FOLDER = {"device.json": operators, "config.json": configurations}
 
 
-@pytest.mark.parametrize("n", [SHORT, pytest.param(LONG, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [SHORT, pytest.param(LONG, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])])
 @pytest.mark.parametrize("name", [*PARSERS, *IN_A_FOLDER])
 def test_nothing_but_the_family_comes_out(manifest: Manifest, tmp_path: Path, name: str, n: int) -> None:
     if name in PARSERS:

@@ -65,6 +65,7 @@ def test_a_disk_that_fails(world: World, kind: str, lasting: bool) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("lasting", [False, True], ids=["once", "from then on"])
 @pytest.mark.parametrize("kind", NUMBERS)
 def test_a_disk_that_fails_anywhere(kind: str, lasting: bool) -> None:

@@ -87,6 +87,7 @@ def twice(world: World, one: Scene, first: int, second: int, seed: int) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 def test_ten_thousand_images() -> None:
     """All of it: every call of every scene, kills before it, second cuts. Prints how many distinct images were booted."""
     world, total = World(), 0

@@ -83,6 +83,7 @@ def test_rot_in_every_file(world: World) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 def test_rot_in_every_region_of_every_file() -> None:
     world = World()
     try:

@@ -125,6 +125,7 @@ def test_killed_before_calls_to_the_disk(tmp_path: Path, zygote: Zygote, newest:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("newest", ["good", "bad", "truncated"])
 def test_killed_before_every_call(tmp_path: Path, zygote: Zygote, newest: str) -> None:
     print(f"{newest}: killed before each of {before_calls(tmp_path, zygote, newest, 1)} calls; 0 violations")
@@ -146,6 +147,7 @@ def test_killed_at_random_moments(tmp_path: Path, zygote: Zygote) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 def test_killed_at_five_hundred_random_moments(tmp_path: Path, zygote: Zygote) -> None:
     """With the trial in a process of its own, as it ships."""
     chance, place, n = random.Random(2), Place(tmp_path, "good"), 0
