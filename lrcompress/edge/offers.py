@@ -1,19 +1,28 @@
 """What a group offers to this device: the release for everybody, or the candidate if its turn has come; and shortcuts to it.
 
-`choose` and `shortcut` ask a python-tuf client that has refreshed: no further request is made. `patched` turns a shortcut
-into the payload itself.
+`choose` and `shortcut` ask a python-tuf client that has refreshed: no further request is made. `bring` fetches a shortcut
+and turns it into the payload itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
 
 from tuf.api.metadata import TargetFile
 from tuf.ngclient import Updater
 
 from .. import deltas
-from ..errors import PayloadError
+from ..errors import DownloadError, PayloadError
+from ..files import sha256_bytes
 from ..phases import CANDIDATE, STABLE, delta_name, takes_candidate
+from .disk import Disk
+from .fetch import fetch
+from .store import Store
+from .transport import Transport
+
+if TYPE_CHECKING:
+    from .trust import Offer
 
 
 def choose(
@@ -45,6 +54,27 @@ def shortcut(
         return None
     length, base, sha256, path = min(found)
     return base, sha256, path, length
+
+
+def bring(offer: Offer, store: Store, transport: Transport, disk: Disk, sleep: Callable[[float], None]) -> bool:
+    """Have the offered payload among the downloads, durably, by its shortcut; tell whether that worked."""
+    assert offer.shortcut is not None
+    base, sha256, path, length = offer.shortcut
+    data, part = store.read(base), store.part(sha256)
+    if data is None:
+        return False
+    try:
+        fetch(transport, path, length=length, part=part, disk=disk, sleep=sleep)
+        delta = disk.read(part)
+    except (DownloadError, OSError):
+        return False
+    right = sha256_bytes(delta) == sha256
+    found = patched(data, delta, sha256=offer.sha256, length=offer.length) if right else None
+    if found is not None:
+        disk.write(store.part(offer.sha256), found)
+        store.verify_download(offer.sha256)
+    disk.unlink(part)
+    return found is not None
 
 
 def patched(base: bytes, delta: bytes, *, sha256: str, length: int) -> bytes | None:

@@ -5,7 +5,7 @@
 
 Every arrow can be cut by a loss of power: the state files name only what is durable, and the next call goes on. What a
 payload must be before it serves is spread over the arrows: signature and `seq` (CHECK), length and hash (VERIFY),
-slots, shapes, numbers, answers and latency (TRIAL), the operator's own program (PROBATION).
+slots, shapes, numbers, answers and latency (TRIAL), the operator's own program (PROBATION). One machine, one file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 from .._version import RELEASED, __version__
 from ..errors import DownloadError, HostError, LrcompressError, PayloadError, UpdateError
-from ..files import sha256_bytes
 from ..manifest import Manifest, version_key
 from .disk import Disk
 from .fetch import fetch
@@ -237,26 +236,12 @@ class Updater:
         """Make the offered payload from one that is here and a shorter download; tell whether that worked."""
         if offer.shortcut is None:
             return False
-        from .offers import patched
+        from .offers import bring
 
-        base, sha256, path, length = offer.shortcut
-        data, part = self.store.read(base), self.store.part(sha256)
-        if data is None:
-            return False
+        base, sha256, _, length = offer.shortcut
         self._need_room(offer.sha256, offer.length + length)
         self.log.write(self.clock(), "download", seq=offer.seq, sha256=sha256, bytes=length, base=base)
-        try:
-            fetch(self.transport, path, length=length, part=part, disk=self.disk, sleep=self.sleep)
-            delta = self.disk.read(part)
-        except (DownloadError, OSError):
-            return False
-        right = sha256_bytes(delta) == sha256
-        found = patched(data, delta, sha256=offer.sha256, length=offer.length) if right else None
-        if found is not None:
-            self.disk.write(self.store.part(offer.sha256), found)
-            self.store.verify_download(offer.sha256)
-        self.disk.unlink(part)
-        return found is not None
+        return bring(offer, self.store, self.transport, self.disk, self.sleep)
 
     def _need_room(self, sha256: str, length: int) -> None:
         most = None if self.settings.max_disk_bytes is None else int(self.settings.max_disk_bytes)
