@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -12,7 +13,8 @@ from .output import Result, Shell, common, human_bytes, table
 
 @click.command(
     epilog="Examples: lrcompress factorize model.pt --rank 16 · "
-    "lrcompress factorize model.safetensors --arch nets.py:resnet20 --ratio 0.5 --calib images.npz"
+    "lrcompress factorize model.safetensors --arch nets.py:resnet20 --ratio 0.5 --calib images.npz · "
+    "lrcompress factorize model.onnx --ratio 0.5 --calib images.npz"
 )
 @click.argument("model")
 @click.option("--rank", type=int, help="Rank of every layer, at most its full rank.")
@@ -51,9 +53,21 @@ from .output import Result, Shell, common, human_bytes, table
 def factorize(shell: Shell, model: str, inputs: tuple[str, ...], arch_args: tuple[str, ...], **options: Any) -> Result:
     """Replace the weights of MODEL by low-rank or product factors.
 
-    MODEL is a state dict (.pt, .pth, .bin, .safetensors), a torch.export program (.pt2), a Hugging Face folder, or,
-    with --trust-pickle, a pickled module. A layer that would not shrink stays dense, and the table says why.
+    MODEL is a state dict (.pt, .pth, .bin, .safetensors), a torch.export program (.pt2), a Hugging Face folder, an
+    ONNX file, or, with --trust-pickle, a pickled module. A layer that would not shrink stays dense, and the table says
+    why. An ONNX file is factorized in its own graph, by ONNX Runtime and NumPy alone.
     """
+    from ..graphs.sniffing import is_onnx
+
+    if is_onnx(Path(model)):
+        from ..verbs.factorize_graph import factorize_graph
+
+        for name in ("trust_pickle", "trust_remote_code", "cache", "select"):
+            options.pop(name, None)  # nothing of a graph runs code, and a pass through it is not kept
+        data, _ = factorize_graph(
+            model, inputs=inputs, arch_args=arch_arguments(arch_args), progress=shell.progress, **options
+        )
+        return Result(data, text=describe(data))
     from ..model import parse_input
     from ..verbs.factorize import factorize as verb
 

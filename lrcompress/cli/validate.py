@@ -13,7 +13,7 @@ from .options import arch_arguments, model_options, online_option
 from .output import Result, Shell, common, human_bytes, table
 
 
-@click.command(epilog="Example: lrcompress validate exported --on cpu --on arm64:cortex-a53")
+@click.command(epilog="Example: lrcompress validate exported --on cpu --on arm64:cortex-a53 --on ssh://pi@board.local")
 @click.argument("exported", default="exported", type=click.Path())
 @click.option("--data", metavar="DATA", help="Labelled samples to measure on; needs --metric.")
 @click.option("--metric", metavar="NAME", help="accuracy, top5, spearman, nll, perplexity, mse, cosine_to_original, …")
@@ -22,7 +22,12 @@ from .output import Result, Shell, common, human_bytes, table
     "--max-drop", type=click.FloatRange(min=0), help="Largest drop  [default: 0.01; where less is better, 1 %]"
 )
 @click.option(
-    "--on", multiple=True, default=("cpu",), show_default=True, metavar="TARGET", help="cpu or arm64:CPU (emulated)."
+    "--on",
+    multiple=True,
+    default=("cpu",),
+    show_default=True,
+    metavar="TARGET",
+    help="cpu, arm64:CPU (emulated: numbers, never speed), or ssh://USER@HOST[:PORT].",
 )
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of the runtime.")
 @click.option(
@@ -38,7 +43,9 @@ def validate(
 ) -> Result:
     """Check the exported model EXPORTED against its golden outputs, and with --data what it is worth.
 
-    Exit 5 if an answer is further away than the manifest allows, or if the metric drops too far.
+    Exit 5 if an answer is further away than the manifest allows, or if the metric drops too far. An emulated processor
+    checks numbers and size, and says nothing about time. ssh uses the keys and settings it has, and asks nothing;
+    ?python=PATH names the Python there that has onnxruntime, if it is not python3.
     """
     if data is None:
         d = _bare(exported, on, threads, options, shell)

@@ -6,7 +6,7 @@ Samples stay as they were stored; decoding, padding and preprocessing happen bat
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -116,6 +116,11 @@ class Data:
         labels = None if self._labels is None else self._labels[first // 2]
         return Data(self._store, labels, pairs=True, index=index, origin=self.origin)
 
+    def mapped(self, change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> Data:
+        """Return the same samples, the inputs of each batch put through `change`."""
+        store = _Mapped(self._store, change)
+        return Data(store, self._labels, pairs=self.pairs, index=self._index, origin=self.origin)
+
     def digest(self) -> str:
         """Return a hash of everything a model or a metric can see of these samples."""
         labels = None if self._labels is None else array_digest({"labels": self._labels})
@@ -127,6 +132,23 @@ class Data:
                 "pairs": self.pairs,
             }
         )
+
+
+@dataclass(frozen=True)
+class _Mapped:
+    """A store whose samples are changed as they are read."""
+
+    store: Store
+    change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def read(self, index: np.ndarray) -> dict[str, np.ndarray]:
+        return self.change(self.store.read(index))
+
+    def digest(self) -> str:
+        return self.store.digest()
 
 
 class ArrayStore:

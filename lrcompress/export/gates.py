@@ -79,6 +79,7 @@ def factors_stay_apart(
     before = onnx.load(str(model_path), load_external_data=False)
     products, numbers = _weighty(before, factors)
     products_after, numbers_after = _weighty(optimized, ())
+    turned += _both_ways(before)
     if numbers_after > numbers + rebuilt + turned or (
         not rebuilt
         and products_after < products - once
@@ -106,6 +107,13 @@ def _weighty(model: onnx.ModelProto, factors: Sequence[str]) -> tuple[int, int]:
     constants = [a.t for n in model.graph.node if n.op_type == "Constant" for a in n.attribute if a.name == "value"]
     sizes = (math.prod(t.dims) for t in (*model.graph.initializer, *constants) if t.data_type in floating)
     return sum(n.op_type in _PRODUCTS for n in model.graph.node), sum(n for n in sizes if n > 1)
+
+
+def _both_ways(model: onnx.ModelProto) -> int:
+    """Return the numbers of dense weights that are read as they stand and transposed: the runtime may keep both."""
+    turned = {n.input[0] for n in model.graph.node if n.op_type == "Transpose"}
+    plain = {name for n in model.graph.node if n.op_type != "Transpose" for name in n.input}
+    return sum(math.prod(t.dims) for t in model.graph.initializer if t.name in turned & plain)
 
 
 def outputs_agree(

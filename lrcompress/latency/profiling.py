@@ -159,7 +159,7 @@ def _among_others(found: Mapping[Probe, Timing], threads: int) -> list[tuple[flo
         alone = sum(found[Probe(*o)].ms for o in block) * _BLOCKS
         none = run_ms(Probe("Add", 32, (4,)).graph(0), threads, 0.01)
         ms = timing([run_ms(graph, threads, 0.05) for _ in range(7)]).ms - none
-        out.append((_BLOCKS * len(block), 32.0 * width * width * _BLOCKS, max(ms - alone, 0.0)))
+        out.append((float(_BLOCKS * len(block)), 32.0 * width * width * _BLOCKS, max(ms - alone, 0.0)))
     return out
 
 

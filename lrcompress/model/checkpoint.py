@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..factorize import Rank
 from ..files import contained, made_by, sha256_json, write_json
+from ..graphs import is_graph_checkpoint
 from . import OpenedModel, describe, open_model, skeleton
 from .folding import refold
 from .layers import FactorizedLayer
@@ -216,6 +217,13 @@ def load_compressed(folder: Path) -> Compressed:
         got = "a folder that is none" if folder.is_dir() else ("a file" if folder.exists() else "nothing there")
         raise ModelError(
             folder, "a folder made by 'lrcompress factorize'", got, "factorize a model first, or name the folder"
+        )
+    if is_graph_checkpoint(folder):
+        raise ModelError(
+            folder,
+            "a network in torch",
+            "a compressed ONNX graph",
+            "export it; to train it, factorize the network itself",
         )
     try:
         spec = json.loads((folder / MARKER).read_text())

@@ -89,6 +89,7 @@ def rebuild_folder(folder: Path) -> OpenedModel:
 
         with no_init_weights():
             module = kind._from_config(_config(kind, config), dtype=torch.float32)
+        module.tie_weights()  # which goes with the initialization that was left out
     return _opened(folder, config, module, "")
 
 

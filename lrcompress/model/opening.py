@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import CommandError, ModelError
 from ..files import made_by
+from ..graphs.sniffing import looks_like_onnx
 from . import arch as architectures
 from . import archive
 from .huggingface import is_folder, open_folder
@@ -196,9 +197,8 @@ def _foreign(head: bytes) -> str:
     for magic, name in _KNOWN_HEADS:
         if head.startswith(magic):
             return name
-    # An ONNX file begins with its IR version (field 1, a small number), then its producer, its graph or its opsets.
-    if len(head) > 3 and head[0] == 0x08 and 1 <= head[1] <= 32 and head[2] in (0x12, 0x1A, 0x22, 0x3A, 0x42):
-        return "an ONNX file"
+    if looks_like_onnx(head):
+        return "an ONNX file, which only 'lrcompress factorize' takes, in its own graph"
     try:
         head[:1020].decode()
     except UnicodeDecodeError:

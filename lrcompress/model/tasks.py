@@ -28,7 +28,10 @@ _TASKS = {
 #: `forward` counts positions itself, and a cache has no place in a graph that is run once.
 _LEFT_OUT = ("position_ids", "past_key_values", "use_cache_branch")
 _IDS = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids")
-_WORDS = {"batch_size": "batch", "sequence_length": "sequence", "encoder_sequence_length": "sequence"}
+_WORDS = {
+    "batch_size": "batch", "sequence_length": "sequence", "encoder_sequence_length": "sequence", "past_sequence_length": "past",
+    "past_sequence_length + sequence_length": "past_plus_sequence",
+}  # fmt: skip
 
 
 def task_of(architecture: str) -> str:
@@ -43,7 +46,14 @@ def inputs_of(module: nn.Module, config: Any, task: str) -> tuple[InputSpec, ...
     return tuple(s for s in found if s.name in names) if found else _from_forward(module, config, names)
 
 
-def _from_optimum(config: Any, task: str) -> tuple[InputSpec, ...]:
+def cached_inputs_of(module: nn.Module, config: Any, task: str) -> tuple[InputSpec, ...]:
+    """Return the inputs of a decoder with its key/value cache among them; nothing where optimum does not know it."""
+    names = set(inspect.signature(module.forward).parameters)
+    found = _from_optimum(config, task, past=True)
+    return tuple(s for s in found if s.name in names or s.name.startswith("past_key_values."))
+
+
+def _from_optimum(config: Any, task: str, *, past: bool = False) -> tuple[InputSpec, ...]:
     try:
         import optimum.exporters.onnx.model_configs  # noqa: F401
         from optimum.exporters.tasks import TasksManager
@@ -55,18 +65,25 @@ def _from_optimum(config: Any, task: str) -> tuple[InputSpec, ...]:
             make = TasksManager.get_exporter_config_constructor(
                 "onnx", model_type=config.model_type, task=task, library_name="transformers"
             )
-            onnx_config = make(config)
+            onnx_config = make(config, use_past=True, use_past_in_inputs=True) if past else make(config)
             axes = onnx_config.inputs
             dummies = onnx_config.generate_dummy_inputs(framework="pt", batch_size=2, sequence_length=9)
+            if past:
+                for i, pair in enumerate(dummies.pop("past_key_values", ())):
+                    dummies |= {f"past_key_values.{i}.{k}": v for k, v in zip(("key", "value"), pair, strict=True)}
     except (KeyError, ValueError, AttributeError, TypeError, NotImplementedError, RuntimeError):
         return ()  # a model it does not know: forward tells
     found = []
     for name, dynamic in axes.items():
-        if name.startswith(_LEFT_OUT) or name not in dummies or not hasattr(dummies[name], "shape"):
+        if (
+            name.startswith(_LEFT_OUT[: 1 if past else None])
+            or name not in dummies
+            or not hasattr(dummies[name], "shape")
+        ):
             continue
         shape: list[int | str] = [int(d) for d in dummies[name].shape]
         for axis, word in dynamic.items():
-            if axis == 0 or name in _IDS:
+            if axis == 0 or name in _IDS or name.startswith("past_key_values"):
                 shape[axis] = _WORDS.get(word, word.replace(" ", "_").replace("+", "plus"))
         if name == "pixel_values":
             shape = _pixels(config, shape)

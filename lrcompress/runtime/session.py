@@ -103,7 +103,8 @@ class Session:
         """Run with something prepared that need not be active: what a trial does."""
         self._check(inputs)
         wanted = list(self._outputs if outputs is None else outputs)
-        feeds = {k: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(v)) for k, v in inputs.items()}
+        # Not ascontiguousarray, which makes one axis of a scalar.
+        feeds = {k: ort.OrtValue.ortvalue_from_numpy(np.asarray(v, order="C")) for k, v in inputs.items()}
         try:
             found = self._session.run_with_ort_values(wanted, {**feeds, **active.feeds})
         except Exception as e:  # the same private family: shapes that only the graph knows

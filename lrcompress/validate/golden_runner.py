@@ -8,7 +8,8 @@ Run as a file, with numpy and onnxruntime only, by the Python of the target:
 
 A case is a set of adapter tensors that are fed beside the inputs; null is the graph as it stands. The archives hold
 `tensor/NAME`. The result holds
-`CASE/OUTPUT`; one JSON line on stdout says what answered, and how long each case took.
+`CASE/OUTPUT`; one JSON line on stdout says what answered, and how long each case took. With "one": "one.npz" the
+graph is also timed on that single sample, `one_ms`: some runs, each by itself.
 """
 
 from __future__ import annotations
@@ -43,7 +44,21 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
         ms[case] = (time.perf_counter() - started) * 1e3
         answers.update({f"{case}/{name}": np.asarray(value) for name, value in zip(names, outputs, strict=True)})
     np.savez(job["result"], **answers)  # type: ignore[arg-type]
-    return {"machine": platform.machine(), "onnxruntime": ort.__version__, "numpy": np.__version__, "ms": ms}
+    found = {"machine": platform.machine(), "onnxruntime": ort.__version__, "numpy": np.__version__, "ms": ms}
+    return {**found, "one_ms": timed(session, _arrays(job["one"]))} if job.get("one") else found
+
+
+def timed(session: ort.InferenceSession, inputs: dict[str, np.ndarray]) -> list[float]:
+    """Return how long single runs take, after a few that do not count; slow models get fewer runs, not more time."""
+    for _ in range(5):
+        session.run(None, inputs)
+    ms: list[float] = []
+    began = time.perf_counter()
+    while len(ms) < 100 and (len(ms) < 3 or time.perf_counter() - began < 2.0):
+        started = time.perf_counter()
+        session.run(None, inputs)
+        ms.append((time.perf_counter() - started) * 1e3)
+    return ms
 
 
 def _arrays(file: str) -> dict[str, np.ndarray]:

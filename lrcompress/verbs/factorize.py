@@ -22,14 +22,17 @@ from ..data import Data
 from ..errors import CommandError, LrcompressWarning
 from ..factorize import form, forms
 from ..files import check_output, staged_folder
+from ..graphs import is_onnx
 from ..model import InputSpec, OpenedModel, check_finite, open_model
 from ..model.checkpoint import MAKER, MARKER, state_of, write_compressed
 from ..model.stored import described
 from ..model.surgery import count_parameters
-from ..plan import Choice
+from ..plan import Choice, read_bits
 from ..progress import Progress, Silent
 from ..work import Pool, pool
 from .applying import Spread, apply_choices
+from .asking import check_sizes
+from .factorize_graph import factorize_graph
 from .planning import Prepared, budget_of, plan_within, prepare, spread_over
 from .sources import device_of, no_network
 from .stacked import Stacks, choose_shared, same_input
@@ -86,6 +89,13 @@ def factorize(
     Raises `CommandError`, `ModelError`, `DataError`, `PlanError`, `BudgetError`.
     """
     progress = progress or Silent()
+    if isinstance(model, str | Path) and is_onnx(Path(model)):
+        data, output = factorize_graph(
+            model, rank=rank, ratio=ratio, energy=energy, plan=plan, method=method, svd=svd,
+            multiple=1 if multiple is None else multiple, calib=calib, quick=quick, anchor=anchor, include=include, exclude=exclude, arch=arch, arch_args=arch_args, inputs=inputs,
+            output=output, seed=seed, threads=threads, compute=compute, workers=workers, cluster=cluster, progress=progress,
+        )  # fmt: skip
+        return FactorizeResult(data, None, output)
     _check_options(rank, ratio, energy, plan, method, svd)
     multiple = 1 if multiple is None else multiple
     if multiple < 1:
@@ -133,7 +143,7 @@ def factorize(
         report = _report(opened, made.rows, method, seed, prepared.total, count_parameters(made.module))
         if dest is None or store is None:
             return FactorizeResult(report, made.module)
-        _write(dest, opened, state_of(made.module), made.specs, report, prepared.folded)
+        _write(dest, opened, state_of(made.module), made.specs, report, prepared.folded, bits=_bits(plan))
         store.remove()
     return FactorizeResult({**report, "bytes_after": _bytes(dest), "output": str(dest)}, made.module, dest)
 
@@ -167,7 +177,7 @@ def _of_tensors(
         report = _report(opened, made.rows, asked.method, seed, _total(opened), made.n_params)
         if dest is None or made.tensors is None:
             return FactorizeResult(report)
-        _write(dest, opened, made.tensors, made.specs, report)
+        _write(dest, opened, made.tensors, made.specs, report, bits=_bits(asked.plan))
     return FactorizeResult({**report, "bytes_after": _bytes(dest), "output": str(dest)}, None, dest)
 
 
@@ -192,38 +202,30 @@ def _report(
 
 def _write(
     dest: Path, opened: OpenedModel, tensors: Mapping[str, Tensor], specs: Mapping[str, Any], report: dict[str, Any],
-    folded: Mapping[str, str] | None = None,
+    folded: Mapping[str, str] | None = None, bits: Mapping[str, int] | None = None,
 ) -> None:  # fmt: skip
-    """Write the compressed checkpoint: complete, or not at all."""
+    """Write the compressed checkpoint: complete, or not at all. `bits`: what an export is to make of single layers."""
     packages = {p: importlib.metadata.version(p) for p in ("torch", "tensorly", "numpy")}
     about = {
         "report": {k: report[k] for k in ("method", "seed", "layers", "params_before", "params_after")},
         "threads": torch.get_num_threads(),
         "versions": {"lrcompress": __version__, **packages},
+        **({"bits": dict(bits)} if bits else {}),
     }
     with staged_folder(dest, maker=MAKER, marker=MARKER) as stage:
         write_compressed(stage, dest, opened, tensors=tensors, layers=specs, report=about, folded=folded)
 
 
+def _bits(plan: str | Path | None) -> dict[str, int]:
+    """Return the bits that a plan gives its layers; none without a plan."""
+    return {} if plan is None else read_bits(Path(plan))
+
+
 def _check_options(
     rank: int | None, ratio: float | None, energy: float | None, plan: object, method: str | None, svd: str
 ) -> None:
+    check_sizes(rank, ratio, energy, plan)
     where = "lrcompress factorize"
-    given = [
-        n for n, v in (("--rank", rank), ("--ratio", ratio), ("--energy", energy), ("--plan", plan)) if v is not None
-    ]
-    if len(given) != 1:
-        raise CommandError(
-            where,
-            "exactly one of --rank, --ratio, --energy, --plan",
-            " and ".join(given) or "none",
-            "for example --rank 16",
-        )
-    if rank is not None and rank < 1:
-        raise CommandError(f"{where} --rank", "a whole number of at least 1", rank, "for example --rank 16")
-    for name, share in (("--ratio", ratio), ("--energy", energy)):
-        if share is not None and not 0 < share <= 1:
-            raise CommandError(f"{where} {name}", "a number above 0 and at most 1", share)
     if svd not in ("auto", "full", "randomized"):
         raise CommandError(f"{where} --svd", "auto, full or randomized", svd)
     if method is not None and method != "auto":

@@ -25,7 +25,8 @@ from ..model import InputSpec, OpenedModel, open_model
 from ..model.surgery import Layer
 from ..model.ties import lift_ties, tied_tensors
 from ..progress import Progress, Silent
-from .sources import device_of, layers_of, left_out, statistics_of
+from .asking import left_out
+from .sources import device_of, layers_of, statistics_of
 from .tied import weighed
 
 MAKER = "lrcompress inspect"

@@ -7,24 +7,25 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ..calibrate import Cache, collect, is_statistics, read_statistics
-from ..data import Data, open_data
+from ..data import Data, InputLike, open_data
 from ..errors import CommandError, LrcompressWarning, ModelError
 from ..factorize import Statistics
 from ..model import InputSpec, OpenedModel
+from ..model.cache import PAST
 from ..model.surgery import Layer, tensors_as_layers
 from ..model.views import view_of
 from ..progress import Progress
 from ..recipe import open_split
+from .asking import marked
 
 
-def as_data(source: str | Path | Data, *, inputs: Sequence[InputSpec], tokenizer: Path | None = None) -> Data:
+def as_data(source: str | Path | Data, *, inputs: Sequence[InputLike], tokenizer: Path | None = None) -> Data:
     """Open `source`: a `Data`, a file, a folder, `pkg.mod:callable`, or `RECIPE.yaml:SPLIT`."""
     if isinstance(source, Data):
         return source
@@ -37,36 +38,14 @@ def as_data(source: str | Path | Data, *, inputs: Sequence[InputSpec], tokenizer
 def for_model(source: str | Path | Data, opened: OpenedModel) -> Data:
     """Open `source` for the inputs (and tokenizer) of a model."""
     folder = opened.extra.get("folder")
-    return as_data(source, inputs=opened.inputs, tokenizer=Path(str(folder)) if folder else None)
+    inputs = [s for s in opened.inputs if not s.name.startswith(PAST)]  # no file holds a cache
+    return as_data(source, inputs=inputs, tokenizer=Path(str(folder)) if folder else None)
 
 
 def layers_of(opened: OpenedModel, include: Sequence[str], exclude: Sequence[str], *, verb: str) -> list[Layer]:
     """Return the layers of the model; those that the patterns leave out carry that as their reason."""
     layers = view_of(opened).layers if opened.module is not None else tensors_as_layers(opened.tensors or {})
-    return marked(opened, layers, include, exclude, verb=verb)
-
-
-def marked(
-    opened: OpenedModel, layers: Sequence[Layer], include: Sequence[str], exclude: Sequence[str], *, verb: str
-) -> list[Layer]:
-    """Return `layers` of a model; those that the patterns leave out carry that as their reason."""
-    if not layers:
-        raise ModelError(opened.path or "the model", "at least one linear, convolution or embedding layer", "none")
-    for option, patterns in (("--include", include), ("--exclude", exclude)):
-        for pattern in patterns:
-            if not any(fnmatchcase(layer.name, pattern) for layer in layers):
-                near = ", ".join(layer.name for layer in layers[:4])
-                raise CommandError(
-                    f"lrcompress {verb} {option}", "a pattern that matches a layer", pattern, f"layers are {near}, …"
-                )
-    return [replace(layer, reason=left_out(layer.name, include, exclude) or layer.reason) for layer in layers]
-
-
-def left_out(name: str, include: Sequence[str], exclude: Sequence[str]) -> str | None:
-    """Return which option leaves a layer of this name out, or None."""
-    if include and not any(fnmatchcase(name, p) for p in include):
-        return "not in --include"
-    return "in --exclude" if any(fnmatchcase(name, p) for p in exclude) else None
+    return marked(layers, include, exclude, verb=verb, where=opened.path or "the model")
 
 
 def statistics_of(

@@ -30,7 +30,7 @@ from ..plan import Choice
 from ..plan.options import candidates
 from ..progress import Progress
 from ..work import Curve, CurveJob, Job, Pool, Store, run
-from .sources import marked
+from .asking import marked
 from .stacked import same_input
 from .tied import Ties, choose, planned
 
@@ -87,7 +87,9 @@ def factorize_stored(
     """
     tensors = held(opened.tensors or {})
     about = tensors.described()
-    layers = marked(opened, tensors_as_layers(about), asked.include, asked.exclude, verb="factorize")
+    layers = marked(
+        tensors_as_layers(about), asked.include, asked.exclude, verb="factorize", where=opened.path or "the model"
+    )
     ties = tied_tensors(layers)
     if asked.method == "shared":
         same_input(layers, {})  # it takes data, which take a network

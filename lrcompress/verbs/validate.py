@@ -11,13 +11,15 @@ import numpy as np
 
 from ..data import Data
 from ..errors import LrcompressError, ModelError
+from ..graphs import Feeds, OnnxGraph, Run, is_graph_checkpoint, is_onnx, load_graph_checkpoint, open_graph
 from ..manifest import Manifest
 from ..model import InputSpec, OpenedModel, open_model
+from ..model.cache import PAST, empty_past
 from ..model.checkpoint import is_compressed, load_compressed
 from ..plan.profile import named_table
 from ..progress import Progress, Silent
 from ..validate import validate as check_exported
-from .predict import predictor
+from .predict import Predict, predictor
 from .sources import as_data
 
 
@@ -56,13 +58,24 @@ def validate(
     table = None if latency is None else named_table(latency)
     reference: OpenedModel | None = None
     samples: Data | None = None
-    if data is not None:
+    predict: Predict | None = None
+    if data is not None and (graph := _graph_original(folder, manifest, original)) is not None:
+        feeds = Feeds(graph)
+        samples = as_data(data, inputs=feeds.ports).mapped(feeds)
+        predict = _runs(graph)
+    elif data is not None:
         trust = {"trust_pickle": trust_pickle, "trust_remote_code": trust_remote_code}
         reference = _original(folder, manifest, original, arch, arch_args, inputs, trust)
         specs = [InputSpec(i["name"], i["dtype"], tuple(i["shape"])) for i in manifest.inputs]
-        samples = as_data(data, inputs=specs, tokenizer=_tokenizer(reference))
+        plain = [s for s in specs if not s.name.startswith(PAST)]
+        samples = as_data(data, inputs=plain, tokenizer=_tokenizer(reference))
+        predict = _predict(reference)
+        if plain != specs:  # a decoder reads each sample from the start
+            past = [(s.name, s.dtype, s.shape) for s in specs]
+            samples = samples.mapped(lambda batch: batch | empty_past(past, len(next(iter(batch.values())))))
+            predict = _without_past(predict)
     report = check_exported(
-        folder, data=samples, metric=metric, predict_original=_predict(reference), max_drop=max_drop, on=tuple(on), threads=threads,
+        folder, data=samples, metric=metric, predict_original=predict, max_drop=max_drop, on=tuple(on), threads=threads,
         latency=table, progress=progress or Silent(),
     )  # fmt: skip
     return ValidateResult(report.data, report.passed)
@@ -99,6 +112,31 @@ def _original(
         return compressed.open_original(None, **trust)
     except LrcompressError:
         return None
+
+
+def _graph_original(folder: Path, manifest: Manifest, original: str | Path | OpenedModel | None) -> OnnxGraph | None:
+    """Return the ONNX file that the export was made from: as named, or where it was; None for anything else."""
+    if isinstance(original, str | Path) and is_onnx(Path(original)):
+        return open_graph(original)
+    recorded = manifest.raw.get("compressed")
+    if original is None and isinstance(recorded, dict) and isinstance(recorded.get("path"), str):
+        place = (folder / recorded["path"]).resolve()
+        if is_graph_checkpoint(place):
+            return load_graph_checkpoint(place).open_original()
+    return None
+
+
+def _runs(graph: OnnxGraph) -> Predict:
+    """Return a function from named input arrays, as the graph takes them, to named output arrays."""
+    run = Run(graph)
+    return lambda inputs: run(inputs)[0]
+
+
+def _without_past(predict: Predict | None) -> Predict | None:
+    """Return `predict` of a network that keeps no cache."""
+    if predict is None:
+        return None
+    return lambda inputs: predict({k: v for k, v in inputs.items() if not k.startswith(PAST)})
 
 
 def _tokenizer(opened: OpenedModel | None) -> Path | None:

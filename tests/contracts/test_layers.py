@@ -16,12 +16,15 @@ PACKAGE = ROOT / "lrcompress"
 LAYERS: list[set[str]] = [
     {"_version", "errors", "progress"},
     {"files", "plugins"},
-    {"manifest", "golden", "expansions"},
+    {"manifest", "golden", "expansions", "phases"},
     {"payload"},
+    {"deltas"},
     {"runtime"},
     {"edge", "latency"},
     # What a device runs ends here; from here on the [build] extra may be imported.
     {"threads"},
+    # Graphs are worked on without torch, below everything that has it.
+    {"graphs"},
     {"factorize", "yamlfile"},
     {"adapt"},
     {"model"},
@@ -48,7 +51,9 @@ EDGE = {
     "_version",
     "manifest",
     "expansions",
+    "phases",
     "payload",
+    "deltas",
     "golden",
     "runtime",
     "edge",

@@ -195,7 +195,7 @@ def test_without_an_original_the_metric_is_told_and_this_is_said(exported: Path)
 
 
 @pytest.mark.parametrize(
-    "target", ["ssh://pi@board", "arm46", "cpu:0", "arm64:max", "arm64:max,sve=on", "arm64:../x", "arm64:a b", ""]
+    "target", ["ssh://pi@bo ard", "arm46", "cpu:0", "arm64:max", "arm64:max,sve=on", "arm64:../x", "arm64:a b", ""]
 )
 def test_a_target_there_is_not_is_refused_before_anything_runs(exported: Path, target: str) -> None:
     (exported / "model.onnx").unlink()

@@ -36,18 +36,20 @@ class Job:
 
 @dataclass(frozen=True)
 class Answers:
-    """Outputs by case and name; the latency of one sample where the target can measure it."""
+    """Outputs by case and name; the latency of one sample where the target can measure it.
+
+    `cpu_class`: the kind of processor that answered, where only it could tell.
+    """
 
     outputs: Mapping[str, Mapping[str, np.ndarray]]
     p50_ms: float | None = None
     p95_ms: float | None = None
+    cpu_class: str | None = None
 
 
 def check(target: str) -> None:
     """Refuse a target that does not exist, before anything has run."""
     key, _, _ = target.partition(":")
-    if key == "ssh":
-        raise CommandError(WHERE, "cpu or arm64:CPU", target, "on the device itself use 'lrcompress device validate'")
     if key not in plugins.names(__name__):
         raise CommandError(
             WHERE, f"one of {', '.join(plugins.names(__name__))}", target, "for example arm64:cortex-a53"

@@ -5,20 +5,18 @@ Bare `max` is refused: with SME the emulator computes some int8 kernels wrongly.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
 from ...errors import CommandError, HostError, ParityError
+from ...manifest import GRAPH
 from ...progress import Progress
 from ..arm_root import WHERE as EMULATION
 from ..arm_root import arm_root, cpus
+from ..jobs import JOB, RESULT, read_answers, write_job
 from . import WHERE, Answers, Job
 
 CPU_CLASS = "arm64"
@@ -45,32 +43,11 @@ def run(detail: str, job: Job, progress: Progress) -> Answers:
         raise CommandError(WHERE, f"one of {', '.join(cpus(root))}", f"arm64:{cpu}")
     with tempfile.TemporaryDirectory() as scratch, progress.task(f"validate on arm64:{cpu}", total=1) as advance:
         folder = Path(scratch)
-        _save(folder / "inputs.npz", job.inputs)
-        cases: dict[str, str | None] = {}
-        for i, payload in enumerate(job.cases.values()):
-            cases[str(i)] = None
-            if payload is not None:
-                cases[str(i)] = str(folder / f"payload{i}.npz")
-                _save(folder / f"payload{i}.npz", payload.feeds(job.manifest))
-        task = {
-            "model": str(job.exported.resolve() / "model.onnx"), "inputs": str(folder / "inputs.npz"),
-            "threads": job.threads, "result": str(folder / "result.npz"), "cases": cases,
-        }  # fmt: skip
-        (folder / "job.json").write_text(json.dumps(task))
-        _emulate(root, cpu, folder / "job.json")
-        with np.load(folder / "result.npz", allow_pickle=False) as archive:
-            outputs: dict[str, dict[str, np.ndarray]] = {case: {} for case in job.cases}
-            names = list(job.cases)
-            for key in archive.files:
-                index, _, output = key.partition("/")
-                outputs[names[int(index)]][output] = archive[key]
+        write_job(folder, job, model=str(job.exported.resolve() / GRAPH), at=folder)
+        _emulate(root, cpu, folder / JOB)
+        outputs = read_answers(folder / RESULT, job, where=f"arm64:{cpu}")
         advance(1, cpu)
     return Answers(outputs)
-
-
-def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    # The prefix keeps a tensor that is called like a parameter of savez apart from it.
-    np.savez(path, **{f"tensor/{name}": value for name, value in arrays.items()})  # type: ignore[arg-type]
 
 
 def _emulate(root: Path, cpu: str, job: Path) -> None:

@@ -35,9 +35,18 @@ def run(detail: str, job: Job, progress: Progress) -> Answers:
 
 
 def one_sample(job: Job) -> dict[str, np.ndarray]:
-    """Return the first golden sample, as a batch of one where the graph's first axis is free."""
-    free = {str(i["name"]) for i in job.manifest.inputs if i["shape"] and isinstance(i["shape"][0], str)}
-    return {name: value[:1] if name in free else value for name, value in job.inputs.items()}
+    """Return the first golden sample, as a batch of one where the graph's batch axis is free.
+
+    The batch is the first dynamic axis of the first input that has one; other inputs may have it elsewhere.
+    """
+    shapes = {str(i["name"]): list(i["shape"]) for i in job.manifest.inputs}
+    batch = next((d for shape in shapes.values() for d in shape if isinstance(d, str)), None)
+    found = {}
+    for name, value in job.inputs.items():
+        shape = shapes.get(name, [])
+        at = shape.index(batch) if batch in shape else (0 if shape and isinstance(shape[0], str) else None)
+        found[name] = value if at is None else value.take([0], axis=at)
+    return found
 
 
 def latency(session: Session, inputs: dict[str, np.ndarray], *, seconds: float = _MAX_SECONDS) -> tuple[float, float]:

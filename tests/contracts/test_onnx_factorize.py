@@ -1,0 +1,551 @@
+"""An ONNX file is factorized in its own graph: by theory, by ONNX Runtime's own answers, and without torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto
+from safetensors.numpy import load_file
+
+import lrcompress
+from lrcompress.cli.main import run as command
+from lrcompress.data import Data
+from lrcompress.errors import BudgetError, CommandError, DataError, LrcompressWarning, ModelError
+from lrcompress.factorize import Statistics, form
+from lrcompress.graphs import Feeds, Run, find_layers, is_graph_checkpoint, load_graph_checkpoint, open_graph
+from lrcompress.graphs import checkpoint as graph_checkpoint
+from lrcompress.graphs.fitting import fit, fit_plain, measure
+from lrcompress.graphs.forms import FORMS, Metric, Option, decompose, flat, full_rank, n_params, options
+from lrcompress.graphs.layers import weight_of
+from lrcompress.graphs.moments import Drift, Moments
+from lrcompress.graphs.planning import by_ratio, hull
+from lrcompress.graphs.rewriting import Change, rewrite
+from lrcompress.model import checkpoint as torch_checkpoint
+from lrcompress.verbs.factorize_graph import factorize_graph
+from tests.support.onnx_files import branching, conv_net, correlated, mlp, model, node, run, save, w
+
+
+def conv(*shape, **attributes):
+    return [node("Conv", ["x", "c.weight", "c.bias"], ["y"], name="c", **attributes)], shape
+
+
+CASES = {
+    "matmul": ([node("MatMul", ["x", "fc.weight"], ["y"], name="n")], {"fc.weight": w(8, 12)}, (5, 8)),
+    "batched": ([node("MatMul", ["x", "fc.weight"], ["y"], name="n")], {"fc.weight": w(8, 12)}, (2, 5, 8)),
+    "added": ([node("MatMul", ["x", "fc.weight"], ["p"]), node("Add", ["b", "p"], ["y"])], {"fc.weight": w(8, 12), "b": w(12)}, (5, 8)),
+    "turned": (
+        [node("Transpose", ["fc.weight"], ["t"], perm=[1, 0]), node("MatMul", ["x", "t"], ["y"])], {"fc.weight": w(12, 8)}, (5, 8)
+    ),
+    "gemm": ([node("Gemm", ["x", "fc.weight", "b"], ["y"])], {"fc.weight": w(8, 12), "b": w(12)}, (5, 8)),
+    "gemm_t": ([node("Gemm", ["x", "fc.weight", "b"], ["y"], transB=1)], {"fc.weight": w(12, 8), "b": w(12)}, (5, 8)),
+    "gemm_bare": ([node("Gemm", ["x", "fc.weight"], ["y"], transB=1)], {"fc.weight": w(12, 8)}, (5, 8)),
+    "gemm_row": ([node("Gemm", ["x", "fc.weight", "b"], ["y"], transB=1)], {"fc.weight": w(12, 8), "b": w(1, 12)}, (5, 8)),
+    "conv": ([node("Conv", ["x", "c.weight", "b"], ["y"], pads=[1, 0, 2, 1], strides=[2, 1])], {"c.weight": w(12, 4, 3, 3), "b": w(12)}, (2, 4, 9, 8)),
+    "same": ([node("Conv", ["x", "c.weight"], ["y"], auto_pad="SAME_LOWER", strides=[2, 2])], {"c.weight": w(12, 4, 3, 3)}, (2, 4, 9, 8)),
+    "dilated": ([node("Conv", ["x", "c.weight"], ["y"], dilations=[2, 1], kernel_shape=[2, 3])], {"c.weight": w(12, 4, 2, 3)}, (2, 4, 9, 8)),
+    "one_axis": ([node("Conv", ["x", "c.weight"], ["y"], pads=[1, 1])], {"c.weight": w(12, 4, 3)}, (2, 4, 9)),
+    "three_axes": ([node("Conv", ["x", "c.weight"], ["y"])], {"c.weight": w(12, 4, 2, 2, 2)}, (1, 4, 5, 5, 5)),
+    "pointwise": ([node("Conv", ["x", "c.weight"], ["y"])], {"c.weight": w(12, 4, 1, 1)}, (2, 4, 3, 3)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("form_name", FORMS)
+@pytest.mark.parametrize("fp16", [False, True], ids=["fp32", "fp16"])
+def test_at_full_rank_the_numbers_are_equal_and_the_rest_is_as_it_was(case, form_name, fp16, tmp_path):
+    nodes, constants, shape = CASES[case]
+    dtype, kind = (np.float16, TensorProto.FLOAT16) if fp16 else (np.float32, TensorProto.FLOAT)
+    made = model(
+        [*nodes[:-1], nodes[-1], node("Relu", ["x"], ["other"])], {k: v.astype(dtype) for k, v in constants.items()}, shape,
+        dtype=kind, out_dtype=kind,
+    )  # fmt: skip
+    made.graph.output.append(onnx.helper.make_tensor_value_info("other", kind, None))
+    made.metadata_props.add(key="k", value="v")
+    graph = open_graph(save(made, tmp_path / "m.onnx"))
+    (layer,) = find_layers(graph)
+    if form_name == "tucker" and (layer.kind != "conv" or case == "pointwise"):
+        pytest.skip("serves kernels only")
+    weight = weight_of(graph, layer)
+    rank = full_rank(form_name, layer.shape)
+    factors = decompose(form_name, weight, rank, Metric())
+    np.testing.assert_allclose(factors.dense(), weight, atol=1e-6 if not fp16 else 1e-3)
+    found = rewrite(graph, [layer], {layer.name: Change(factors)})
+    x = w(*shape, seed=9).astype(dtype)
+    np.testing.assert_allclose(
+        run(found.model, x=x), run(made, x=x), atol=1e-2 if fp16 else 2e-6, rtol=1e-2 if fp16 else 1e-5
+    )
+    a, b = made, found.model
+    assert [o.SerializeToString() for o in b.graph.output] == [o.SerializeToString() for o in a.graph.output]
+    assert (b.ir_version, b.opset_import, b.metadata_props, b.graph.input) == (
+        a.ir_version,
+        a.opset_import,
+        a.metadata_props,
+        a.graph.input,
+    )
+    stored = {t.name for t in b.graph.initializer}
+    assert layer.weight not in stored and set(found.factors[layer.name].values()) <= stored, (
+        "factors, and no dense weight"
+    )
+    assert {t.name for t in a.graph.initializer} - stored == {layer.weight}
+    assert len(b.graph.node) == len(a.graph.node) + (2 if form_name == "tucker" else 1) - (case == "turned")
+    assert next(n for n in b.graph.node if n.output[0] == nodes[-1].output[0]).name == nodes[-1].name
+
+
+def test_embeddings_in_both_directions_of_counting(tmp_path):
+    made = model([node("Gather", ["e.weight", "x"], ["y"])], {"e.weight": w(20, 6)}, ("n", 3), dtype=TensorProto.INT64)
+    graph = open_graph(save(made, tmp_path / "m.onnx"))
+    (layer,) = find_layers(graph)
+    ids = np.array([[0, 19, -1], [-20, 3, 5]])
+    seen = measure(graph, [layer], [{"x": ids}])["e"]
+    assert seen.counts[[0, 3, 5, 19]].tolist() == [2, 1, 1, 2] and seen.count == 6
+    full = rewrite(graph, [layer], {"e": Change(decompose("svd", weight_of(graph, layer), 6, Metric()))}).model
+    np.testing.assert_allclose(run(full, x=ids), run(made, x=ids), atol=1e-6)
+    factors = fit_plain(graph, layer, Option("svd", 2, 0, 0.0), seen).change.factors
+    error = ((weight_of(graph, layer) - factors.dense()) ** 2).sum(1)
+    plain = ((weight_of(graph, layer) - decompose("svd", weight_of(graph, layer), 2, Metric()).dense()) ** 2).sum(1)
+    assert error[[0, 19]].sum() < plain[[0, 19]].sum(), "rows that are read often are kept better"
+
+
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12), (16, 6, 3, 3), (6, 16, 3)])
+@pytest.mark.parametrize("name", FORMS)
+def test_forms_are_those_of_torch(name, shape):
+    if name == "tucker" and len(shape) < 3:
+        pytest.skip("serves kernels only")
+    weight = w(*shape)
+    columns = int(np.prod(shape[1:]))
+    s = np.cov(correlated(500, columns).T.astype(np.float64))
+    rank = 3 if name == "svd" else (4, 3)
+    mine = decompose(name, weight, rank, Metric(s))
+    theirs = form(name).decompose(torch.as_tensor(weight), rank, Statistics(gram=torch.as_tensor(s)))
+    loss = Metric(s).loss(flat(weight - mine.dense()))
+    assert mine.params == n_params(name, shape, rank) == theirs.n_params
+    if name == "svd":
+        np.testing.assert_allclose(mine.dense(), theirs.to_tensor().numpy(), atol=1e-5)
+    else:  # of two input bases torch takes the better one
+        assert theirs.loss <= loss * (1 + 1e-6) <= 1.2 * theirs.loss
+    curve = {
+        o.rank: o.loss for o in options(name, "conv" if len(shape) > 2 else "linear", weight, Metric(s), every=True)
+    }
+    if rank in curve:
+        np.testing.assert_allclose(curve[rank], loss, rtol=1e-6)
+
+
+def test_the_loss_is_what_theory_says():
+    """K = W S Wᵀ: the loss at rank r is the tail of its eigenvalues, for more rows than columns and for fewer."""
+    for shape in ((10, 24), (24, 10)):
+        weight, s = w(*shape).astype(np.float64), np.cov(correlated(300, shape[1]).T.astype(np.float64))
+        tail = np.linalg.eigvalsh(weight @ s @ weight.T)[::-1]
+        for rank in (1, 4, 9):
+            found = Metric(s).loss(weight - decompose("svd", weight, rank, Metric(s)).dense())
+            np.testing.assert_allclose(found, tail[rank:].clip(0).sum(), rtol=1e-8, atol=1e-12)
+
+
+def test_moments_merge_without_cancellation():
+    rows = correlated(400, 7) + 1000
+    one, parts = Moments(), Moments()
+    one.add(rows)
+    for chunk in np.array_split(rows, 9):
+        parts.add(chunk)
+    wanted = np.cov(rows.T.astype(np.float64), bias=True)
+    for m in (one, parts):
+        np.testing.assert_allclose(m.covariance, wanted, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(m.mean, rows.mean(0, dtype=np.float64), rtol=1e-7)
+    assert parts.count == 400
+
+
+@pytest.mark.parametrize("make", [mlp, conv_net])
+def test_layers_read_what_torch_says_they_read(make, tmp_path):
+    """The Gram of every layer against the one of the other reader of graphs, which feeds torch."""
+    from lrcompress.calibrate import measure as torch_measure
+    from lrcompress.model.views.onnx_graph import OnnxView
+
+    path = save(make(), tmp_path / "m.onnx")
+    x = correlated(60, 32) if make is mlp else w(20, 3, 12, 12, scale=1.0)
+    graph = open_graph(path)
+    seen = measure(graph, find_layers(graph), [{"x": part} for part in np.array_split(x, 3)])
+    theirs = torch_measure(OnnxView(path), Data.of_arrays({"x": x}), OnnxView(path).layers)
+    assert set(seen) == set(theirs)
+    for name, found in seen.items():
+        np.testing.assert_allclose(found.moments.covariance, theirs[name].gram, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(found.moments.mean, theirs[name].mean, rtol=1e-4, atol=1e-6)
+        assert found.count == theirs[name].count
+
+
+def test_padding_of_token_sequences_is_left_out(tmp_path):
+    made = model([node("MatMul", ["x", "fc.weight"], ["y"])], {"fc.weight": w(8, 8)}, ("n", "s", 8))
+    made.graph.input.append(onnx.helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["n", "s"]))
+    graph = open_graph(save(made, tmp_path / "m.onnx"))
+    x, mask = w(2, 3, 8), np.array([[1, 1, 0], [1, 0, 0]])
+    seen = measure(graph, find_layers(graph), [{"x": x, "attention_mask": mask}])["fc"]
+    assert seen.count == 3
+    np.testing.assert_allclose(seen.moments.mean, x[mask.astype(bool)].mean(0), rtol=1e-5)
+
+
+def layer_means(made, factored, x):
+    return (run(made, x=x) - run(factored, x=x)).mean(0)
+
+
+def test_the_bias_makes_the_mean_residual_zero(tmp_path):
+    made = model([node("Gemm", ["x", "fc.weight", "b"], ["y"])], {"fc.weight": w(32, 24), "b": w(24)}, ("n", 32))
+    graph = open_graph(save(made, tmp_path / "m.onnx"))
+    layers, x = find_layers(graph), correlated(200, 32, rank=12)
+    seen = measure(graph, layers, [{"x": x}])
+    fitted = fit_plain(graph, layers[0], Option("svd", 2, 0, 0.0), seen["fc"])
+    found = rewrite(graph, layers, {"fc": fitted.change}).model
+    np.testing.assert_allclose(layer_means(made, found, x), 0, atol=1e-5)
+    assert "b" not in {t.name for t in found.graph.initializer}
+    residual = run(made, x=x) - run(found, x=x)
+    spread = run(made, x=x) - run(made, x=x).mean(0)
+    np.testing.assert_allclose(np.linalg.norm(residual) / np.linalg.norm(spread), fitted.rel_error, rtol=1e-3)
+
+
+def test_a_bias_is_added_where_it_pays_only(tmp_path):
+    made = model([node("MatMul", ["x", "fc.weight"], ["y"])], {"fc.weight": w(32, 24)}, ("n", 32))
+    graph = open_graph(save(made, tmp_path / "m.onnx"))
+    layers = find_layers(graph)
+    for shift, pays in ((3.0, True), (0.0, False)):
+        x = np.random.default_rng(0).standard_normal((300, 32)).astype(np.float32) * 0.3
+        x = x - x.mean(0) + np.float32(shift) * w(32, scale=1.0)
+        seen = measure(graph, layers, [{"x": x}])
+        fitted = fit_plain(graph, layers[0], Option("svd", 1, 0, 0.0), seen["fc"])
+        assert (fitted.change.bias is not None) == pays
+        found = rewrite(graph, layers, {"fc": fitted.change}).model
+        assert {n.op_type for n in found.graph.node} == ({"MatMul", "Add"} if pays else {"MatMul"})
+        if pays:
+            np.testing.assert_allclose(layer_means(made, found, x), 0, atol=1e-4)
+
+
+def test_depth_makes_up_for_what_came_before(tmp_path):
+    graph = open_graph(save(mlp(), tmp_path / "m.onnx"))
+    layers, x, fresh = find_layers(graph), correlated(600, 32, rank=20), correlated(300, 32, rank=20, seed=77)
+    batches = [{"x": part} for part in np.array_split(x, 12)]
+    seen = measure(graph, layers, batches)
+    chosen = {n.name: Option("svd", 5 if n.name != "fc2" else 4, 0, 0.0) for n in layers}
+
+    def error(anchor, on):
+        changes = fit(graph, layers, chosen, seen, batches, anchor=anchor)
+        made = rewrite(graph, layers, {n: f.change for n, f in changes.items()}).model
+        return float(np.linalg.norm(run(made, x=on) - run(graph.model, x=on)))
+
+    assert error(True, fresh) < 0.97 * error(False, fresh), "on data that nothing was fitted to"
+
+
+def test_without_drift_depth_changes_nothing(tmp_path):
+    graph = open_graph(save(mlp(), tmp_path / "m.onnx"))
+    layers, x = find_layers(graph), correlated(300, 32)
+    batches = [{"x": part} for part in np.array_split(x, 6)]
+    seen = measure(graph, layers, batches)
+    only = {"fc0": Option("svd", 6, 0, 0.0)}
+    for anchor in (True, False):
+        found = fit(graph, layers, only, seen, batches, anchor=anchor)
+        np.testing.assert_array_equal(
+            found["fc0"].change.factors.dense(),
+            fit_plain(graph, layers[0], only["fc0"], seen["fc0"]).change.factors.dense(),
+        )
+    # Biases of dense layers behind it carry the drift of the mean.
+    assert set(fit(graph, layers, only, seen, batches)) == {"fc0", "fc1"}
+
+
+def test_the_drift_is_split_from_joint_moments():
+    x, y = correlated(200, 5), correlated(200, 5, seed=8)
+    joint = Moments()
+    joint.add(np.concatenate([x, y], 1))
+    d = Drift.of(joint)
+    wanted = np.cov(np.concatenate([x, y], 1).T.astype(np.float64), bias=True)
+    np.testing.assert_allclose(d.cross, wanted[:5, 5:], rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(d.drifted_mean, y.mean(0), rtol=1e-5)
+
+
+def test_a_ratio_is_kept_and_one_that_cannot_be_is_told(tmp_path):
+    graph = open_graph(save(mlp(), tmp_path / "m.onnx"))
+    layers, x = find_layers(graph), correlated(200, 32)
+    batches = [{"x": x}]
+    seen = measure(graph, layers, batches)
+    for ratio in (0.9, 0.5, 0.2):
+        for some in ((), batches):
+            chosen = by_ratio(graph, layers, ratio, "auto", seen, some)
+            after = graph.n_params - sum(
+                layer.params - c.params for layer in layers if isinstance(c := chosen[layer.name], Option)
+            )
+            assert after <= ratio * graph.n_params
+    for multiple in (4,):
+        chosen = by_ratio(graph, layers, 0.5, "svd", seen, multiple=multiple)
+        assert all(c.rank % multiple == 0 or c.rank < multiple for c in chosen.values() if isinstance(c, Option))
+    with pytest.raises(BudgetError, match=r"a ratio of at least 0\.0"):
+        by_ratio(graph, layers, 0.01, "auto", seen)
+
+
+def test_the_hull_is_convex():
+    points = [
+        Option("svd", r, p, l)
+        for r, (p, l) in enumerate([(10, 9.0), (20, 8.9), (30, 3.0), (35, 3.5), (60, 1.0), (100, 0.0)])
+    ]
+    assert [o.params for o in hull(points)] == [10, 30, 60, 100]
+
+
+def test_values_inside_branches_are_seen(tmp_path):
+    graph = open_graph(save(branching(), tmp_path / "m.onnx"))
+    layers = {n.name: n for n in find_layers(graph)}
+    x = np.abs(w(10, 8, scale=1.0))
+    seen = measure(graph, list(layers.values()), [{"x": x}, {"x": x}])
+    assert (seen["up"].count, seen["down"].count, seen["last"].count) == (20, 0, 20)
+    np.testing.assert_allclose(seen["up"].moments.mean, x.mean(0), rtol=1e-5)
+    both = measure(graph, list(layers.values()), [{"x": x}, {"x": -x}])
+    assert both["down"].count == 10 and float(np.abs(both["down"].moments.mean).max()) == 0
+    changes = {n: Change(decompose("svd", weight_of(graph, layers[n]), 8, Metric())) for n in ("up", "down")}
+    made = rewrite(graph, list(layers.values()), changes).model
+    for sign in (1, -1):
+        np.testing.assert_allclose(run(made, x=sign * x), run(graph.model, x=sign * x), atol=1e-5)
+
+
+def test_one_weight_in_two_places_is_one_layer(tmp_path):
+    nodes = [
+        node("MatMul", ["x", "s.weight"], ["a"]),
+        node("Tanh", ["a"], ["b"]),
+        node("MatMul", ["b", "s.weight"], ["y"]),
+    ]
+    graph = open_graph(save(model(nodes, {"s.weight": w(8, 8)}), tmp_path / "m.onnx"))
+    (layer,) = find_layers(graph)
+    x = w(30, 8, scale=1.0)
+    seen = measure(graph, [layer], [{"x": x}])["s"]
+    both = np.concatenate([x, np.tanh(x @ graph.array("s.weight"))])
+    np.testing.assert_allclose(
+        seen.moments.covariance, np.cov(both.T.astype(np.float64), bias=True), rtol=1e-3, atol=1e-6
+    )
+    made = rewrite(graph, [layer], {"s": Change(decompose("svd", weight_of(graph, layer), 8, Metric()))}).model
+    assert len(made.graph.initializer) == 2
+    np.testing.assert_allclose(run(made, x=x), run(graph.model, x=x), atol=1e-5)
+
+
+def test_old_files_that_list_weights_as_inputs_come_out_as_newer_ones(tmp_path):
+    made = model([node("MatMul", ["x", "fc.weight"], ["y"])], {"fc.weight": w(8, 8)}, ir=3, opset=9)
+    made.graph.input.append(onnx.helper.make_tensor_value_info("fc.weight", TensorProto.FLOAT, [8, 8]))
+    graph = open_graph(save(made, tmp_path / "m.onnx"))
+    found = rewrite(graph, find_layers(graph), {"fc": Change(decompose("svd", w(8, 8).T, 8, Metric()))}).model
+    assert [i.name for i in found.graph.input] == ["x"] and found.ir_version == 4 and found.opset_import[0].version == 9
+    np.testing.assert_allclose(run(found, x=w(3, 8)), run(made, x=w(3, 8)), atol=1e-5)
+
+
+def test_the_batch_axis_is_found_wherever_it_stands(tmp_path):
+    nodes = [
+        node("Gather", ["state", "zero"], ["s"]),
+        node("Add", ["x", "s"], ["a"]),
+        node("MatMul", ["a", "fc.weight"], ["m"]),
+        node("Mul", ["m", "gain"], ["y"]),
+    ]
+    made = model(nodes, {"zero": np.array(0), "fc.weight": w(8, 8)}, ("batch", 8))
+    made.graph.input.append(onnx.helper.make_tensor_value_info("state", TensorProto.FLOAT, [2, "batch", 8]))
+    made.graph.input.append(onnx.helper.make_tensor_value_info("gain", TensorProto.FLOAT, []))
+    graph = open_graph(save(made, tmp_path / "m.onnx"))
+    feeds = Feeds(graph)
+    assert [p.shape for p in feeds.ports] == [("batch", 8), ("batch", 2, 8), ("batch",)]
+    given = {"x": w(5, 8), "state": w(5, 2, 8), "gain": np.full(5, 2, np.float32)}
+    placed = feeds(given)
+    assert placed["state"].shape == (2, 5, 8) and placed["gain"].shape == ()
+    got = Run(graph)(placed)[0]["y"]
+    np.testing.assert_allclose(got, 2 * (given["x"] + given["state"][:, 0]) @ w(8, 8), rtol=1e-4, atol=1e-5)
+    with pytest.raises(DataError, match="one value for all samples"):
+        feeds({**given, "gain": np.arange(5, dtype=np.float32)})
+    with pytest.raises(DataError, match="name an array after the input state"):
+        feeds({"x": given["x"], "gain": given["gain"]})
+
+
+# As typed.
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(mlp(), tmp_path / "m.onnx")
+    np.savez("x.npz", x=correlated(256, 32, rank=12))
+    np.savez("fresh.npz", x=correlated(128, 32, rank=12, seed=90))
+    return tmp_path
+
+
+def answer(capsys):
+    return json.loads(capsys.readouterr().out)
+
+
+def test_all_the_way_as_typed(here, capsys):
+    assert command(["factorize", "m.onnx", "--ratio", "0.5", "--calib", "x.npz", "--json"]) == 0
+    told = answer(capsys)
+    assert told["method"] == "auto" and told["params_after"] <= 0.5 * told["params_before"]
+    assert {n["name"] for n in told["layers"]} == {"fc0", "fc1", "fc2"}
+    low = [n for n in told["layers"] if n["form"] != "dense"]
+    assert low and all(n["norm"] == "activation" and n["reason"] is None for n in low)
+    assert told["bytes_after"] == sum(p.stat().st_size for p in Path("compressed").iterdir())
+    stored = load_file("compressed/model.safetensors")
+    counted = sum(a.size for a in stored.values() if a.dtype == np.float32)
+    assert counted == told["params_after"], "what the report counts is what the file holds"
+    x = np.load("fresh.npz")["x"]
+    exact, got = run(Path("m.onnx"), x=x), run(Path("compressed/model.onnx"), x=x)
+    assert command(["factorize", "m.onnx", "--ratio", "0.5", "-o", "plain", "-q"]) == 0
+    plain = run(Path("plain/model.onnx"), x=x)
+    assert np.linalg.norm(got - exact) < 0.7 * np.linalg.norm(plain - exact), "on data that calibration did not see"
+    capsys.readouterr()
+    assert command(["export", "--calib", "x.npz", "--json"]) == 0
+    exported = answer(capsys)
+    assert exported["slots"] == [] and exported["opset"] == 20 and exported["model"] == "m"
+    np.testing.assert_array_equal(run(Path("exported/model.onnx"), x=x), got)
+    assert (
+        command(["validate", "--data", "fresh.npz", "--metric", "cosine_to_original", "--max-drop", "0.5", "--json"])
+        == 0
+    )
+    rows = {t["against"]: t for t in answer(capsys)["targets"]}
+    assert (
+        rows["compressed"]["passed"]
+        and rows["compressed"]["metric"]["value"] > 0.9
+        and rows["original"]["max_abs_diff"] > 0
+    )
+    assert command(["export", "--quantize", "int8", "--calib", "x.npz", "-o", "small", "--json"]) == 0
+    assert answer(capsys)["bytes"]["base"] < 0.5 * exported["bytes"]["base"]
+    assert command(["validate", "small", "--json"]) == 0
+
+
+def test_torch_is_not_there_and_not_missed(here):
+    """Every import of torch is an error in this process."""
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from lrcompress.cli.main import run\n"
+        "for extra in ('--ratio 0.5 --calib x.npz', '--rank 4', '--energy 0.9 --no-anchor --calib x.npz'):\n"
+        "    assert run(f'factorize m.onnx {extra} -q'.split()) == 0, extra\n"
+        "assert not any(m.split('.')[0] in ('torch', 'tensorly') for m, v in sys.modules.items() if v is not None)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_verb_of_the_library_takes_it_too(here):
+    one = lrcompress.factorize("m.onnx", rank=4, output="a")
+    two, _ = factorize_graph("m.onnx", rank=4, output="b")
+    assert one.model is None and one.output == Path("a") and one.data["layers"] == two["layers"]
+    for name in ("model.onnx", "model.safetensors"):
+        assert (Path("a") / name).read_bytes() == (Path("b") / name).read_bytes(), "same input, same bytes"
+
+
+def test_ranks_energy_and_patterns(here):
+    data, _ = factorize_graph("m.onnx", rank=4, exclude=["fc2"])
+    rows = {n["name"]: n for n in data["layers"]}
+    assert rows["fc0"]["rank"] == 4 and rows["fc2"]["reason"] == "in --exclude"
+    weight = w(32, 48).T
+    values = np.linalg.svd(weight, compute_uv=False) ** 2
+    np.testing.assert_allclose(rows["fc0"]["rel_error"], np.sqrt(values[4:].sum() / values.sum()), rtol=1e-5)
+    data, _ = factorize_graph("m.onnx", energy=0.6)
+    rank = next(n["rank"] for n in data["layers"] if n["name"] == "fc0")
+    assert values[:rank].sum() >= 0.6 * values.sum() > values[: rank - 1].sum()
+    with pytest.warns(LrcompressWarning, match="no layer was factorized"):
+        data, _ = factorize_graph("m.onnx", rank=1000)
+    assert (
+        all("would not shrink" in n["reason"] for n in data["layers"]) and data["params_after"] == data["params_before"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        ("--rank 4 --method kronecker", "auto, svd or tucker for an ONNX file"),
+        ("--rank 4 --arch a:b", "no architecture for an ONNX file"),
+        ("--rank 4 --input x:float32:n,32", "no inputs for an ONNX file"),
+        ("--plan p.json", "--rank, --ratio or --energy for an ONNX file"),
+        ("--rank 4 --compute cuda", "cpu"),
+        ("--rank 4 --workers 2", "one process"),
+        ("--rank 4 --svd randomized", "auto or full"),
+        ("--rank 4 --ratio 0.5", "exactly one"),
+        ("", "exactly one"),
+        ("--rank 0", "at least 1"),
+        ("--ratio 1.5", "above 0"),
+        ("--rank 4 --include nothing*", "a pattern that matches a layer"),
+    ],
+)
+def test_options_that_mean_nothing_for_a_graph_are_usage_errors(here, capsys, extra, expected):
+    assert command(f"factorize m.onnx {extra} --json".split()) == 2
+    told = answer(capsys)["error"]
+    assert expected in f"{told['expected']} {told['got']}" and not Path("compressed").exists()
+
+
+def test_data_that_do_not_fit_leave_nothing_behind(here, capsys):
+    np.savez("bad.npz", x=w(9, 31))
+    np.savez("nan.npz", x=np.full((9, 32), np.nan, np.float32))
+    for file in ("bad.npz", "nan.npz"):
+        assert command(f"factorize m.onnx --rank 4 --calib {file} --json".split()) == 9
+        assert "error" in answer(capsys) and not Path("compressed").exists()
+
+
+def test_a_graph_that_the_runtime_refuses_is_refused_first(here, capsys):
+    made = mlp()
+    made.graph.node[0].op_type = "NoSuchOperator"
+    save(made, here / "odd.onnx")
+    assert command(["factorize", "odd.onnx", "--rank", "4", "--json"]) == 4
+    assert "NoSuchOperator" in answer(capsys)["error"]["got"]
+
+
+def test_the_folder_is_told_apart_and_held_to_its_digest(here, capsys):
+    assert (graph_checkpoint.MAKER, graph_checkpoint.MARKER) == (torch_checkpoint.MAKER, torch_checkpoint.MARKER)
+    factorize_graph("m.onnx", rank=4, output="compressed")
+    assert is_graph_checkpoint(here / "compressed")
+    found = load_graph_checkpoint(here / "compressed")
+    assert found.open_original().digest == open_graph("m.onnx").digest
+    assert {*found.spec["layers"]["fc0"]["names"].values()} == {"fc0.U", "fc0.V"}
+    for verb in (
+        "recover compressed --data x.npz",
+        "adapt compressed --data x.npz",
+        "factorize compressed --rank 2",
+        "export --slots lora",
+    ):
+        assert command([*verb.split(), "--json"]) in (2, 4)
+        assert "graph" in json.dumps(answer(capsys)["error"]) or verb.startswith("factorize")
+    save(mlp(52), here / "m.onnx")
+    with pytest.raises(ModelError, match="it changed since"):
+        found.open_original()
+    data = bytearray((here / "compressed/model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (here / "compressed/model.safetensors").write_bytes(data)
+    with pytest.raises(ModelError, match="a file changed"):
+        load_graph_checkpoint(here / "compressed")
+
+
+def test_a_device_with_too_old_a_runtime_is_told(here, capsys):
+    made = mlp()
+    made.ir_version = 12
+    save(made, here / "new.onnx")
+    factorize_graph("new.onnx", rank=4, output="compressed")
+    from importlib.resources import files
+
+    profile = (Path(str(files("lrcompress"))).parent / "devices/raspberry-pi-4.yaml").read_text()
+    import yaml
+
+    value = yaml.safe_load(profile)
+    value["ort"] = {"min": "1.22.0", "max": "1.22.9"}
+    Path("old.yaml").write_text(yaml.safe_dump(value))
+    assert command(["export", "--device", "old.yaml", "--json"]) == 4
+    assert "ONNX Runtime 1.24.0 or newer for opset 20, IR 12" in answer(capsys)["error"]["expected"]
+    assert command(["export", "--json"]) == 0
+    assert json.loads(Path("exported/manifest.json").read_text())["ort"]["min"] == "1.24.0"
+    capsys.readouterr()
+
+
+def test_weights_beside_the_graph_come_along(here):
+    made = mlp()
+    onnx.save(made, "big.onnx", save_as_external_data=True, location="big.data", size_threshold=0)
+    x = np.load("fresh.npz")["x"]
+    factorize_graph("big.onnx", rank=6, calib="x.npz", output="c")
+    factorize_graph("m.onnx", rank=6, calib="x.npz", output="d")
+    np.testing.assert_array_equal(run(Path("c/model.onnx"), x=x), run(Path("d/model.onnx"), x=x))
+    Path("big.data").unlink()
+    run(Path("c/model.onnx"), x=x)
+
+
+def test_usage_errors_of_the_export_of_a_graph(here, capsys):
+    factorize_graph("m.onnx", rank=4, output="compressed")
+    for extra in ("--merge a", "--adapter a", "--quantize int3", "--slots core"):
+        assert command(f"export {extra} --json".split()) == 2
+        answer(capsys)
+    with pytest.raises(CommandError):
+        lrcompress.export("compressed", quantize="plan")
