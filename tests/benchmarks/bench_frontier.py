@@ -11,6 +11,7 @@ of ONNX Runtime. Also told: how far predicted times of whole networks are from m
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import tempfile
 import warnings
@@ -34,6 +35,7 @@ from .peers.runtime import runner
 def main() -> int:
     """Run the networks that are asked for; write frontier.json and frontier.txt as they come."""
     options = _options()
+    logging.disable(logging.WARNING)  # the quantizers and the exporter tell of every tensor
     options.output.mkdir(parents=True, exist_ok=True)
     prices_at = options.table or options.output / "latency.json"
     if not prices_at.is_file():

@@ -23,6 +23,7 @@ class MobileNetV1(nn.Module):
             block = nn.Module()
             block.dw = nn.Conv2d(before, before, 3, stride, 1 if stride == 1 else 0, groups=before)
             block.pw = nn.Conv2d(before, width, 1)
+            block.strided = stride != 1
             blocks.append(block)
             before = width
         self.blocks = nn.ModuleList(blocks)
@@ -31,7 +32,7 @@ class MobileNetV1(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu6(self.stem(_right_and_bottom(x)))
         for block in self.blocks:
-            x = F.relu6(block.dw(x if block.dw.stride == (1, 1) else _right_and_bottom(x)))
+            x = F.relu6(block.dw(_right_and_bottom(x) if block.strided else x))
             x = F.relu6(block.pw(x))
         return self.classifier(x.mean((2, 3)))
 
@@ -48,15 +49,15 @@ class ResNet8(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
         for block in (self.layer1, self.layer2, self.layer3):
-            strided = block.conv1.stride != (1, 1)
-            y = F.relu(block.bn1(block.conv1(_right_and_bottom(x) if strided else x)))
+            y = F.relu(block.bn1(block.conv1(_right_and_bottom(x) if block.strided else x)))
             y = block.bn2(block.conv2(y))
-            x = F.relu(y + (block.shortcut(x) if strided else x))
+            x = F.relu(y + (block.shortcut(x) if block.strided else x))
         return self.linear(x.mean((2, 3)))
 
 
 def _block(before: int, width: int, stride: int) -> nn.Module:
     block = nn.Module()
+    block.strided = stride != 1
     block.conv1 = nn.Conv2d(before, width, 3, stride, 1 if stride == 1 else 0)
     block.conv2 = nn.Conv2d(width, width, 3, padding=1)
     block.bn1, block.bn2 = nn.BatchNorm2d(width, eps=1e-3), nn.BatchNorm2d(width, eps=1e-3)
