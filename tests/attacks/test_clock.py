@@ -14,7 +14,7 @@ from tuf.api.metadata import MetaFile
 from lrcompress import publish
 from lrcompress.publish import repository as publisher
 from lrcompress.publish.keys import KeyStore
-from lrcompress.publish.repository import Repository
+from lrcompress.publish.repository import Repository, put_metadata
 from tests.support.fleet import PASSPHRASE, Fleet, answers
 
 START = datetime.now(UTC).replace(microsecond=0)
@@ -53,10 +53,10 @@ def signed_anew(fleet: Fleet, *roles: str) -> None:
     for role in roles:
         signed = repository.read(role).signed
         signed.version += 1
-        repository._write(keys, role, signed, role)
+        put_metadata(repository.metadata, role, signed, [keys.load(role)], repository.lifetime(role))
         if role != "root":
             snapshot.meta[f"{role}.json"] = MetaFile(version=signed.version)
-    repository._seal(keys, snapshot)
+    repository.seal(keys, snapshot)
 
 
 def test_four_hundred_days_away(fleet: Fleet, clock: Time) -> None:
