@@ -240,6 +240,7 @@ def revoked_timestamp(fleet: Fleet) -> None:
 
 @case("metadata: a group role of a key that was revoked")
 def revoked_group(fleet: Fleet) -> None:
+    fleet.add("first")  # signed with the key that goes
     repository, keys = opened(fleet)
     targets, snapshot = repository.read("targets").signed, repository.read("snapshot").signed
     old = targets.delegations.roles["default"].keyids[0]
@@ -250,7 +251,6 @@ def revoked_group(fleet: Fleet) -> None:
     put_metadata(repository.metadata, "targets", targets, [keys.load("targets")], repository.lifetime("targets"))
     snapshot.meta["targets.json"] = MetaFile(version=targets.version)
     repository.seal(keys, snapshot)
-    fleet.add("first")  # signed with the key that it still has
 
 
 @case("metadata: a group role signed with another group's key")
@@ -526,7 +526,7 @@ def future(fleet: Fleet) -> None:
     from lrcompress.publish import repository as module
 
     real = module.now
-    module.now = lambda: real() + timedelta(days=300)
+    module.now = lambda: real() + timedelta(days=100)
     try:
         fleet.add("first")
     finally:

@@ -123,7 +123,7 @@ def test_an_idle_poll_writes_nothing(fleet: Fleet, clock: Time) -> None:
         assert (d["state"], d["bytes_written"], d["requests"]) == ("up_to_date", 0, 2)
 
 
-@pytest.mark.parametrize("days", [1, 365 * 10])
+@pytest.mark.parametrize("days", [1, 100])
 def test_a_time_ahead_of_this_clock_is_never_kept(fleet: Fleet, clock: Time, days: int) -> None:
     """One release signed in the future would lock the device out of every update until then."""
     here = clock.there
