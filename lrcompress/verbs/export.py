@@ -30,6 +30,7 @@ from ..export.gates import outputs_agree
 from ..export.graph import example_inputs
 from ..export.merging import merge_adapter
 from ..export.payloads import payload_tensors
+from ..export.quantize import BLOCK, BLOCKS
 from ..export.slots import ALL_KINDS as SLOT_KINDS
 from ..export.targets import Request, Written
 from ..export.targets import target as find_target
@@ -77,6 +78,7 @@ def export(
     name: str | None = None,
     device: str | Path | None = None,
     emit: Sequence[str] = (),
+    block: int = BLOCK,
     output: str | Path = "exported",
     trust_pickle: bool = False,
     trust_remote_code: bool = False,
@@ -87,11 +89,13 @@ def export(
     `slots`: kinds to wire (default: lora, and core where layers are factorized; dora only where asked for). `adapters`: folders to ship as payloads (default: every folder of `adapters/` beside the checkpoint that belongs
     to it). `merge`: one to bake in instead. `calib`: data for static int8 and for the goldens. `device`: a profile, by
     name or file, whose limits go into `device.json`; a runtime of its that is too old is refused. `emit`: files to write
-    beside each payload: onnx_adapter. An `OpenedModel` gives the plain baseline. Raises `CommandError`, `ModelError`, `ParityError`.
+    beside each payload: onnx_adapter. `block`: inputs that share a scale at 4 bits: more are fewer bytes, coarser. An `OpenedModel` gives the plain baseline. Raises `CommandError`, `ModelError`, `ParityError`.
     """
     progress = progress or Silent()
     dest = Path(output)
     exporter = _check(target, slots or ("none",), quantize, emit)
+    if block not in BLOCKS:
+        raise CommandError("lrcompress export --block", f"one of {', '.join(map(str, BLOCKS))}", block)
     profile = None if device is None else load_profile(device)
     check_output(dest, maker=MAKER, marker=MARKER)
     source = _source(compressed)
@@ -107,7 +111,7 @@ def export(
         advance(1, "traced")
         feeds = None if data is None else _feeds(data)
         request = Request(
-            source.opened, module, slots, slot_include, quantize, feeds, golden, advance, bits, profile
+            source.opened, module, slots, slot_include, quantize, feeds, golden, advance, bits, profile, block
         )  # fmt: skip
         with staged_folder(dest, maker=MAKER, marker=MARKER) as stage:
             report = _write(stage, dest, source, module, digest, exporter, request, name, profile)
