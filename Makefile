@@ -7,7 +7,7 @@ PEERS := .venv-peers
 PEERS_STAMP := $(PEERS)/.installed
 PEERS_LISTS := tests/benchmarks/peers/requirements.txt tests/benchmarks/peers/packages.txt
 
-.PHONY: demo test test-long bench-forms bench-peers bench-recover bench-stream mutants lint clean help
+.PHONY: demo fleet test test-long faults bench-forms bench-frontier bench-payload bench-peers bench-recover bench-stream bench-update mutants lint clean help
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -23,17 +23,32 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## from a small network to a device that takes two updates, in minutes
 	$(BIN)/lrcompress run quickstart
 
+fleet: $(STAMP) ## 200 devices, one server, two bad releases that are stopped: ARGS="--devices 50"
+	$(BIN)/python -m tests.benchmarks.fleet_in_a_box $(ARGS)
+
 test: $(STAMP) ## all tests but the long ones
-	$(BIN)/python -m pytest -q -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile
 
 test-long: $(STAMP) ## the long tests
 	$(BIN)/python -m pytest -q -m slow
 
+FAULTS := tests/faults tests/attacks
+faults: $(STAMP) ## a device under power cuts, kills, failing disks and attacks: the long runs, and what each check is for
+	$(BIN)/python -m pytest -q -s -m slow $(FAULTS)
+	$(BIN)/python -m tests.faults.mutations
+	$(BIN)/python -m tests.faults.checks
+
 bench-forms: $(STAMP) ## what statistics are worth, form by form, on layers of real networks
 	$(BIN)/python -m tests.benchmarks.bench_forms
 
+bench-payload: $(STAMP) ## bytes of an update by kind and encoding, against bsdiff4 and zstd of the model: ARGS="--only resnet20"
+	$(BIN)/python -m tests.benchmarks.bench_payload $(ARGS)
+
 bench-stream: $(STAMP) ## memory and time on layers as large as those of a 7B model
 	$(BIN)/python -m tests.benchmarks.bench_stream
+
+bench-update: $(STAMP) ## what an update costs a device: bytes, requests, fsyncs, milliseconds, memory
+	$(BIN)/python -m tests.benchmarks.bench_update $(ARGS)
 
 # A package that cannot be installed costs its own row only, which then says so.
 $(PEERS_STAMP): $(PEERS_LISTS) pyproject.toml constraints.txt
@@ -50,6 +65,9 @@ bench-peers: $(STAMP) $(PEERS_STAMP) ## other methods in one harness: ARGS="--on
 
 bench-recover: $(STAMP) ## training adapters, against peft and lycoris-lora: ARGS="--only speed --rounds 31"
 	$(BIN)/python -m tests.benchmarks.bench_recover $(ARGS)
+
+bench-frontier: $(STAMP) ## accuracy, bytes and milliseconds of every way to be small: ARGS="--only resnet20 --quick"
+	$(BIN)/python -m tests.benchmarks.bench_frontier $(ARGS)
 
 mutants: $(STAMP) ## plant faults and see the tests catch each; PLACES="svd.py recover" for some
 	$(BIN)/python -m tests.mutants $(PLACES)

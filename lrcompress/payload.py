@@ -3,6 +3,7 @@
 A payload is a safetensors file with sorted names and one canonical header. Its tensors are an adapter's own factors
 with the scaling folded in, encoded as f32, f16, or int8 with scales that broadcast; other kinds than LoRA travel as
 their own factors and are expanded here, exactly (see `expansions`). Golden outputs (see `golden.project`) travel along.
+What a device fetches may be shorter: a delta from a payload that it has (see `deltas`), whose result is such a file.
 
     payload = parse(data)            # PayloadError for anything malformed
     payload.verify(manifest)         # and for anything that does not fit this base
@@ -31,6 +32,8 @@ ENCODINGS = ("f32", "f16", "int8")
 GOLDEN = "golden/"
 MAX_HEADER_BYTES = 1 << 20
 MAX_TENSORS = 16_384
+#: An earlier payload's scale is kept if it is at most so many times the one that would be chosen now.
+EARLIER_SCALE = 1.5
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "I8": np.dtype("i1")}
 _NAMES = {v: k for k, v in _DTYPES.items()}
 _METADATA = {"schema", "slots_id", "base_ids", "kind", "encoding"}
@@ -107,8 +110,12 @@ def build(
     encoding: str,
     golden: Mapping[str, np.ndarray] | None = None,
     base_ids: Sequence[str] = (),
+    scales: Mapping[str, np.ndarray] | None = None,
 ) -> bytes:
-    """Return the bytes of a payload: equal input, equal bytes. Raises `PayloadError` if it would not verify."""
+    """Return the bytes of a payload: equal input, equal bytes. Raises `PayloadError` if it would not verify.
+
+    `scales`: those of an earlier int8 payload (see `scales_of`), used where they suit, so that codes stay comparable.
+    """
     if kind not in KINDS or encoding not in ENCODINGS:
         raise PayloadError(
             "payload", f"kind {'|'.join(KINDS)} and encoding {'|'.join(ENCODINGS)}", f"{kind}, {encoding}"
@@ -117,7 +124,7 @@ def build(
     for name, value in tensors.items():
         with np.errstate(over="ignore"):  # what float32 cannot hold is refused as infinite
             single = np.asarray(value, np.float32)
-        stored |= _encode(name, single, encoding)
+        stored |= _encode(name, single, encoding, (scales or {}).get(name))
     for name, value in (golden or {}).items():
         stored[GOLDEN + name] = value
     metadata = {
@@ -129,7 +136,15 @@ def build(
     return data
 
 
-def _encode(name: str, value: np.ndarray, encoding: str) -> dict[str, np.ndarray]:
+def scales_of(data: bytes) -> dict[str, np.ndarray]:
+    """Return the int8 scales of a payload by tensor; none for other encodings."""
+    stored, metadata = _deserialize(data)
+    if metadata.get("encoding") != "int8":
+        return {}
+    return {n.removesuffix(".scale"): v for n, v in stored.items() if n.endswith(".scale")}
+
+
+def _encode(name: str, value: np.ndarray, encoding: str, earlier: np.ndarray | None = None) -> dict[str, np.ndarray]:
     if not np.isfinite(value).all():
         raise PayloadError(f"payload: {name}", "finite numbers", "NaN or infinity")
     if encoding == "f32":
@@ -146,6 +161,9 @@ def _encode(name: str, value: np.ndarray, encoding: str) -> dict[str, np.ndarray
     largest = np.max(np.abs(value), axis=axes, keepdims=True, initial=0.0)
     # A scale that underflows to zero would divide by it.
     scale = np.maximum(np.where(largest > 0, largest, 1.0) / 127, np.finfo(np.float32).tiny).astype("<f4")
+    if earlier is not None and earlier.shape == scale.shape:
+        suits = (earlier >= scale) & (earlier <= EARLIER_SCALE * scale) | ((largest == 0) & (earlier > 0))
+        scale = np.where(suits, earlier, scale).astype("<f4")
     return {f"{name}.q": np.clip(np.rint(value / scale), -127, 127).astype("i1"), f"{name}.scale": scale}
 
 
@@ -250,13 +268,38 @@ def _decode(stored: Mapping[str, np.ndarray], encoding: str) -> dict[str, np.nda
 
 def _deserialize(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Return tensors and metadata of safetensors bytes: every byte is accounted for, in the order of sorted names."""
+    found = layout(data)
+    return {n: np.frombuffer(p.data, p.dtype).reshape(p.shape) for n, p in found.parts.items()}, found.metadata
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stored tensor."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The pieces of a payload file: the header's text, its metadata, the stored tensors in order."""
+
+    text: bytes
+    metadata: dict[str, Any]
+    parts: dict[str, Part]
+
+
+def layout(data: bytes) -> Layout:
+    """Take a payload file apart. Raises `PayloadError` for every rule of the container that it breaks."""
     if len(data) < 8:
         raise PayloadError("payload", "a safetensors file", f"{len(data)} bytes")
     (length,) = struct.unpack_from("<Q", data)
     if not 2 <= length <= min(MAX_HEADER_BYTES, len(data) - 8):
         raise PayloadError("payload: header", f"at most {MAX_HEADER_BYTES} bytes, and no more than there are", length)
+    text = bytes(data[8 : 8 + length])
     try:
-        header = strict_json(data[8 : 8 + length].decode())
+        header = strict_json(text.decode())
     except ValueError as e:
         raise PayloadError("payload: header", "JSON", str(e)) from None
     if (
@@ -271,15 +314,15 @@ def _deserialize(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     body = memoryview(data)[8 + length :]
     if list(header) != sorted(header):
         raise PayloadError("payload: header", "sorted names", "another order")
-    tensors, offset = {}, 0
+    parts, offset = {}, 0
     for name, entry in header.items():
-        tensors[name], offset = _tensor(name, entry, body, offset)
+        parts[name], offset = _part(name, entry, body, offset)
     if offset != len(body):
         raise PayloadError("payload", f"{offset} bytes of tensors", len(body))
-    return tensors, metadata
+    return Layout(text, metadata, parts)
 
 
-def _tensor(name: str, entry: Any, body: memoryview, offset: int) -> tuple[np.ndarray, int]:
+def _part(name: str, entry: Any, body: memoryview, offset: int) -> tuple[Part, int]:
     where = f"payload: {name}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise PayloadError(where, "dtype, shape and data_offsets", entry)
@@ -292,7 +335,7 @@ def _tensor(name: str, entry: Any, body: memoryview, offset: int) -> tuple[np.nd
     size = math.prod(shape) * dtype.itemsize
     if span != [offset, offset + size] or span[1] > len(body):
         raise PayloadError(where, f"data at [{offset}, {offset + size}] within {len(body)} bytes", span)
-    return np.frombuffer(body[offset : offset + size], dtype).reshape(shape), offset + size
+    return Part(dtype, tuple(shape), bytes(body[offset : offset + size])), offset + size
 
 
 def _whole(values: Any, most: int) -> bool:

@@ -104,11 +104,19 @@ def show(shell: Shell, path: str, base_path: str | None, **options: Any) -> Resu
 )
 @click.argument("path", type=click.Path())
 @click.option(
-    "--to", default="native", show_default=True, help="native, peft (only what PEFT loads), lycoris (a file), or lora."
+    "--to",
+    default="native",
+    show_default=True,
+    help="native, peft (only what PEFT loads), lycoris (a file), lora; payload or onnx_adapter (files for --exported).",
 )
+@click.option("--exported", type=click.Path(), help="The exported model whose slots a payload or onnx_adapter fills.")
 @click.option("--rank", type=int, help="Cut to this rank, as LoRA; the error is printed per layer.")
 @click.option(
-    "-o", "--output", required=True, type=click.Path(), help="Folder to write, or a .safetensors file for lycoris."
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(),
+    help="Folder to write, or a file for lycoris, payload, onnx_adapter.",
 )
 @_includes
 @_with_base
@@ -121,11 +129,19 @@ def convert(
     rank: int | None,
     output: str,
     include: tuple[str, ...],
+    exported: str | None,
     **options: Any,
 ) -> Result:
     """Write the adapter PATH in another format. Without --rank nothing is lost, or it is refused."""
     from ..verbs.adapter import convert as verb
+    from ..verbs.adapter_out import FORMATS, emit
 
+    if to in FORMATS:
+        if rank is not None or include:
+            raise click.UsageError(f"--rank and --include cut an adapter; convert it first, then write the {to}")
+        base = _base(base_path, options)
+        d = emit(path, to=to, exported=exported, output=output, base=None if base is None else base.layer)
+        return Result(d, text=f"{len(d['layers'])} layers, {human_bytes(d['bytes'])}, written to {d['output']}")
     d = verb(path, to=to, output=output, base=_base(base_path, options), rank=rank, include=include)
     return Result(d, text=_written(d))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import click
@@ -20,8 +21,16 @@ from .output import Result, Shell, common, human_bytes
     "[default: lora, and core where layers are factorized]",
 )
 @click.option("--slot-include", multiple=True, metavar="GLOB", help="Only layers whose path matches get a slot.")
-@click.option("--quantize", default="none", show_default=True, help="none or int8.")
-@click.option("--calib", metavar="DATA", help="Inputs for static int8 and for the golden set.")
+@click.option(
+    "--quantize",
+    default="none",
+    show_default=True,
+    help="none, fp16, int8, int4, or plan: what --plan gave each layer.",
+)
+@click.option(
+    "--calib", metavar="DATA", help="Inputs to quantize by (needed for int8 convolutions) and for the golden set."
+)
+@click.option("--block", type=int, default=32, show_default=True, help="Inputs that share a scale at 4 bits: 16…256.")
 @click.option("--merge", metavar="NAME", help="Bake this adapter in instead of shipping it.")
 @click.option(
     "--adapter",
@@ -29,6 +38,9 @@ from .output import Result, Shell, common, human_bytes
     multiple=True,
     type=click.Path(),
     help="Adapter to ship as a payload  [default: all of adapters/]",
+)
+@click.option(
+    "--emit", multiple=True, metavar="FORMAT", help="Write beside each payload: onnx_adapter (for C, C++, C#)."
 )
 @click.option("--original", type=click.Path(), help="The model that was factorized, if it moved.")
 @click.option(
@@ -51,8 +63,20 @@ def export(shell: Shell, compressed: str, slots: str | None, adapters: tuple[str
     d = verb(compressed, slots=kinds, adapters=adapters or None, progress=shell.progress, **options).data
     lines = [
         f"graph {human_bytes(d['bytes']['graph'])}, constants {human_bytes(d['bytes']['base'])}, {len(d['slots'])} slots, {d['precision']}",
+        *_weights(d["weights"]),
         f"base {d['base_id'][:16]}",
         *(f"payload {p['path']}: {human_bytes(p['bytes'])}" for p in d["payloads"]),
         f"written to {d['output']}",
     ]
     return Result(d, text="\n".join(lines))
+
+
+def _weights(rows: list[dict[str, Any]]) -> list[str]:
+    """Say how many weights got how many bits, which lost most, and what was not done as asked."""
+    counts = Counter(r["bits"] for r in rows if "bits" in r)
+    lines = [f"weights: {', '.join(f'{n} in {bits} bits' for bits, n in sorted(counts.items()))}"] if counts else []
+    worst = max((r for r in rows if "rel_error" in r), key=lambda r: r["rel_error"], default=None)
+    if worst is not None:
+        lines.append(f"largest error {100 * worst['rel_error']:.2g} % of its output, in {worst['name']}")
+    lines += [r["gauge"] for r in rows if r["kind"] == "layer"]
+    return lines + [f"{r['name']} stays in {r['bits']} bits: {r['reason']}" for r in rows if "reason" in r]

@@ -63,6 +63,19 @@ class Size(click.ParamType[int]):
         return int(Decimal(found[1]) * _UNITS[found[2].lower()])
 
 
+class Bits(click.ParamType[tuple[int, ...]]):
+    """Numbers with commas between them: 32,8,4."""
+
+    name = "bits"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        if not re.fullmatch(r"\d{1,4}(\s*,\s*\d{1,4})*", str(value).strip()):
+            self.fail(f"{value!r} is no list of numbers; for example 8,4", param, ctx)
+        return tuple(int(v) for v in str(value).split(","))
+
+
 def compute_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add --seed, --threads, --compute."""
 
@@ -80,8 +93,8 @@ def planning_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add --rank-multiple and --quick."""
 
     @click.option(
-        "--rank-multiple", "multiple", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",
-        help="Budgets: ranks are multiples of N (what a device's kernels like), or whole.",
+        "--rank-multiple", "multiple", type=click.IntRange(min=1), metavar="N",
+        help="Budgets: ranks are multiples of N (what a device's kernels like), or whole.  [default: 1, or the device's]",
     )  # fmt: skip
     @click.option("--quick", is_flag=True, help="Budgets: predict losses only, measure nothing.")
     @functools.wraps(function)

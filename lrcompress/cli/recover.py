@@ -29,6 +29,8 @@ from .output import Result, Shell, common, human_bytes
 @click.option("--include", multiple=True, metavar="GLOB", help="Adapters only on layers whose path matches.")
 @click.option("--rank-pattern", multiple=True, metavar="GLOB=N", help="Another rank for layers whose path matches.")
 @click.option("--alpha-pattern", multiple=True, metavar="GLOB=A", help="Another alpha for layers whose path matches.")
+@click.option("--rslora", is_flag=True, help="LoRA scaled by alpha/√rank.")
+@click.option("--dora", is_flag=True, help="LoRA with a trained norm per output; ship it with export --slots dora.")
 @click.option("--name", help="Name of the adapter; default: the output's name, or 'recover'.")
 @click.option(
     "--train", default="adapters", show_default=True, metavar="adapters|factors",

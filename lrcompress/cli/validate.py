@@ -30,6 +30,11 @@ from .output import Result, Shell, common, human_bytes, table
     help="cpu, arm64:CPU (emulated: numbers, never speed), or ssh://USER@HOST[:PORT].",
 )
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of the runtime.")
+@click.option(
+    "--latency",
+    metavar="FILE|DEVICE",
+    help="A table of 'device profile', or a device that has one: predicted beside measured.",
+)
 @model_options
 @online_option
 @common
@@ -66,6 +71,10 @@ def _bare(exported: str, on: tuple[str, ...], threads: int, options: dict[str, A
         note = "--original is used with --data; the distance to it comes from the golden set"
         warnings.warn(note, LrcompressWarning, stacklevel=2)
     given = {k: options[k] for k in ("metric", "max_drop")}
+    if options["latency"] is not None:
+        from ..plan.profile import named_table
+
+        given["latency"] = named_table(options["latency"])
     return check(Path(exported), on=on, threads=threads, progress=shell.progress, **given).data
 
 
@@ -81,8 +90,19 @@ def describe(d: dict[str, Any]) -> str:
     ]  # fmt: skip
     header = ["target", "against", "output", "max |diff|", "allowed", "p50 ms", "p95 ms", "bytes", ""]
     metrics = [_metric(t["metric"]) for t in d["targets"] if t["metric"]]
+    metrics += [_latency(t["latency"]) for t in d["targets"] if t["latency"]]
     end = ["passed"] if d["passed"] else ["missed:", *(f"  {line}" for line in d["misses"])]
     return "\n".join([table(header, rows, left=3), *metrics, *end])
+
+
+def _latency(m: dict[str, Any]) -> str:
+    threads = f"{m['threads']} thread{'s' * (m['threads'] > 1)}"
+    told = f"one request at {threads}: predicted {m['predicted_ms']:.3f} ms, measured {m['measured_ms']:.3f} ms, {m['error']:+.1%}"
+    verdict = "within" if m["within"] else "beyond"
+    told += f" ({verdict} {m['allowed']:.0%}; repeated measurements differ by {m['retest_spread']:.1%})"
+    largest = ", ".join(f"{name} {ms:.3f}" for name, ms in list(m["parts"].items())[:4])
+    lacking = f"; not in the table: {', '.join(m['not_measured'])}" if m["not_measured"] else ""
+    return f"{told}: {largest}{lacking}"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -5,42 +5,42 @@ device = Device("device")
 y = device.infer({"x": x})["output"]       # thread-safe, also while
 device.update()                            # ... this brings and swaps in a new payload
 
-DIR/config.json, root.json   where updates come from and whom they are signed by; never changed
-DIR/factory/                 the exported model; always there to fall back to
-DIR/store/, dl/, state.0, state.1, metadata/, log.jsonl
+What lies in the folder stands in `folder`, the state machine in `updater`. The model is loaded for the first request:
+a device that only updates never holds it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import shutil
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import CommandError, DeviceStateError, PayloadError, UpdateError
-from ..files import disk_errors, staged_folder, write_atomic, write_json
+from ..errors import DeviceStateError, LrcompressError, PayloadError
 from ..golden import compare, load_golden
-from ..manifest import GOLDEN, MANIFEST, Manifest, is_safe_name, load_limits, strict_json
-from ..payload import parse
-from ..runtime import Session
-from ..runtime.session import Active
+from ..manifest import GOLDEN, MANIFEST, Manifest
+from ..payload import Payload, parse
+from ..runtime.session import Session
 from .disk import Disk
+from .folder import FACTORY, ROOT, check_folder, locked, state_folder
+from .health import boot_id
+from .install import check_hash, install, read_config, read_root
 from .log import StatusLog
+from .settings import exported_settings, load_settings
 from .state import Entry, State, StateFiles
 from .store import Store
-from .transport import open_transport
-from .trial import Limits, check_golden
-from .updater import Outcome, Updater, describe_serving
+from .transport import Traffic, open_transport
+from .trial import ChildTrial, Trial, check_golden
+from .updater import Outcome, Updater, describe_serving, mend
 
-MAKER = "lrcompress device"
-CONFIG, ROOT, FACTORY = "config.json", "root.json", "factory"
+if TYPE_CHECKING:
+    from .identity import Identity
 
 
 class Device:
@@ -48,91 +48,125 @@ class Device:
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | Path | None = None,
         *,
         disk: Disk | None = None,
         clock: Callable[[], datetime] | None = None,
         sleep: Callable[[float], None] = time.sleep,
+        trial: Trial | None = None,
     ) -> None:
-        self.folder = Path(folder)
+        self.folder = state_folder(folder)
         self._disk, self._clock, self._sleep = disk or Disk(), clock or (lambda: datetime.now(UTC)), sleep
-        self._config = _read_config(self.folder)
-        factory = self.folder / FACTORY
-        self.manifest = Manifest.load(factory)
-        limits = load_limits(factory)
-        self._limits = Limits(limits["max_payload_bytes"], limits["latency_factor"], limits.get("max_distance"))
-        self._session = Session(factory, threads=int(limits["threads"]), manifest=self.manifest, verify=False)
+        check_folder(self.folder)
+        self._config = read_config(self.folder, self._disk)
+        self.manifest = Manifest.load(self.folder / FACTORY)
+        raw = self._disk.read(self.folder / FACTORY / MANIFEST)
+        check_hash(self.folder, f"{FACTORY}/{MANIFEST}", raw, self._config)
+        self.settings = exported_settings(self.folder)
+        self._wrong_settings: DeviceStateError | None = None
+        try:
+            self.settings = load_settings(self.folder, self._disk)
+        except DeviceStateError as e:  # a slip of the operator stops updates, never serving
+            self._wrong_settings = e
+        self._trial = trial or ChildTrial(
+            self.folder / FACTORY, self.settings.limits, int(self.settings.threads), self.settings.trial_timeout_s
+        )
         self._files, self._store = StateFiles(self.folder, self._disk), Store(self.folder, self._disk)
         self._log = StatusLog(self.folder, self._disk)
+        self._lock = threading.Lock()
+        self._session: Session | None = None
         self._serving: Entry | None = None
+        self._payload: Payload | None = None
+        #: When a payload on probation stops to be served, unless somebody sees it through.
+        self.serves_until: datetime | None = None
         self.refresh()
 
     @classmethod
     def init(
-        cls, folder: str | Path, exported: str | Path, root: str | Path, url: str, group: str = "default"
+        cls,
+        folder: str | Path | None,
+        exported: str | Path,
+        root: str | Path,
+        url: str,
+        group: str = "default",
+        *,
+        disk: Disk | None = None,
+        channel: str = "stable",
+        report_url: str | None = None,
     ) -> Device:
         """Make a device folder from an exported model and the root it shall trust; whole or not at all.
 
         A folder that is a device already is refused: its `seq` is what protects it from old releases.
         """
-        folder, exported = Path(folder), Path(exported)
-        if (folder / CONFIG).exists():
-            raise DeviceStateError(folder, "a new folder", "a device", "move it away to start over")
-        if not is_safe_name(group):
-            raise CommandError("--group", "a name of a-z, 0-9, '.', '_', '-'", group)
-        open_transport(url)
-        manifest = Manifest.load(exported)
-        trusted = _read_root(Path(root))
-        with staged_folder(folder, maker=MAKER, marker=CONFIG) as stage:
-            (stage / FACTORY).mkdir()
-            for name in (MANIFEST, *manifest.files):
-                shutil.copyfile(exported / name, stage / FACTORY / name)
-            Manifest.load(stage / FACTORY)
-            for name in ("store", "dl", "metadata"):
-                (stage / name).mkdir()
-            write_atomic(stage / ROOT, trusted, mode=0o444)
-            for _ in range(2):
-                StateFiles(stage, Disk()).write(State())
-            url = url if "://" in url else str(Path(url).resolve())
-            write_json(
-                stage / CONFIG,
-                {
-                    "schema": 1,
-                    "made_by": MAKER,
-                    "model": manifest.model,
-                    "base_id": manifest.base_id,
-                    "url": url,
-                    "group": group,
-                },
-            )
-        return cls(folder)
+        from .identity import new_identity  # keys and links: nothing that serving needs
+
+        made = new_identity(group=group, channel=channel, report_url=report_url)
+        install(state_folder(folder), Path(exported), Path(root), url, group, disk or Disk(), made)
+        return cls(folder, disk=disk)
+
+    @property
+    def url(self) -> str:
+        return self.settings.url or str(self._config["url"])
+
+    @property
+    def group(self) -> str:
+        return str(self._config["group"])
+
+    @property
+    def serving(self) -> Entry | None:
+        """The payload that the next request will see; None is the factory's model."""
+        return self._serving
 
     # serving ------------------------------------------------------------------------------------------------------
 
     def refresh(self) -> None:
         """Serve what the folder names: its active payload, else the one before, else the factory's model."""
-        state = self._files.read()
-        for entry in (state.active, state.previous):
-            prepared = None if entry is None else self._prepared(entry)
-            if prepared is not None:
-                self._serving = entry
-                self._session.activate(prepared)
-                return
-        self._serving = None
-        self._session.swap(None)
+        for _ in range(5):
+            state = self._files.read()
+            entry, payload = self._chosen(state)
+            # Another process may have moved on between the two reads, and deleted what the older state names.
+            if self._files.read().generation == state.generation:
+                break
+        with self._lock:
+            if self._session is not None and (payload is None or entry != self._serving):
+                self._session.swap(payload)
+            self._serving, self._payload = entry, payload
+            tried = state.probation
+            self.serves_until = None if tried is None else datetime.fromisoformat(tried.until)
 
-    def _prepared(self, entry: Entry) -> Active | None:
-        """Return a payload ready to serve, or None for one that is no longer whole."""
-        data = self._store.read(entry.sha256)
-        if data is not None:
-            with contextlib.suppress(PayloadError):
-                return self._session.prepare(parse(data))
-        self._log.write(self._clock(), "rotted", sha256=entry.sha256, seq=entry.seq)
-        return None
+    def _chosen(self, state: State) -> tuple[Entry | None, Payload | None]:
+        """Return the first payload of the state that is whole and fits; none at all is the factory's model."""
+        candidates = [state.active, state.previous]
+        if state.probation is not None and not self._in_probation(state):
+            candidates = [state.previous]  # nobody has seen it through, and nobody watches over it
+        for entry in filter(None, candidates):
+            data = self._store.read(entry.sha256)
+            if data is not None:
+                with contextlib.suppress(PayloadError):
+                    payload = parse(data)
+                    payload.verify(self.manifest)
+                    return entry, payload
+            self._log.write(self._clock(), "rotted", sha256=entry.sha256, seq=entry.seq)
+        return None, None
+
+    def _in_probation(self, state: State) -> bool:
+        tried = state.probation
+        return tried is not None and tried.boot == boot_id() and self._clock() <= datetime.fromisoformat(tried.until)
+
+    def _loaded(self) -> Session:
+        """Return the model, loaded once."""
+        with self._lock:
+            if self._session is None:
+                session = Session(
+                    self.folder / FACTORY, threads=int(self.settings.threads), manifest=self.manifest, verify=False
+                )
+                session.swap(self._payload)
+                self._session = session
+            return self._session
 
     def infer(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return the outputs for `inputs`. Raises `DataError` for inputs that the model does not take."""
-        return self._session.run(inputs)
+        return (self._session or self._loaded()).run(inputs)
 
     def status(self) -> dict[str, Any]:
         """Return what is served and what is known, as `lrcompress device status --json` prints it."""
@@ -142,8 +176,9 @@ class Device:
             "serving": describe_serving(self._serving),
             "previous": None if state.previous is None else describe_serving(state.previous),
             "pending": None if pending is None else {"sha256": pending.sha256, "seq": pending.seq, "trials": pending.trials, "retry_at": pending.retry_at},
+            "probation": None if state.probation is None else {"until": state.probation.until},
             "refused": [{"sha256": r.sha256, "seq": r.seq, "reason": r.reason} for r in state.refused],
-            "model": self.manifest.model, "group": self._config["group"], "url": self._config["url"],
+            "model": self.manifest.model, "group": self.group, "url": self.url,
             "base_id": self.manifest.base_id, "seq": state.seq, "state_readable": state.readable,
             "last_trusted_time": state.trusted_time, "free_bytes": self._disk.free_bytes(self.folder),
         }  # fmt: skip
@@ -153,8 +188,9 @@ class Device:
 
         Raises nothing for a miss: `passed` says so.
         """
+        session = self._loaded()
         golden = load_golden(self.folder / FACTORY / GOLDEN)
-        factory = self._session.run_with(self._session.prepare(None), golden.inputs)
+        factory = session.run_with(session.prepare(None), golden.inputs)
         base = compare(golden.compressed, factory, self.manifest.tolerance)
         found: dict[str, Any] = {
             "serving": describe_serving(self._serving),
@@ -162,10 +198,10 @@ class Device:
             "payload": None,
             "passed": base.passed,
         }
-        payload = self._session.payload
+        payload = session.payload
         if payload is not None:
             try:
-                report = check_golden(payload, self._session, self._session.run(golden.inputs))
+                report = check_golden(payload, session, session.run(golden.inputs))
                 found["payload"] = report.as_dict()
             except PayloadError as e:
                 found |= {"payload": {"passed": False, "reason": str(e)}, "passed": False}
@@ -173,67 +209,91 @@ class Device:
 
     # changing -----------------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        with disk_errors(self.folder), open(self.folder / "lock", "w") as f:
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as e:
-                raise DeviceStateError(
-                    self.folder, "one update at a time", "another one is at work", "try again when it is done"
-                ) from e
-            yield
-
-    def update(self) -> dict[str, Any]:
+    def update(self, *, emit: str | None = None) -> dict[str, Any]:
         """Bring the newest healthy release, try it, serve it; return the JSON object of `lrcompress device update`.
 
         An update that is refused or fails is a result with `error`, not an exception: the device goes on serving.
+        `emit` is the setting of that name, for this once.
         """
-        started = time.perf_counter()
-        transport = open_transport(self._config["url"])
-        with self._locked():
+        if emit is not None:
+            self.settings = replace(self.settings, emit=emit)
+        started, before_disk, traffic = time.perf_counter(), self._disk.tally.copy(), Traffic()
+        with locked(self.folder):
             before = self._files.read()
-            updater = Updater(
-                folder=self.folder, files=self._files, store=self._store, log=self._log, disk=self._disk, session=self._session,
-                golden=load_golden(self.folder / FACTORY / GOLDEN), limits=self._limits, transport=transport,
-                root=_read_root(self.folder / ROOT), group=self._config["group"], clock=self._clock, sleep=self._sleep,
-            )  # fmt: skip
-            outcome: Outcome = updater.run()
+            try:
+                outcome, traffic = self._updated()
+            except LrcompressError as e:  # this device's own files: nothing was asked of anybody
+                self._log.write(self._clock(), "failed", reason=str(e))
+                outcome = Outcome("failed", str(e), e)
             after = self._files.read()
-        if outcome.activate is not None:
-            self._serving = after.active
-            self._session.activate(outcome.activate)
-        elif after.active != self._serving:
-            self.refresh()
-        ms = (time.perf_counter() - started) * 1000
+            if after.active != self._serving:  # what rotted was mended, or what was on probation went back
+                self.refresh()
+            self._emit()
+        wear = self._disk.tally.since(before_disk)
         return {
             "state": outcome.state, "serving": describe_serving(self._serving), "from_seq": before.seq, "to_seq": after.seq,
-            "bytes_downloaded": transport.traffic.bytes, "requests": transport.traffic.requests, "ms": round(ms, 3), "reason": outcome.reason,
-            "error": None if outcome.error is None else outcome.error.as_dict(),
+            "bytes_downloaded": traffic.bytes, "requests": traffic.requests,
+            "ms": round((time.perf_counter() - started) * 1000, 3), "fsyncs": wear.fsyncs, "bytes_written": wear.bytes,
+            "reason": outcome.reason, "error": None if outcome.error is None else outcome.error.as_dict(),
         }  # fmt: skip
+
+    def _updated(self) -> tuple[Outcome, Traffic]:
+        if self._wrong_settings is not None:
+            raise self._wrong_settings
+        root = check_hash(self.folder, ROOT, read_root(self.folder / ROOT), self._config)
+        transport = open_transport(self.url, self.settings, sleep=self._sleep)
+        updater = Updater(
+            folder=self.folder, files=self._files, store=self._store, log=self._log, disk=self._disk,
+            manifest=self.manifest, settings=self.settings, trial=self._trial, transport=transport,
+            root=root, group=self.group, clock=self._clock, sleep=self._sleep, switched=self._switched,
+            identity=self._identity(),
+        )  # fmt: skip
+        return updater.run(), transport.traffic
+
+    def _identity(self) -> Identity | None:
+        """Return who this device is; one that has rotted keeps no update from it: it is then anybody's turn."""
+        from .identity import Identity
+
+        try:
+            return Identity.find(self.folder, self._disk)
+        except DeviceStateError as e:
+            self._log.write(self._clock(), "no_identity", reason=str(e))
+            return None
+
+    def _switched(self) -> None:
+        self.refresh()
+        self._emit()
+
+    def _emit(self) -> None:
+        """Write what other languages load, where that is wanted; a disk that refuses it takes nothing back."""
+        if self.settings.emit is None:
+            return
+        from .emit import emit
+
+        try:
+            emit(self.folder, self.manifest, self._serving, self._payload, self._disk)
+        except LrcompressError as e:
+            self._log.write(self._clock(), "not_emitted", reason=str(e))
 
     def rollback(self) -> dict[str, Any]:
         """Serve the payload before this one (else the factory's model) until the next release; return the new state.
 
         Raises `DeviceStateError` if the factory's model is served already.
         """
-        with self._locked():
-            state = self._files.read()
+        with locked(self.folder):
+            state = mend(self._files, self._store, self._log, self._disk, self._clock(), self.folder)
             if state.active is None:
                 raise DeviceStateError(
                     self.folder, "a payload to roll back from", "the factory's model", "there is nothing before it"
                 )
-            back = state.previous
-            if back is not None and self._store.read(back.sha256) is None:
-                back = None
-            undone = state.active
+            back, undone = state.previous, state.active
             # What is declined is what the newest release brings: only a higher seq may bring it again.
             state = self._files.write(
                 replace(state, active=back, previous=None, pending=None, declined=state.seq_sha256)
             )
             self._log.write(self._clock(), "rolled_back", seq=undone.seq, sha256=undone.sha256)
             self._store.clean(state.named)
-        self.refresh()
+            self._switched()
         return {
             "state": "rolled_back",
             "serving": describe_serving(self._serving),
@@ -244,37 +304,3 @@ class Device:
     def history(self) -> list[dict[str, Any]]:
         """Return the status log, oldest first."""
         return self._log.read()
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        value = strict_json((folder / CONFIG).read_bytes())
-    except (OSError, ValueError) as e:
-        got = e.strerror if isinstance(e, OSError) else str(e)
-        raise DeviceStateError(
-            folder, f"a device folder ({CONFIG})", got, "make one with 'lrcompress device init'"
-        ) from e
-    good = isinstance(value, dict) and value.get("schema") == 1 and value.get("made_by") == MAKER
-    if not good or not all(isinstance(value.get(k), str) for k in ("model", "base_id", "url", "group")):
-        raise DeviceStateError(
-            folder / CONFIG, "the configuration that 'lrcompress device init' wrote", "something else", "restore it"
-        )
-    return dict(value)
-
-
-def _read_root(path: Path) -> bytes:
-    """Return the bytes of a root that is one. Raises `UpdateError`."""
-    from tuf.api.exceptions import RepositoryError  # for an update only: serving does without
-    from tuf.api.metadata import Metadata, Root
-
-    try:
-        data = path.read_bytes()
-        if not isinstance(Metadata[Root].from_bytes(data).signed, Root):
-            raise ValueError("another role")
-    except OSError as e:
-        raise UpdateError(
-            path, "the publisher's root.json", e.strerror or str(e), "copy REPO/metadata/1.root.json"
-        ) from e
-    except (RepositoryError, ValueError) as e:
-        raise UpdateError(path, "the publisher's root.json", str(e), "copy REPO/metadata/1.root.json") from e
-    return data

@@ -12,8 +12,8 @@ from ..errors import HostError
 from ..files import finite
 from .disk import Disk
 
-LOG = "log.jsonl"
-#: The log starts again at this size; the one before it is kept as log.1.jsonl.
+LOG, OLDER = "log.jsonl", "log.1.jsonl"
+#: The log starts again at this size; the one before it is kept.
 MAX_BYTES = 256 << 10
 
 
@@ -21,7 +21,7 @@ class StatusLog:
     """The log of one device folder."""
 
     def __init__(self, folder: Path, disk: Disk) -> None:
-        self._path, self._disk = folder / LOG, disk
+        self._path, self._older, self._disk = folder / LOG, folder / OLDER, disk
 
     def write(self, at: datetime, state: str, **about: Any) -> None:
         """Append one line; a disk that refuses it is no reason to stop."""
@@ -29,14 +29,24 @@ class StatusLog:
             finite({"at": at.isoformat(timespec="milliseconds"), "state": state, **about}), sort_keys=True
         )
         with contextlib.suppress(HostError, OSError):
-            if self._path.exists() and self._path.stat().st_size > MAX_BYTES:
-                self._disk.rename(self._path, self._path.with_name("log.1.jsonl"))
+            size = self._disk.size(self._path)
+            if size + len(line) > MAX_BYTES:
+                self._disk.rename(self._path, self._older)
+            elif size and not self._ends_whole():  # a power cut tore the last line: this one must not hang on it
+                line = "\n" + line
             self._disk.append(self._path, line.encode() + b"\n")
 
+    def _ends_whole(self) -> bool:
+        with open(self._path, "rb") as f:
+            f.seek(-1, 2)
+            return f.read(1) == b"\n"
+
     def read(self) -> list[dict[str, Any]]:
-        """Return the lines that are whole."""
+        """Return the lines that are whole, oldest first."""
         found = []
-        for line in self._path.read_bytes().splitlines() if self._path.exists() else []:
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
-        return found
+        for path in (self._older, self._path):
+            with contextlib.suppress(OSError):
+                for line in self._disk.read(path, 2 * MAX_BYTES).splitlines():
+                    with contextlib.suppress(ValueError):
+                        found.append(json.loads(line))
+        return [e for e in found if isinstance(e, dict)]

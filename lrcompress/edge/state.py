@@ -8,6 +8,7 @@ A reader takes the valid copy of the highest generation, so a write that was cut
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ from .disk import Disk
 COPIES = ("state.0", "state.1")
 #: Refused payloads that are remembered; the oldest are forgotten first (their `seq` is behind by then).
 MAX_REFUSED = 64
+#: Characters of a reason that are kept: what is written on every change must not grow.
+MAX_REASON = 200
+#: A state is a few kB; nothing larger is read.
+MAX_STATE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,16 @@ class Pending:
 
 
 @dataclass(frozen=True)
+class Probation:
+    """The active payload passed its trial and has yet to prove itself in use: it is served in this boot, until then."""
+
+    boot: str
+    until: str
+    trials: int
+    rollback_of: int | None = None
+
+
+@dataclass(frozen=True)
 class Refused:
     """A payload that failed a check: never tried again."""
 
@@ -58,6 +73,7 @@ class State:
     active: Entry | None = None
     previous: Entry | None = None
     pending: Pending | None = None
+    probation: Probation | None = None
     declined: str | None = None
     refused: tuple[Refused, ...] = ()
     trusted_time: str | None = None
@@ -68,7 +84,8 @@ class State:
         """Return this state with a payload refused for good."""
         kept = [r for r in self.refused if r.sha256 != sha256]
         pending = None if self.pending is not None and self.pending.sha256 == sha256 else self.pending
-        return replace(self, refused=(*kept, Refused(sha256, seq, reason))[-MAX_REFUSED:], pending=pending)
+        refused = (*kept, Refused(sha256, seq, reason[:MAX_REASON]))[-MAX_REFUSED:]
+        return replace(self, refused=refused, pending=pending)
 
     def refusal(self, sha256: str) -> Refused | None:
         return next((r for r in self.refused if r.sha256 == sha256), None)
@@ -94,22 +111,53 @@ def decode(data: bytes) -> State | None:
         if value["sha256"] != sha256_json(body):
             return None
         return _state(body)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
-def _state(body: dict[str, Any]) -> State:
+def _state(body: Any) -> State:
+    """Return the state that `body` holds. Raises for anything that `encode` would not have written."""
+    named = {"active": Entry, "previous": Entry, "pending": Pending, "probation": Probation}
     known = {f.name for f in fields(State)} - {"readable"}
-    plain = {k: v for k, v in body.items() if k in known and k not in ("active", "previous", "pending", "refused")}
-    active, previous = (None if body[k] is None else Entry(**body[k]) for k in ("active", "previous"))
-    pending = None if body["pending"] is None else Pending(**body["pending"])
-    found = State(
-        **plain, active=active, previous=previous, pending=pending, refused=tuple(Refused(**r) for r in body["refused"])
-    )
-    whole = all(type(n) is int and n >= 0 for n in (found.generation, found.seq))
-    if not whole or not all(map(is_sha256, found.named)):
-        raise ValueError("not a state")
+    plain: dict[str, Any] = {k: body[k] for k in known & body.keys() if k not in named and k != "refused"}
+    parts: dict[str, Any] = {k: None if body.get(k) is None else _record(kind, body[k]) for k, kind in named.items()}
+    refused = tuple(_record(Refused, r) for r in body["refused"])
+    found = State(**plain, **parts, refused=refused)
+    texts = (found.seq_sha256, found.declined)
+    _need(_count(found.generation) and _count(found.seq) and len(refused) <= MAX_REFUSED)
+    _need(all(t is None or is_sha256(t) for t in texts) and _time(found.trusted_time))
+    _need(found.probation is None or found.active is not None)
     return found
+
+
+def _record(kind: type[Any], value: Any) -> Any:
+    """Return a part of the state, each field of the type that it declares; a field that is not known is left out."""
+    made = kind(**{f.name: value[f.name] for f in fields(kind) if f.name in value})
+    for f in fields(kind):
+        v = getattr(made, f.name)
+        if f.name == "sha256":
+            _need(is_sha256(v))
+        elif f.name in ("retry_at", "until"):
+            _need(_time(v))
+        elif f.type == "str":
+            _need(isinstance(v, str))
+        else:
+            _need(_count(v) or (v is None and "None" in str(f.type)))
+    return made
+
+
+def _need(good: object) -> None:
+    if not good:
+        raise ValueError("not a state")
+
+
+def _count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+def _time(value: object) -> bool:
+    """Tell whether `value` is None or a time with its zone; raises for text that is no time."""
+    return value is None or (isinstance(value, str) and datetime.fromisoformat(value).tzinfo is not None)
 
 
 class StateFiles:
@@ -122,7 +170,7 @@ class StateFiles:
         found = []
         for name in COPIES:
             try:
-                found.append(decode((self._folder / name).read_bytes()))
+                found.append(decode(self._disk.read(self._folder / name, MAX_STATE_BYTES)))
             except OSError:
                 found.append(None)
         return found
@@ -137,9 +185,6 @@ class StateFiles:
         copies = self._copies()
         ages = [-1 if s is None else s.generation for s in copies]
         state = replace(state, generation=max(*ages, state.generation) + 1, readable=True)
-        temporary = self._folder / "state.tmp"
-        self._disk.write(temporary, encode(state))
-        self._disk.sync(temporary)
-        self._disk.rename(temporary, self._folder / COPIES[ages.index(min(ages))])
+        self._disk.replace(self._folder / COPIES[ages.index(min(ages))], encode(state))
         self._disk.sync_folder(self._folder)
         return state

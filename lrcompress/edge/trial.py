@@ -1,42 +1,121 @@
-"""The verdict on one payload: does it fit this base, and does it answer what its publisher saw it answer?"""
+"""The verdict on one payload: does it fit this base, and does it answer what its publisher saw it answer?
+
+It is reached in a process of its own, so that a payload which crashes the runtime, eats the memory or never answers
+takes nobody with it. A check that failed is final; a process that ended without saying so has given no verdict.
+
+    trial = ChildTrial(folder / "factory", limits)
+    trial(data)                     # returns, or raises PayloadError (final) or NoVerdict (again, later)
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
+import os
+import signal
+import subprocess
+import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 
 from ..errors import DataError, PayloadError
 from ..golden import GoldenSet, ParityReport, compare, compare_projected
+from ..manifest import strict_json
 from ..payload import Payload, parse
-from ..runtime import Session
-from ..runtime.session import Active
+from ..runtime.session import Session
 
 _RUNS = 5
+#: What a child may say at most: one line.
+_MAX_ANSWER_BYTES = 64 << 10
+
+
+class NoVerdict(Exception):
+    """The trial ended without an answer about the payload: memory, a signal, time."""
+
+
+#: Returns for a payload that passes. Raises `PayloadError` (final) or `NoVerdict`.
+Trial = Callable[[bytes], None]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What `device.json` allows."""
+    """What `device.json` allows one payload."""
 
     max_payload_bytes: float
     latency_factor: float
     max_distance: float | None
 
 
-def check(data: bytes, session: Session, golden: GoldenSet, limits: Limits) -> Active:
-    """Return what `session.activate` takes. Raises `PayloadError` for the first check that fails: that is final.
+@dataclass(frozen=True)
+class ChildTrial:
+    """A trial in a process of its own; `threads` as a request has them."""
+
+    factory: Path
+    limits: Limits
+    threads: int = 1
+    timeout_s: float = 600.0
+
+    def __call__(self, data: bytes) -> None:
+        task = json.dumps(
+            {"factory": str(self.factory.absolute()), "limits": asdict(self.limits), "threads": self.threads}
+        )
+        command = [sys.executable, "-P", "-m", "lrcompress.edge.probe"]
+        path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
+        try:
+            child = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd="/",
+                env={**os.environ, "PYTHONPATH": path},
+            )  # fmt: skip
+        except OSError as e:
+            raise NoVerdict(f"no process for the trial: {e.strerror or e}") from e
+        try:
+            answer, _ = child.communicate(task.encode() + b"\n" + data, self.timeout_s)
+        except subprocess.TimeoutExpired as e:
+            raise NoVerdict(f"no answer within {self.timeout_s:g} s") from e
+        finally:
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+            for pipe in (child.stdin, child.stdout):
+                if pipe is not None:
+                    with contextlib.suppress(OSError):
+                        pipe.close()
+        _conclude(answer[:_MAX_ANSWER_BYTES], child.returncode)
+
+
+def _conclude(answer: bytes, code: int) -> None:
+    """Raise what a child's answer means; return if it passed. Only a whole answer of a child that ended well counts."""
+    if code < 0:
+        names = {s.value: s.name for s in signal.Signals}
+        raise NoVerdict(f"the trial was ended by {names.get(-code, f'signal {-code}')}")
+    try:
+        found = strict_json(answer)
+        passed, error = found["passed"], found["error"]
+    except (ValueError, KeyError, TypeError):
+        raise NoVerdict(f"the trial ended with exit code {code} and no answer") from None
+    if code or not isinstance(passed, bool):
+        raise NoVerdict(str(error))
+    if not passed:
+        raise PayloadError(*(str(error[k]) for k in ("where", "expected", "got", "remedy")))
+
+
+# in the child, see `probe` ---------------------------------------------------------------------------------------------
+
+
+def judge(data: bytes, session: Session, golden: GoldenSet, limits: Limits) -> tuple[float, float]:
+    """Return what a request takes with the payload and without, in ms. Raises `PayloadError` for the first check that fails.
 
     Anything else that it raises (memory, disk) is no verdict on the payload.
     """
     if len(data) > limits.max_payload_bytes:
         raise PayloadError("payload", f"at most {int(limits.max_payload_bytes)} bytes, as device.json says", len(data))
     payload = parse(data)
-    prepared = session.prepare(payload)
-    outputs, ms, base_ms = _timed(session, prepared, golden)
+    outputs, ms, base_ms = _timed(session, payload, golden)
     check_golden(payload, session, outputs)
     if limits.max_distance is not None:
         report = compare(golden.compressed, outputs, limits.max_distance)
@@ -51,7 +130,7 @@ def check(data: bytes, session: Session, golden: GoldenSet, limits: Limits) -> A
         raise PayloadError(
             "payload: latency", f"at most {limits.latency_factor:g} times the base's {base_ms:.2f} ms", f"{ms:.2f} ms"
         )
-    return prepared
+    return ms, base_ms
 
 
 def check_golden(payload: Payload, session: Session, outputs: Mapping[str, np.ndarray]) -> ParityReport:
@@ -74,12 +153,12 @@ def check_golden(payload: Payload, session: Session, outputs: Mapping[str, np.nd
     return report
 
 
-def _timed(session: Session, prepared: Active, golden: GoldenSet) -> tuple[dict[str, np.ndarray], float, float]:
+def _timed(session: Session, payload: Payload, golden: GoldenSet) -> tuple[dict[str, np.ndarray], float, float]:
     """Return the outputs, and the fastest of some runs in ms with and without the payload.
 
     The fastest is the run that nothing else disturbed, and taking turns lets both meet the same disturbance.
     """
-    base = session.prepare(None)
+    prepared, base = session.prepare(payload), session.prepare(None)
     outputs: dict[str, np.ndarray] = {}
     best = {True: math.inf, False: math.inf}
     for _ in range(_RUNS):

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import contextlib
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from tuf.api.exceptions import DownloadError as TufDownloadError
-from tuf.api.exceptions import DownloadHTTPError, ExpiredMetadataError, RepositoryError
-from tuf.api.metadata import Metadata, Timestamp
+from tuf.api.exceptions import DownloadHTTPError, DownloadLengthMismatchError, ExpiredMetadataError, RepositoryError
+from tuf.api.metadata import Metadata, Root, Timestamp
 from tuf.ngclient import FetcherInterface, Updater
 
 from ..errors import DownloadError, UpdateError
 from ..manifest import is_sha256
+from .disk import Disk
+from .offers import choose, shortcut
 from .transport import Broken, Transport, Unavailable
 
 _PREFIX = "repository:///"
+#: How often one file of the metadata is asked for; they are small.
+_TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -31,35 +38,123 @@ class Offer:
     base_ids: tuple[str, ...]
     min_version: str
     rollback_of: int | None
+    #: (base, sha256, path, length) of a delta from a payload that is here.
+    shortcut: tuple[str, str, str, int] | None = None
 
 
 class _Fetcher(FetcherInterface):
-    """Let python-tuf read through our transport."""
+    """Let python-tuf read through our transport, into memory only, and over a link that breaks now and then."""
 
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
+    def __init__(self, transport: Transport, sleep: Callable[[float], None]) -> None:
+        self._transport, self._sleep = transport, sleep
 
     def _fetch(self, url: str) -> Iterator[bytes]:
-        try:
-            yield from self._transport.get(url.removeprefix(_PREFIX)).blocks
-        except Unavailable as e:
-            raise DownloadHTTPError(str(e), e.status) from e
+        yield from self._transport.get(url.removeprefix(_PREFIX)).blocks
+
+    def download_bytes(self, url: str, max_length: int) -> bytes:
+        """Return the content of `url`; the base class would take the way over a file in /tmp, once."""
+        for tries in range(1, _TRIES + 1):
+            try:
+                return self._whole(url, max_length)
+            except Unavailable as e:
+                if tries == _TRIES or not e.passing:
+                    raise DownloadHTTPError(str(e), e.status) from e
+            except Broken:
+                if tries == _TRIES:
+                    raise
+            self._sleep(0.5 * 2**tries)
+        raise AssertionError("unreachable")
+
+    def _whole(self, url: str, max_length: int) -> bytes:
+        found, path = bytearray(), url.removeprefix(_PREFIX)
+        for block in self._fetch(url):
+            found += block
+            if len(found) > max_length:
+                raise DownloadLengthMismatchError(f"{path}: more than the {max_length} bytes it may have")
+        if not found:  # what is left of an answer whose head was cut
+            raise Broken(f"{path}: an empty answer")
+        return bytes(found)
+
+
+class _Client(Updater):
+    """python-tuf's client, whose files go through our disk: durable, and written only where they changed.
+
+    What it verified is written by `keep`, whether or not the rest of a refresh succeeds. Its own writing follows no
+    order and is never synced, so a power cut could bring a revoked key back.
+    """
+
+    def __init__(self, folder: Path, root: bytes, fetcher: _Fetcher, disk: Disk, now: datetime) -> None:
+        self._disk, self._fresh = disk, dict[Path, bytes]()
+        self._first = Metadata[Root].from_bytes(root).signed.version
+        super().__init__(str(folder), f"{_PREFIX}metadata/", fetcher=fetcher, bootstrap=root)
+        self._trusted_set.reference_time = now
+
+    def _load_local_metadata(self, rolename: str) -> bytes:
+        path = self._path(rolename)
+        return self._fresh[path] if path in self._fresh else self._disk.read(path)
+
+    def _path(self, rolename: str) -> Path:
+        return Path(self._dir, f"{quote(rolename, '')}.json")
+
+    def _persist_metadata(self, rolename: str, data: bytes) -> None:
+        self._fresh[self._path(rolename)] = data
+
+    def _persist_root(self, version: int, data: bytes) -> None:
+        if version > self._first:  # the first one is the device's own, and is never written
+            self._fresh[Path(self._dir, "root_history", f"{version}.root.json")] = data
+
+    def _update_root_symlink(self) -> None:
+        """Leave it out: the device's own root is where trust begins."""
+
+    @property
+    def timestamp(self) -> Timestamp:
+        return self._trusted_set.timestamp
+
+    def keep(self) -> None:
+        """Make durable what was verified: roots first, for they say who may sign the rest."""
+        changed = {p: d for p, d in self._fresh.items() if not self._holds(p, d)}
+        for folder in sorted({p.parent for p in changed}, key=lambda f: f.name != "root_history"):
+            for path in (p for p in changed if p.parent == folder):
+                self._disk.replace(path, changed[path])
+            self._disk.sync_folder(folder)
+
+    def _holds(self, path: Path, data: bytes) -> bool:
+        with contextlib.suppress(OSError):
+            return self._disk.read(path) == data
+        return False
 
 
 def newest(
-    metadata: Path, root: bytes, transport: Transport, *, model: str, group: str
+    metadata: Path,
+    root: bytes,
+    transport: Transport,
+    *,
+    model: str,
+    group: str,
+    disk: Disk,
+    now: datetime,
+    sleep: Callable[[float], None] = time.sleep,
+    device: str | None = None,
+    channel: str = "stable",
+    have: Collection[str] = (),
 ) -> tuple[Offer | None, datetime | None]:
     """Return the newest release of a group (None: there is none) and when the metadata were issued.
 
     Raises `DownloadError` where bytes did not arrive, `UpdateError` where they cannot be trusted.
     """
-    target_path = f"{model}/{group}/payload.safetensors"
+    shorter = None
     where = f"update metadata of group {group}"
     try:
-        updater = Updater(str(metadata), f"{_PREFIX}metadata/", fetcher=_Fetcher(transport), bootstrap=root)
-        updater.refresh()
-        issued = _issued(metadata / "timestamp.json")
-        info = updater.get_targetinfo(target_path)
+        client = _Client(metadata, root, _Fetcher(transport, sleep), disk, now)
+        try:
+            client.refresh()
+            info, target_path = choose(client, model=model, group=group, device=device, channel=channel)
+            if info is not None:
+                result = str(info.hashes.get("sha256"))
+                shorter = shortcut(client, model=model, group=group, result=result, have=have)
+        finally:
+            client.keep()
+        issued = _issued(client.timestamp.unrecognized_fields.get("issued"))
     except ExpiredMetadataError as e:
         remedy = "the publisher runs 'lrcompress publish refresh'; check this device's clock too"
         raise UpdateError(where, "signatures that have not expired", e, remedy) from e
@@ -74,14 +169,15 @@ def newest(
             str(e) or type(e).__name__,
             "check the URL and the link; it is tried again with the next update",
         ) from e
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise UpdateError(where, "metadata in TUF's form", f"{type(e).__name__}: {e}") from e
-    return None if info is None else _offer(info.custom, info.length, info.hashes, target_path), issued
+    if info is None:
+        return None, issued
+    return replace(_offer(info.custom, info.length, info.hashes, target_path), shortcut=shorter), issued
 
 
-def _issued(path: Path) -> datetime | None:
-    """Return the signed time of issue; python-tuf has verified the file it left here."""
-    value = Metadata[Timestamp].from_file(str(path)).signed.unrecognized_fields.get("issued")
+def _issued(value: Any) -> datetime | None:
+    """Return the signed time of issue."""
     if value is None:
         return None
     found = datetime.fromisoformat(str(value))

@@ -21,6 +21,8 @@ from .cleaning import drop_zero_biases
 from .slots import CORE_SLOT, DORA_SLOT, SLOT
 
 OPSET = 20
+#: What it takes to say where a tensor lies; offsets of large tensors are those of pages, of others those of vectors.
+_POINTER_BYTES, _LARGE_BYTES, _PAGE, _LINE = 96, 1 << 20, 4096, 64
 _ROOT = "network."
 #: Joins the names of axes whose lengths add up.
 PLUS = "_plus_"
@@ -123,7 +125,6 @@ def trace(opened: OpenedModel, module: nn.Module, *, where: str) -> onnx.ModelPr
                 dim.dim_param = word
     _rename(model.graph, _first_names(wrapper))
     drop_zero_biases(model.graph)
-    _strip(model)
     return model
 
 
@@ -171,15 +172,19 @@ def _rename(graph: onnx.GraphProto, first: Mapping[str, str]) -> None:
             node.input[i] = names.get(name, name)
 
 
-def _strip(model: onnx.ModelProto) -> None:
-    """Remove what a stranger need not read and what makes equal models differ: source paths, stack traces, shapes."""
+def strip(model: onnx.ModelProto) -> None:
+    """Remove what a stranger need not read and what makes equal models differ: source paths, stack traces, names, shapes."""
     del model.graph.value_info[:]
     del model.metadata_props[:]
-    model.doc_string = model.graph.doc_string = ""
-    model.producer_name, model.producer_version = "lrcompress", ""
+    for holder in (model, model.graph):
+        holder.ClearField("doc_string")
+    model.producer_name = "lrcompress"
+    model.ClearField("producer_version")
     for holder in (*model.graph.node, *model.graph.input, *model.graph.output, *model.graph.initializer):
         del holder.metadata_props[:]
-        holder.doc_string = ""
+        holder.ClearField("doc_string")
+    for node in model.graph.node:
+        node.ClearField("name")
     for function in model.functions:
         del function.metadata_props[:]
         for node in function.node:
@@ -187,18 +192,20 @@ def _strip(model: onnx.ModelProto) -> None:
 
 
 def store_external(model: onnx.ModelProto, data_name: str) -> bytes:
-    """Move every initializer with elements into one byte string (aligned to 4096); the graph points at `data_name`.
+    """Move initializers into one byte string; the graph points at `data_name`. Large ones begin at a page.
 
-    Slot defaults stay in the graph: they are no constants. Tiny shape constants stay too: the runtime reads them while
-    it builds the graph.
+    Slot defaults stay in the graph: they are no constants. Shapes stay too: the runtime reads them while it builds the
+    graph; and what is shorter than the words that would point at it.
     """
     blob, slots = bytearray(), {i.name for i in model.graph.input}
     for t in sorted(model.graph.initializer, key=lambda t: t.name):
         array = numpy_helper.to_array(t)
         if array.size == 0 or t.name in slots or (array.dtype.kind in "iub" and array.nbytes < 256 and array.ndim <= 1):
             continue
-        blob.extend(b"\0" * (-len(blob) % 4096 if array.nbytes >= 4096 else -len(blob) % 64))
-        raw = np.ascontiguousarray(array).tobytes()
+        if len(t.raw_data) <= _POINTER_BYTES and t.HasField("raw_data"):
+            continue
+        raw = t.raw_data if t.HasField("raw_data") else np.ascontiguousarray(array).tobytes()
+        blob.extend(b"\0" * (-len(blob) % (_PAGE if len(raw) >= _LARGE_BYTES else _LINE)))
         entries = {"location": data_name, "offset": str(len(blob)), "length": str(len(raw))}
         blob.extend(raw)
         name, dtype, dims = t.name, t.data_type, list(t.dims)

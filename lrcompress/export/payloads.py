@@ -34,12 +34,17 @@ def payload_tensors(
     """
     slots = {s["layer"]: s for s in manifest.slots if s["kind"] in ("lora", "dora")}
     folder = read_adapter(adapter_dir, {n: _target(s) for n, s in slots.items()} or None)
-    if folder.base is not None and folder.base != manifest.factors_digest:
+    check_base(adapter_dir, folder.base, manifest.factors_digest)
+    return tensors_for(folder.adapters, manifest, where=adapter_dir, base=base)
+
+
+def check_base(where: object, base: str | None, digest: str) -> None:
+    """Raise `PayloadError` for an adapter that records another base than the one with `digest`."""
+    if base is not None and base != digest:
         raise PayloadError(
-            adapter_dir, f"an adapter for the base {manifest.factors_digest[:12]}", f"one for {folder.base[:12]}",
+            where, f"an adapter for the base {digest[:12]}", f"one for {base[:12]}",
             "train it on this compressed model, or export the one it was trained on",
         )  # fmt: skip
-    return tensors_for(folder.adapters, manifest, where=adapter_dir, base=base)
 
 
 def tensors_for(
@@ -67,6 +72,17 @@ def tensors_for(
             raise PayloadError(f"{where}: layer {layer}", f"a weight of shape {expected}", shape)
         tensors |= _scaled(slot, adapter, where, base) if kind == "dora" else _native(slot, adapter, where)
     return kind, tensors
+
+
+def empty_tensors(manifest: Manifest) -> tuple[str, dict[str, np.ndarray]]:
+    """Return kind and tensors of the correction that leaves every layer alone. Raises `PayloadError` without slots."""
+    if not manifest.slots:
+        raise PayloadError(manifest.model, "a base with slots", "none", "export with --slots")
+    kind = str(manifest.slots[0]["kind"])
+    found: dict[str, np.ndarray] = {}
+    for slot in manifest.slots:
+        found |= _nothing(slot, kind) if slot["kind"] == kind else {}
+    return kind, found
 
 
 def _target(slot: Mapping[str, Any]) -> Target:

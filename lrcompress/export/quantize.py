@@ -1,109 +1,226 @@
-"""int8 constants: ONNX Runtime's quantizers, held away from the adapter branches.
+"""Bits per tensor: each weight of a graph in 32, 16, 8 or 4 bits, refitted, and the adapter slots as they were.
 
-    Conv            static: u8 activations with ranges seen in calibration, s8 weights with one scale per output channel
-    MatMul, Gemm    dynamic: ranges of the activation measured at run time, s8 weights,
-                    one scale per output column: the columns of a factor differ as much as the singular values do
-    Gather          the embedding table in s8 with one scale per row; the rows that are read are dequantized
+    bits  products (MatMul, Gemm)        convolutions                       tables
+    16    stored halved, cast at load    the same                           rows are cast as they are read
+    8     dynamic (`int8`)               static, with calibration data      rows of s8 with one scale each
+    4     MatMulNBits in blocks          constants, dense when loaded       GatherBlockQuantized
 
-The quantizers would turn a slot's empty default into a constant and so delete the slot, silently. So the defaults are
-held back while they work (a slot is then a plain input), the nodes of the branches are excluded by name, and at the
-end every slot must be what it was. Without calibration data convolutions keep their precision, with a warning.
+What rounding costs is first made up for (`refit`); then ONNX Runtime's tools and operators take the values, whose grids
+reproduce them. The tools would turn a slot's empty default into a constant and so delete the slot, silently. So the
+defaults are held back while they work (a slot is then a plain input), the nodes of the branches are left out by name,
+and at the end every slot must be what it was.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
-from onnxruntime.quantization import (
-    CalibrationDataReader,
-    CalibrationMethod,
-    QuantFormat,
-    QuantType,
-    quantize_dynamic,
-    quantize_static,
-)
+import onnx_ir as ir
+from onnx import numpy_helper
 
 from ..errors import LrcompressWarning, ModelError
+from .int8 import MIN_TABLE_BYTES, dynamic_matrices, quantize_tables, quiet, static_convs
+from .packing import Packed, constants, halves, nbits, tables
+from .products import Product, products, put
+from .refit import Refit, refit, round_only
+from .refit.grids import ROW8, Coded, Grid, blocks, signed
+from .refit.moments import lookups, observe
+from .rewrites import Refusal
 
-WHERE = "export --quantize int8"
-#: Tables below this many bytes are not worth the extra nodes.
-_MIN_TABLE_BYTES = 16_384
-_MATRIX_OPS = ("MatMul", "Gemm")
+BITS = (32, 16, 8, 4)
+#: Inputs that share a scale at 4 bits, and how many may.
+BLOCK, BLOCKS = 32, (16, 32, 64, 128, 256)
+#: A constant of 4 bits comes with four nodes: smaller ones stay at 8.
+_MIN_CONSTANT = 1024
+#: What is stored in 16 bits comes with a cast.
+_MIN_HALF_BYTES = 1024
 
 
-class _Feeds(CalibrationDataReader):  # type: ignore[misc]
-    """The calibration inputs, one batch after the other."""
+@dataclass
+class Quantized:
+    """`model`, what each weight became, and what stayed as it was, with the reason."""
 
-    def __init__(self, batches: Sequence[dict[str, np.ndarray]]) -> None:
-        self._left: Iterator[dict[str, np.ndarray]] = iter(batches)
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        return next(self._left, None)
+    model: onnx.ModelProto
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
+    coded: dict[str, Coded] = field(default_factory=dict)
 
 
 def quantize_int8(
     src_model: onnx.ModelProto, *, slots: Sequence[str], calibration: Iterable[dict[str, np.ndarray]] | None
 ) -> onnx.ModelProto:
-    """Return `src_model` with int8 weights; `slots` name the inputs whose defaults and branches stay as they are.
+    """Return `src_model` with every weight in 8 bits."""
+    return quantize(src_model, 8, slots=slots, calibration=calibration).model
 
-    `calibration`: feeds of the model's own inputs; needed for convolutions only. The source is not changed. Factor
-    `name` becomes `name_quantized` (see `renamed`). Raises `ModelError` if a slot did not survive.
+
+def quantize(
+    src_model: onnx.ModelProto, bits: int | Mapping[str, int], *, slots: Sequence[str],
+    calibration: Iterable[dict[str, np.ndarray]] | None, block: int = BLOCK, refits: bool = True,
+) -> Quantized:  # fmt: skip
+    """Return `src_model` with weights in `bits`, all alike or by name (others stay); the source is not changed.
+
+    `slots` name the inputs whose defaults and branches stay as they are. `calibration`: feeds of the model's own inputs;
+    needed for convolutions in 8 bits, and for the best refits. Factor `name` becomes `name_quantized` (see `renamed`).
+    Raises `ModelError` if a slot did not survive.
     """
     model = onnx.ModelProto()
     model.CopyFrom(src_model)
-    before = {i.name: i.SerializeToString(deterministic=True) for i in model.graph.input}
+    name_nodes(model.graph)
+    fold_transposes(model.graph)
+    branches = branch_nodes(model.graph, slots)
+    found = products(model.graph, branches)
+    batches = None if calibration is None else list(calibration)
+    wanted = _wanted(found, bits, bool(batches))
+    result = Quantized(model)
+    _check_slots(model, slots)
+    if not batches and any(b == 8 and p.kind == "conv" for p, b in wanted):
+        warnings.warn(
+            "convolutions stay in 16 bits: int8 needs calibration data for them (--calib)",
+            LrcompressWarning,
+            stacklevel=2,
+        )
+        wanted = [(p, 16 if b == 8 and p.kind == "conv" else b) for p, b in wanted]
+    fitted = _fitted(model, found, wanted, batches or [], block, refits)
+    put(model.graph, fitted.arrays.items())
+    result.coded = fitted.coded
+    by_node = {o: n.name for n in model.graph.node for o in n.output}
     held = [t for t in model.graph.initializer if t.name in set(slots)]
-    lost = sorted(set(slots) - {t.name for t in held})
-    if lost:
-        raise ModelError(f"{WHERE}: slot {lost[0]}", "a graph input with a default", "none")
     for tensor in held:
         model.graph.initializer.remove(tensor)
-    _name_nodes(model.graph)
-    _fold_transposes(model.graph)
-    branches = branch_nodes(model.graph, slots)
-    batches = None if calibration is None else list(calibration)
-    if not batches and any(n.op_type == "Conv" and n.name not in branches for n in model.graph.node):
-        warnings.warn(
-            "convolutions stay fp32: int8 needs calibration data for them (--calib)", LrcompressWarning, stacklevel=2
-        )
-    with tempfile.TemporaryDirectory() as scratch, _quiet():
-        model = _static_convs(model, branches, batches, held, Path(scratch))
-        model = _dynamic_matrices(model, branches, Path(scratch))
-    _quantize_tables(model.graph)
+    with tempfile.TemporaryDirectory() as scratch, quiet():
+        convs = [by_node[p.output] for p, b in wanted if b == 8 and p.kind == "conv"]
+        model = static_convs(model, convs, batches or [], held, Path(scratch))
+        matrices = {p.weight for p, b in wanted if b == 8 and p.kind in ("matmul", "gemm")}
+        nodes = [n.name for n in model.graph.node if n.op_type in ("MatMul", "Gemm") and matrices & set(n.input[:2])]
+        model = dynamic_matrices(model, nodes, Path(scratch))
+    quantize_tables(model.graph, {p.weight for p, b in wanted if b == 8 and p.kind == "table"})
+    wanted += _left_over(model, src_model, wanted, bits, slots)
     model.graph.initializer.extend(held)
-    _drop_unused(model.graph, keep=set(slots))
-    _restore_header(model, src_model)
-    after = {i.name: i.SerializeToString(deterministic=True) for i in model.graph.input}
+    model = _packed(model, wanted, fitted, result)
+    drop_unused(model.graph, keep=set(slots))
+    restore_header(model, src_model)
+    _check_inputs(model, src_model, slots)
+    onnx.checker.check_model(model)
+    result.model = model
+    errors = {r.weight: r for r in fitted.rows}
+    result.rows = [_row(p, b, errors.get(p.weight), result) for p, b in wanted]
+    return result
+
+
+def _row(p: Product, bits: int, error: Any, result: Quantized) -> dict[str, Any]:
+    stays = next((r.reason for r in result.refused if r.where == p.weight), None)
+    row: dict[str, Any] = {"name": p.weight, "kind": p.kind, "bits": 32 if stays else bits}
+    if error is not None and not stays:
+        row |= {"rel_error": float(f"{error.rel_error:.6g}"), "gauge": error.gauge}
+    return row | ({"reason": stays} if stays else {})
+
+
+def _wanted(found: Sequence[Product], bits: int | Mapping[str, int], calibrated: bool) -> list[tuple[Product, int]]:
+    """Return the products that leave 32 bits, and to how many; what is too small to gain stays with the next wider."""
+    wanted = []
+    for p in found:
+        b = bits if isinstance(bits, int) else bits.get(p.weight, 32)
+        n = int(np.prod(p.shape))
+        if p.kind == "table" and 4 * n < MIN_TABLE_BYTES and b < 16:
+            b = 16
+        if p.kind == "table" and b == 4 and p.shape[1] % 2:
+            b = 8  # two codes fill a byte
+        if p.kind in ("conv", "conv_transpose") and b == 4 and n < _MIN_CONSTANT:
+            b = 8 if p.kind == "conv" and calibrated else 16
+        if p.kind == "conv_transpose" and b < 16:
+            b = 16
+        if b != 32:
+            wanted.append((p, b))
+    return wanted
+
+
+def _left_over(
+    model: onnx.ModelProto, source: onnx.ModelProto, wanted: Sequence[tuple[Product, int]], bits: int | Mapping[str, int],
+    slots: Sequence[str],
+) -> list[tuple[Product, int]]:  # fmt: skip
+    """Return what no operator reads in fewer bits (cores of einsums, left operands): it is stored in 16."""
+    done, inputs = {p.weight for p, _ in wanted}, {i.name for i in source.graph.input} | set(slots)
+    network = {t.name for t in source.graph.initializer}
+    found = []
+    for t in model.graph.initializer:
+        asked = bits if isinstance(bits, int) else bits.get(t.name, 32)
+        large = t.data_type == onnx.TensorProto.FLOAT and 4 * int(np.prod(t.dims)) >= _MIN_HALF_BYTES
+        if large and asked < 32 and t.name in network and t.name not in done | inputs:
+            found.append((Product("other", t.name, "", "", tuple(t.dims)), 16))
+    return found
+
+
+def grid_of(p: Product, bits: int, block: int) -> Grid | None:
+    """Return the grid that the runtime reads this product's weight from; None where there is none."""
+    columns = int(np.prod(p.shape)) // p.n_rows
+    if bits == 8:
+        return ROW8
+    if bits != 4:
+        return None
+    if p.kind == "conv":
+        return signed(4, columns)
+    # Short rows are padded to whole blocks: a finer block may be fewer bytes.
+    fine = [b for b in BLOCKS if b <= block]
+    return min((blocks(4, b) for b in fine), key=lambda g: (g.n_bytes(1, columns), g.block))
+
+
+def _fitted(
+    model: onnx.ModelProto, found: Sequence[Product], wanted: Sequence[tuple[Product, int]],
+    batches: Sequence[dict[str, np.ndarray]], block: int, refits: bool,
+) -> Refit:  # fmt: skip
+    grids = {p.weight: g for p, b in wanted if (g := grid_of(p, b, block)) is not None}
+    if not refits:
+        return round_only(model, found, grids)
+    seen = observe(model, found, batches)
+    eight = {p.kind for p, b in wanted if b == 8}
+    counts = lookups(found, batches)
+    return refit(model, found, grids, seen, counts=counts, rounds_activations=bool(eight - {"table"}))
+
+
+def _packed(
+    model: onnx.ModelProto, wanted: Sequence[tuple[Product, int]], fitted: Refit, result: Quantized
+) -> onnx.ModelProto:
+    """Put what ONNX Runtime's tools do not write into the graph."""
+    four = [Packed(p, fitted.coded[p.weight]) for p, b in wanted if b == 4]
+    half = [Packed(p) for p, b in wanted if b == 16]
+    if not four and not half:
+        return model
+    graph = ir.from_proto(model)
+    groups = (
+        (nbits, [w for w in four if w.product.kind in ("matmul", "gemm")]),
+        (tables, [w for w in four if w.product.kind == "table"]),
+        (constants, [w for w in four if w.product.kind == "conv"]),
+        (halves, half),
+    )
+    for writer, weights in groups:
+        if weights:
+            result.refused += writer.pack(graph, weights).refused
+    return ir.to_proto(graph)
+
+
+def _check_slots(model: onnx.ModelProto, slots: Sequence[str]) -> None:
+    lost = sorted(set(slots) - {t.name for t in model.graph.initializer})
+    if lost:
+        raise ModelError(f"export --quantize: slot {lost[0]}", "a graph input with a default", "none")
+
+
+def _check_inputs(model: onnx.ModelProto, source: onnx.ModelProto, slots: Sequence[str]) -> None:
+    """Raise `ModelError` unless every input is what it was and every slot kept its default."""
+    before, after = (
+        {i.name: (i.type.SerializeToString(deterministic=True)) for i in m.graph.input} for m in (source, model)
+    )
     if after != before or not set(slots) <= {t.name for t in model.graph.initializer}:
         gone = sorted(set(before) ^ set(after)) or sorted(n for n in before if before[n] != after[n])
         raise ModelError(
-            f"{WHERE}: {gone[0] if gone else 'slots'}", "inputs that survive quantization", "a changed graph"
+            f"export --quantize: {gone[0] if gone else 'slots'}", "inputs that survive quantization", "a changed graph"
         )
-    onnx.checker.check_model(model)
-    return model
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the tools from talking: they warn through the root logger, and would give it a handler for good."""
-    root, sink, level = logging.getLogger(), logging.NullHandler(), logging.root.manager.disable
-    root.addHandler(sink)
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
-        root.removeHandler(sink)
 
 
 def renamed(model: onnx.ModelProto, names: Sequence[str]) -> dict[str, str]:
@@ -132,7 +249,7 @@ def branch_nodes(graph: onnx.GraphProto, slots: Sequence[str]) -> set[str]:
     return names
 
 
-def _name_nodes(graph: onnx.GraphProto) -> None:
+def name_nodes(graph: onnx.GraphProto) -> None:
     """Give every node a name: exclusion works by name."""
     taken = {n.name for n in graph.node if n.name}
     for i, node in enumerate(graph.node):
@@ -144,7 +261,7 @@ def _name_nodes(graph: onnx.GraphProto) -> None:
             taken.add(name)
 
 
-def _fold_transposes(graph: onnx.GraphProto) -> None:
+def fold_transposes(graph: onnx.GraphProto) -> None:
     """Turn `Transpose(constant)`, which is how a traced linear layer holds its weight, into a constant of its own.
 
     The quantizers look for constant operands and would leave these products alone. A table that is also read as it
@@ -167,110 +284,21 @@ def _fold_transposes(graph: onnx.GraphProto) -> None:
                 if value == node.output[0]:
                     reader.input[i] = name
         graph.node.remove(node)
-    _drop_unused(graph, keep=set())
+    drop_unused(graph, keep=set())
 
 
 def _axes(node: onnx.NodeProto) -> list[int]:
     return next((list(a.ints) for a in node.attribute if a.name == "perm"), [1, 0])
 
 
-def _static_convs(
-    model: onnx.ModelProto,
-    branches: set[str],
-    batches: Sequence[dict[str, np.ndarray]] | None,
-    held: Sequence[onnx.TensorProto],
-    scratch: Path,
-) -> onnx.ModelProto:
-    """Wrap convolutions in QuantizeLinear/DequantizeLinear pairs with the ranges seen in `batches`."""
-    constants = {t.name for t in model.graph.initializer}
-    convs = [
-        n.name for n in model.graph.node if n.op_type == "Conv" and n.name not in branches and n.input[1] in constants
-    ]
-    if not convs or not batches:
-        return model
-    # While calibrating, slots are inputs without a default: feed what the default would have been.
-    empty = {t.name: numpy_helper.to_array(t) for t in held}
-    onnx.save(model, scratch / "float.onnx")
-    quantize_static(
-        str(scratch / "float.onnx"), str(scratch / "convs.onnx"), _Feeds([{**b, **empty} for b in batches]),
-        quant_format=QuantFormat.QDQ, op_types_to_quantize=["Conv"], nodes_to_quantize=convs, per_channel=True,
-        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, calibrate_method=CalibrationMethod.MinMax,
-    )  # fmt: skip
-    return onnx.load(scratch / "convs.onnx")
-
-
-def _dynamic_matrices(model: onnx.ModelProto, branches: set[str], scratch: Path) -> onnx.ModelProto:
-    """Quantize the constant operand of products, each output column with its own scale."""
-    constants = {t.name for t in model.graph.initializer}
-    nodes = [
-        n.name
-        for n in model.graph.node
-        if n.op_type in _MATRIX_OPS and n.name not in branches and constants & set(n.input[:2])
-    ]
-    if not nodes:
-        return model
-    # The tool rewrites Gemm to MatMul and renames it, so that no list of wanted nodes would match: exclude instead.
-    unwanted = [n.name for n in model.graph.node if n.op_type in _MATRIX_OPS and n.name not in nodes]
-    onnx.save(model, scratch / "matrices_in.onnx")
-    quantize_dynamic(
-        str(scratch / "matrices_in.onnx"), str(scratch / "matrices.onnx"), op_types_to_quantize=list(_MATRIX_OPS),
-        nodes_to_exclude=unwanted, per_channel=True, weight_type=QuantType.QInt8,
-    )  # fmt: skip
-    return onnx.load(scratch / "matrices.onnx")
-
-
-def _quantize_tables(graph: onnx.GraphProto) -> None:
-    """Replace float tables that only Gather reads by s8 rows and their scales: gather both, then multiply."""
-    tables = {t.name: t for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) == 2}
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    for name, table in tables.items():
-        nodes = readers.get(name, [])
-        rows_only = all(
-            n.op_type == "Gather" and n.input[0] == name and name not in n.input[1:] and _axis(n) == 0 for n in nodes
-        )
-        if not nodes or not rows_only or 4 * int(np.prod(table.dims)) < _MIN_TABLE_BYTES:
-            continue
-        values = numpy_helper.to_array(table)
-        scale = np.maximum(np.abs(values).max(axis=1, keepdims=True), np.finfo(np.float32).tiny) / np.float32(127)
-        codes = np.clip(np.rint(values / scale), -127, 127).astype(np.int8)
-        graph.initializer.remove(table)
-        graph.initializer.append(numpy_helper.from_array(codes, f"{name}_quantized"))
-        graph.initializer.append(numpy_helper.from_array(scale.astype(np.float32), f"{name}_scale"))
-        for node in nodes:
-            _gather_and_scale(graph, node, name)
-
-
-def _axis(node: onnx.NodeProto) -> int:
-    return next((int(a.i) for a in node.attribute if a.name == "axis"), 0)
-
-
-def _gather_and_scale(graph: onnx.GraphProto, node: onnx.NodeProto, name: str) -> None:
-    """y = table[i] becomes y = float(codes[i]) * scale[i]."""
-    at, out, base = list(graph.node).index(node), node.output[0], node.name
-    parts = [
-        helper.make_node(
-            "Gather", [f"{name}_quantized", node.input[1]], [f"{base}_codes"], name=f"{base}_codes", axis=0
-        ),
-        helper.make_node("Gather", [f"{name}_scale", node.input[1]], [f"{base}_scale"], name=f"{base}_scale", axis=0),
-        helper.make_node("Cast", [f"{base}_codes"], [f"{base}_float"], name=f"{base}_float", to=onnx.TensorProto.FLOAT),
-        helper.make_node("Mul", [f"{base}_float", f"{base}_scale"], [out], name=f"{base}_rows"),
-    ]
-    graph.node.remove(node)
-    for i, part in enumerate(parts):
-        graph.node.insert(at + i, part)
-
-
-def _drop_unused(graph: onnx.GraphProto, *, keep: set[str]) -> None:
+def drop_unused(graph: onnx.GraphProto, *, keep: set[str]) -> None:
     """Remove constants that nothing reads any more."""
     read = {name for node in graph.node for name in node.input} | {o.name for o in graph.output} | keep
     for tensor in [t for t in graph.initializer if t.name not in read]:
         graph.initializer.remove(tensor)
 
 
-def _restore_header(model: onnx.ModelProto, source: onnx.ModelProto) -> None:
+def restore_header(model: onnx.ModelProto, source: onnx.ModelProto) -> None:
     """Keep the source's header and input order; remove what the tools noted about themselves."""
     model.ir_version = source.ir_version
     model.producer_name, model.producer_version = source.producer_name, source.producer_version

@@ -12,6 +12,7 @@ A form is a module of this package (or of the entry-point group `lrcompress.fact
     to_tensor(factors, shape) -> Tensor
     linear(factors, x) | conv(factors, x, geometry) | embedding(factors, ids)     the forward pass, factor by factor
     n_macs(shape, rank, positions) -> int
+    factor_shapes(shape, rank) -> dict[str, tuple]          optional: shapes of the factors, what bits and times are told from
     AUTO = False                                            optional: "auto" does not choose it, a user may
     INTEGER: frozenset[str]                                 optional: factors that are positions, stored as int32
     PLAIN: str                                              optional: the same product at the same rank, in a plain gauge

@@ -34,5 +34,9 @@ def embedding(factors: Mapping[str, Tensor], ids: Tensor) -> Tensor:
     return F.embedding(ids, factors["weight"])
 
 
+def factor_shapes(shape: tuple[int, ...], rank: Rank = 0) -> dict[str, tuple[int, ...]]:
+    return {"weight": shape}
+
+
 def n_macs(shape: tuple[int, ...], rank: Rank, positions: int) -> int:
     return math.prod(shape) * positions

@@ -33,6 +33,10 @@ def n_params(shape: tuple[int, ...], rank: Rank) -> int:
     return shape[0] * svd.n_params(shape[1:], rank)
 
 
+def factor_shapes(shape: tuple[int, ...], rank: Rank) -> dict[str, tuple[int, ...]]:
+    return {n: (shape[0], *own) for n, own in svd.factor_shapes(shape[1:], rank).items()}
+
+
 def n_macs(shape: tuple[int, ...], rank: Rank, positions: int) -> int:
     return n_params(shape, rank) * positions
 

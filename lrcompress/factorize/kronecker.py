@@ -74,6 +74,12 @@ def n_params(shape: tuple[int, ...], rank: Rank) -> int:
     return rank * (m1 * n1 + m2 * n2)
 
 
+def factor_shapes(shape: tuple[int, ...], rank: Rank) -> dict[str, tuple[int, ...]]:
+    assert isinstance(rank, int)
+    first, second = blocks(shape)
+    return {"B": (rank, *first), "C": (rank, second[0], shape[1] // first[1], *shape[2:])}
+
+
 def n_macs(shape: tuple[int, ...], rank: Rank, positions: int) -> int:
     assert isinstance(rank, int)
     return rank * positions * min(_costs(*blocks(shape), math.prod(shape[2:])))

@@ -35,6 +35,11 @@ def n_params(shape: tuple[int, ...], rank: Rank) -> int:
     return svd.n_params(shape, rank) - rank * rank
 
 
+def factor_shapes(shape: tuple[int, ...], rank: Rank) -> dict[str, tuple[int, ...]]:
+    assert isinstance(rank, int)
+    return {"P": (rank, *shape[1:]), "T": (shape[0] - rank, rank), "order": (shape[0],)}
+
+
 def n_macs(shape: tuple[int, ...], rank: Rank, positions: int) -> int:
     return n_params(shape, rank) * positions
 

@@ -48,6 +48,17 @@ def n_params(shape: tuple[int, ...], rank: Rank) -> int:
     return spatial_svd.n_params(shape, rank) - rank * min(rank, shape[0])
 
 
+def factor_shapes(shape: tuple[int, ...], rank: Rank) -> dict[str, tuple[int, ...]]:
+    """Return the shapes with the vertical filters first and the taps that usually stay; both depend on the weight."""
+    assert isinstance(rank, int)
+    plain = spatial_svd.factor_shapes(shape, rank)
+    taps = plain["second"][-1]
+    found = {"first": plain["first"]}
+    if taps > 1:
+        found["around" if taps == 3 else "after"] = (*plain["second"][:-1], taps - 1)
+    return found if rank >= shape[0] else {**found, "T": (shape[0] - rank, rank), "order": (shape[0],)}
+
+
 def n_macs(shape: tuple[int, ...], rank: Rank, positions: int) -> int:
     return n_params(shape, rank) * positions
 

@@ -39,6 +39,14 @@ def n_params(shape: tuple[int, ...], rank: Rank) -> int:
     return plain - rank[0] ** 2 - rank[1] ** 2
 
 
+def factor_shapes(shape: tuple[int, ...], rank: Rank) -> dict[str, tuple[int, ...]]:
+    assert not isinstance(rank, int)
+    found: dict[str, tuple[int, ...]] = {"core": (*rank, *shape[2:])}
+    if rank[1] < shape[1]:
+        found |= {"S": (rank[1], shape[1] - rank[1]), "inputs": (shape[1],)}
+    return found if rank[0] == shape[0] else {**found, "T": (shape[0] - rank[0], rank[0]), "order": (shape[0],)}
+
+
 def n_macs(shape: tuple[int, ...], rank: Rank, positions: int) -> int:
     return n_params(shape, rank) * positions
 

@@ -50,6 +50,14 @@ def n_params(shape: tuple[int, ...], rank: Rank) -> int:
     return rank * (inner * kh + out * kw)
 
 
+def factor_shapes(shape: tuple[int, ...], rank: Rank) -> dict[str, tuple[int, ...]]:
+    """Return the shapes with the vertical filters first; which way round is better depends on the weight."""
+    assert isinstance(rank, int)
+    out, inner, kh, kw = _axes(shape)
+    flat = (1,) * (len(shape) - 3)
+    return {"first": (rank, inner, kh, *flat), "second": (out, rank, *flat, kw)}
+
+
 def n_macs(shape: tuple[int, ...], rank: Rank, positions: int) -> int:
     return n_params(shape, rank) * positions
 

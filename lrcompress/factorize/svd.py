@@ -53,6 +53,11 @@ def n_params(shape: tuple[int, ...], rank: Rank) -> int:
     return rank * sum(sides(shape))
 
 
+def factor_shapes(shape: tuple[int, ...], rank: Rank) -> dict[str, tuple[int, ...]]:
+    assert isinstance(rank, int)
+    return {"U": (shape[0], rank), "V": (rank, *shape[1:])}
+
+
 def n_macs(shape: tuple[int, ...], rank: Rank, positions: int) -> int:
     return n_params(shape, rank) * positions
 

@@ -59,6 +59,11 @@ def n_params(shape: tuple[int, ...], rank: Rank) -> int:
     return shape[1] * inner + inner * out * math.prod(shape[2:]) + out * shape[0]
 
 
+def factor_shapes(shape: tuple[int, ...], rank: Rank) -> dict[str, tuple[int, ...]]:
+    out, inner = _pair(rank)
+    return {"O": (shape[0], out), "core": (out, inner, *shape[2:]), "I": (inner, shape[1])}
+
+
 def n_macs(shape: tuple[int, ...], rank: Rank, positions: int) -> int:
     return n_params(shape, rank) * positions
 

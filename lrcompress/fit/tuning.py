@@ -9,8 +9,9 @@ Source: one measured loss per layer as LEMS does it (maths.md §7.2); the rest i
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -27,6 +28,8 @@ from .judge import Judge
 _TRUST = 30.0
 #: Swaps that are tried.
 TRIALS = 8
+#: Changes a network for as long as it is entered.
+Changed = Callable[[nn.Module], contextlib.AbstractContextManager[None]]
 
 
 class Bench:
@@ -39,8 +42,11 @@ class Bench:
         self.menus = {m.layer.name: m for m in menus}
         self._made: dict[tuple[str, str, object], Factorization | None] = {}
 
-    def loss(self, options: Mapping[str, Option]) -> float | None:
-        """Return what the network loses with these layers changed and the others as they are; None where a form refuses."""
+    def loss(self, options: Mapping[str, Option], changed: Changed | None = None) -> float | None:
+        """Return what the network loses with these layers changed and the others as they are; None where a form refuses.
+
+        `changed`: what else is done to it meanwhile.
+        """
         kept = {}
         try:
             for name, option in options.items():
@@ -51,10 +57,15 @@ class Bench:
                     return None
                 kept[name] = self.network.get_submodule(name)
                 replace_layer(self.network, name, found)
-            return self.judge.loss(self.network)
+            with changed(self.network) if changed is not None else contextlib.nullcontext():
+                return self.judge.loss(self.network)
         finally:
             for name, module in kept.items():
                 set_submodule(self.network, name, module)
+
+    def refuses(self, name: str, option: Option) -> bool:
+        """Return whether the form does not hold this weight at this rank."""
+        return option.form != "dense" and name in self.menus and self._factors(name, option) is None
 
     def _factors(self, name: str, option: Option) -> Factorization | None:
         key = name, option.form, option.rank

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from .opened import KINDS, OpenedModel
 #: What a checkpoint calls a module that was given in memory, without the code that makes it.
 OBJECT = "object"
 _PROGRAMS = ("pt2", "torchscript")
+#: What says whose a model is and what it is for, by file name. A README is a model card in a Hugging Face folder only.
+_NOTICE = re.compile(r"(LICEN[CS]E|NOTICE|COPYING|MODEL_CARD)([._-][A-Za-z0-9._-]{1,40})?", re.IGNORECASE)
+_MAX_NOTICE_BYTES = 1 << 20
 
 
 def describe(opened: OpenedModel, folder: Path) -> dict[str, Any]:
@@ -35,7 +39,31 @@ def describe(opened: OpenedModel, folder: Path) -> dict[str, Any]:
     if opened.kind in _PROGRAMS and "graph" in opened.extra:
         write_atomic(folder / programs.GRAPH, opened.extra["graph"])
         found["files"] = [programs.GRAPH]
+    notices = copy_notices(_source_folder(opened), folder, card=opened.kind == "huggingface")
+    if notices:
+        found["files"] = [*found.get("files", []), *notices]
     return found
+
+
+def copy_notices(source: Path | None, folder: Path, *, card: bool) -> list[str]:
+    """Copy licences, and with `card` the README too, byte for byte; return the names."""
+    if source is None or not source.is_dir():
+        return []
+    names = [p.name for p in sorted(source.iterdir()) if _NOTICE.fullmatch(p.name) or (card and p.name == "README.md")]
+    found = []
+    for name in names:
+        path = source / name
+        if path.is_file() and path.stat().st_size <= _MAX_NOTICE_BYTES:
+            write_atomic(folder / name, path.read_bytes())
+            found.append(name)
+    return found
+
+
+def _source_folder(opened: OpenedModel) -> Path | None:
+    """Return the folder that a model's files lie in; None for one from memory."""
+    if "folder" in opened.extra:
+        return Path(opened.extra["folder"])
+    return None if opened.path is None else Path(opened.path).parent
 
 
 def skeleton(spec: Mapping[str, Any], folder: Path) -> OpenedModel:

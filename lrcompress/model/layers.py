@@ -83,6 +83,20 @@ class FactorizedLayer(nn.Module):
         self.form, self.rank, self.factor_names = "dense", 0, ("weight",)
         self._parameters["weight"] = nn.Parameter(weight.detach().clone())
 
+    def become_form(self, form_name: str, factors: Mapping[str, Tensor]) -> None:
+        """Hold `factors` of the form `form_name`, in the place of those that are there."""
+        old = next(p for p in self.factors.values() if p.is_floating_point())
+        for name in self.factor_names:
+            (self._parameters if name in self._parameters else self._buffers).pop(name)
+        self.form, self.factor_names = form_name, tuple(factors)
+        for name, value in factors.items():
+            if isinstance(value, nn.Parameter):
+                self._parameters[name] = value
+            elif value.is_floating_point():
+                self._parameters[name] = nn.Parameter(value.detach().to(old.device, old.dtype).contiguous())
+            else:
+                self.register_buffer(name, value.to(old.device))
+
     def merged_weight(self) -> Tensor:
         """Return the dense weight with the active adapters added."""
         total = self.weight

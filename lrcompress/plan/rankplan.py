@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from .selection import Budget, Choice, dense
 
 SCHEMA = 1
 MAKER = "lrcompress plan"
+#: Bits that a plan may give a layer's weights: those that `export --quantize plan` writes.
+BITS = (32, 16, 8, 4)
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ class RankPlan:
     """The plan of one model under one budget.
 
     `predicted_loss` is the sum over layers, `measured_loss` that of the whole planned network before anything makes up
-    for drift, `bound` what no allocation of these options can be below; None where it was not asked for.
+    for drift, `bound` what no allocation of these options can be below; None where it was not asked for. `about`: what
+    else belongs into the file.
     """
 
     model_digest: str
@@ -68,6 +71,7 @@ class RankPlan:
     predicted_loss: float | None = None
     measured_loss: float | None = None
     bound: float | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -109,6 +113,7 @@ class RankPlan:
             "predicted_loss": _rounded(self.predicted_loss),
             "measured_loss": _rounded(self.measured_loss),
             "bound": _rounded(self.bound),
+            **self.about,
             "layers": [_layer_json(p) for p in self.layers],
         }
 
@@ -195,7 +200,7 @@ def read_plan(path: Path, layers: Sequence[Layer], model_digest: str | None = No
     """Return the choices of a plan file; layers that it does not name stay dense.
 
     Raises `PlanError` for a file that is no plan, a plan of another model (where both say which), an unknown layer or
-    form, a rank its layer does not have, or bits that are not the weight's.
+    form, a rank its layer does not have, or bits that no export writes.
     """
     value = _object(path)
     if value.get("schema") != SCHEMA:
@@ -213,6 +218,25 @@ def read_plan(path: Path, layers: Sequence[Layer], model_digest: str | None = No
             raise PlanError(f"{path}: layers[{i}]", "each layer once", choice.name)
         planned[choice.name] = choice
     return [planned.get(layer.name, dense(layer, layer.reason or "not in the plan")) for layer in layers]
+
+
+def read_bits(path: Path) -> dict[str, int]:
+    """Return the bits of a plan's layers that it gives other than 32: what an export makes of them.
+
+    Raises `PlanError` for a file that is no plan, or bits that no export writes.
+    """
+    found = {}
+    for i, entry in enumerate(_object(path)["layers"]):
+        bits = entry.get("bits") if isinstance(entry, dict) else None
+        if bits is not None:
+            found[str(entry.get("name"))] = _checked_bits(f"{path}: layers[{i}] ({entry.get('name')})", bits)
+    return {name: bits for name, bits in found.items() if bits < 32}
+
+
+def _checked_bits(where: str, bits: Any) -> int:
+    if type(bits) is not int or bits not in (64, *BITS):  # a double stays what it is
+        raise PlanError(where, f"bits {', '.join(map(str, BITS))}", bits, "write one of them, or leave bits out")
+    return bits
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -239,9 +263,8 @@ def _planned(where: str, entry: Any, known: Mapping[str, Layer]) -> Choice:
             "a plan belongs to one model",
         )
     where = f"{where} ({layer.name})"
-    own_bits = layer.weight.element_size() * 8
-    if entry.get("bits") not in (None, own_bits):
-        raise PlanError(where, f"bits {own_bits}, those of the weight", entry["bits"], "quantize with export")
+    if entry.get("bits") is not None:
+        _checked_bits(where, entry["bits"])
     if entry["form"] == "dense":
         return dense(layer, layer.reason or str(entry.get("reason") or "the plan keeps it dense"))
     if layer.reason is not None:

@@ -7,6 +7,10 @@ add("repo", "adapters/first", group="default", passphrase=p)
 from __future__ import annotations
 
 from .checking import verify
-from .releases import add, init_repository, refresh, rollback, status
+from .creating import Setup
+from .releases import add, init_repository, rollback, status
+from .upkeep import prune, refresh, revoke, rotate_keys
 
-__all__ = ["add", "init_repository", "refresh", "rollback", "status", "verify"]
+__all__ = [
+    "Setup", "add", "init_repository", "prune", "refresh", "revoke", "rollback", "rotate_keys", "status", "verify",
+]  # fmt: skip

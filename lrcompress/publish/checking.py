@@ -13,7 +13,9 @@ from tuf.ngclient import FetcherInterface, Updater
 
 from ..errors import UpdateError
 from ..files import contained
-from .repository import Repository, now
+from ..phases import CANDIDATE, PLACES, STABLE
+from .repository import Repository
+from .upkeep import expiries
 
 
 class FolderFetcher(FetcherInterface):
@@ -31,10 +33,10 @@ class FolderFetcher(FetcherInterface):
             raise DownloadHTTPError(f"{url}: {e}", 404) from e
 
 
-def verify(repo: str | Path) -> dict[str, Any]:
-    """Walk from the first root to every group's payload; return what was found and what expires first.
+def verify(repo: str | Path, *, within_days: int = 0) -> dict[str, Any]:
+    """Walk from the first root to every file that groups offer; return what was found and when what expires.
 
-    Raises `UpdateError` with the first thing a device would refuse.
+    Raises `UpdateError` with the first thing a device would refuse, or for what expires in `within_days`.
     """
     repository = Repository(Path(repo))
     first = repository.metadata / "1.root.json"
@@ -50,11 +52,7 @@ def verify(repo: str | Path) -> dict[str, Any]:
             )  # fmt: skip
             updater.refresh()
             for group in repository.groups():
-                info = updater.get_targetinfo(repository.target_path(group))
-                if info is None:
-                    raise UpdateError(repository.folder, f"a release of group {group}", "none that a client finds")
-                updater.download_target(info)
-                groups.append({"group": group, "seq": (info.custom or {}).get("seq"), "bytes": info.length})
+                groups += _walk(repository, updater, group)
         except (RepositoryError, DownloadError, OSError, ValueError) as e:
             raise UpdateError(
                 repository.folder,
@@ -62,11 +60,34 @@ def verify(repo: str | Path) -> dict[str, Any]:
                 f"{type(e).__name__}: {e}",
                 "see 'lrcompress publish refresh'",
             ) from e
-    roles = ["root", "targets", "snapshot", "timestamp", *repository.groups()]
-    expires = {role: repository.read(role).signed.expires for role in roles}
-    soonest = min(expires, key=lambda r: expires[r])
-    days = (expires[soonest].replace(tzinfo=now().tzinfo) - now()).days
+    expires = expiries(repository)
+    first_to_go = expires[0]
+    if first_to_go["days"] < within_days:
+        raise UpdateError(
+            repository.folder, f"signatures that hold for {within_days} days", f"{first_to_go['role']}: {first_to_go['days']} days",
+            "run 'lrcompress publish refresh' with its key",
+        )  # fmt: skip
     return {
         "repository": str(repository.folder), "model": repository.model, "groups": groups,
-        "expires_first": {"role": soonest, "at": expires[soonest].isoformat(), "days": days},
+        "expires_first": first_to_go, "expires": expires,
     }  # fmt: skip
+
+
+def _walk(repository: Repository, updater: Updater, group: str) -> list[dict[str, Any]]:
+    """Download every target of a group as a client; return one row for what everybody and what some are offered."""
+    rows, seqs = [], dict[int, str]()
+    for release in repository.history(group):
+        if seqs.setdefault(release.seq, release.sha256) != release.sha256:
+            raise UpdateError(repository.folder, f"one payload for seq {release.seq} of {group}", "two")
+    offered = repository.read(group).signed.targets
+    for path in sorted(offered):
+        info = updater.get_targetinfo(path)
+        if info is None:
+            raise UpdateError(repository.folder, f"the target {path}", "none that a client finds")
+        updater.download_target(info, filepath=str(Path(updater.target_dir or ".") / "file"))
+        name = path.rpartition("/")[2]
+        if name in (STABLE, CANDIDATE):
+            about = info.custom or {}
+            row = {"group": group, "seq": about.get("seq"), "bytes": info.length}
+            rows.append(row if name == STABLE else {**row, "percent": about.get("places", 0) * 100 / PLACES})
+    return rows

@@ -6,120 +6,208 @@ rollback(repo, 1, group="default", passphrase=p)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tuf.api.metadata import TargetFile
 
 from .. import payload as payloads
 from .._version import __version__
 from ..errors import CommandError, PayloadError
 from ..files import sha256_bytes, sha256_file
-from ..golden import compare, load_golden, project
-from ..manifest import GOLDEN, Manifest, load_limits
-from ..payload import Payload
-from ..runtime import Session
+from ..manifest import Manifest, load_limits
+from ..phases import CANDIDATE, CHANNELS, STABLE, delta_name
+from .creating import Setup, create
+from .encoding import choose
 from .keys import KeyStore
-from .repository import Repository, check_group, create, now
-
-#: How far an encoding may move a golden output from what the f32 payload answers, relative to max(1, max|output|).
-ENCODING_TOLERANCE = 1e-2
-ENCODINGS = ("int8", "f16", "f32")
+from .repository import Change, Release, Repository, check_group, now
 
 
 def init_repository(
-    repo: str | Path, exported: str | Path, keys: str | Path | None = None, *, passphrase: str
+    repo: str | Path,
+    exported: str | Path,
+    keys: str | Path | None = None,
+    *,
+    passphrase: str,
+    setup: Setup | None = None,
 ) -> dict[str, Any]:
     """Make a repository for an exported model; keys go to `keys` (default REPO.keys beside it)."""
     folder = Path(repo)
     place = Path(keys) if keys is not None else folder.parent / f"{folder.name}.keys"
-    found = create(folder, Path(exported), place, passphrase=passphrase)
+    found = create(folder, Path(exported), place, passphrase=passphrase, setup=setup)
     return {
         "repository": str(folder),
         "model": found.model,
         "root": str(folder / "metadata" / "1.root.json"),
         "keys": str(place),
+        "roles": {
+            n: {"threshold": r.threshold, "keys": list(r.keyids)} for n, r in found.read("root").signed.roles.items()
+        },
     }
 
 
 def add(
-    repo: str | Path, source: str | Path, *, group: str = "default", encoding: str = "auto", passphrase: str
+    repo: str | Path,
+    source: str | Path,
+    *,
+    group: str = "default",
+    encoding: str = "auto",
+    channel: str = "stable",
+    passphrase: str,
+    keys: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Publish `source` (an adapter folder or a payload file) to `group`; return seq, hash, sizes and encoding.
 
-    `encoding` auto keeps the smallest that answers like f32. Raises `PayloadError` for what does not fit the base.
+    `encoding` auto keeps the smallest that answers like f32, and deltas from what devices have where those save bytes.
+    Channel `canary` offers it to the devices of that channel only, until `rollout` widens it. Raises `PayloadError` for
+    what does not fit the base, `CommandError` while another release is being rolled out.
     """
-    if encoding not in ("auto", *ENCODINGS):
-        raise CommandError("lrcompress publish add --encoding", f"auto, {', '.join(ENCODINGS)}", encoding)
     check_group(group)
+    if channel not in CHANNELS:
+        raise CommandError("lrcompress publish add --channel", " or ".join(CHANNELS), channel)
     repository = Repository(Path(repo))
-    keys = KeyStore(repository.keys_folder, passphrase)
+    store = KeyStore(repository.keys_folder, passphrase, keys)
     with repository.locked():
-        manifest = Manifest.load(repository.exported)
-        if manifest.model != repository.model:
-            raise PayloadError(
-                repository.exported, f"the model {repository.model}", manifest.model, "this repository serves one model"
-            )
+        check_not_rolling(repository, group)
+        manifest = load_base(repository)
         kind, tensors = _tensors(Path(source), manifest)
-        data, chosen, sizes = _smallest(repository.exported, manifest, kind, tensors, encoding)
+        encoded = choose(repository.exported, manifest, kind, tensors, encoding, earlier(repository, group))
         limit = load_limits(repository.exported)["max_payload_bytes"]
-        if len(data) > limit:
+        if len(encoded.data) > limit:
             raise PayloadError(
-                source, f"at most {int(limit)} bytes, as device.json says", len(data), "use a smaller rank or encoding"
+                source,
+                f"at most {int(limit)} bytes, as device.json says",
+                len(encoded.data),
+                "use a smaller rank or encoding",
             )
-        before = repository.latest(group)
-        custom = _record(manifest, sha256_bytes(data), 1 if before is None else before.seq + 1, kind, chosen)
-        target = TargetFile(len(data), {"sha256": custom["sha256"]}, repository.target_path(group))
-        repository.publish(keys, group, data, target, custom)
-        return _report(repository, group, custom, len(data)) | {"encoding": chosen, "sizes": sizes}
+        custom = _record(manifest, encoded.sha256, next_seq(repository, group), kind, encoded.encoding)
+        name = STABLE
+        if channel == "canary":
+            name, custom = CANDIDATE, {**custom, "places": 0}
+        change = Change(drop=stale_deltas(repository, group, stable=channel == "stable"))
+        change.add(name, encoded.data, custom)
+        for base, delta in encoded.deltas.items():
+            change.add(delta_name(base, encoded.sha256), delta, {"from": base, "to": encoded.sha256})
+        repository.apply(store, group, change)
+        # What a device with the payload before this one fetches.
+        shortest = next(iter(encoded.deltas.values()), encoded.data)
+        return report(repository, group, custom, len(shortest)) | {
+            "encoding": encoded.encoding if shortest is encoded.data else "delta",
+            "whole": {"encoding": encoded.encoding, "bytes": len(encoded.data)},
+            "sizes": encoded.sizes,
+            "channel": channel,
+        }
 
 
-def rollback(repo: str | Path, to_seq: int, *, group: str = "default", passphrase: str) -> dict[str, Any]:
-    """Sign a new release of `group` that points at the bytes of release `to_seq`."""
+def rollback(
+    repo: str | Path, to_seq: int, *, group: str = "default", passphrase: str, keys: Sequence[Path] = ()
+) -> dict[str, Any]:
+    """Sign a new release of `group` that points at the bytes of release `to_seq`; 0 is the model as delivered."""
     check_group(group)
     repository = Repository(Path(repo))
-    keys = KeyStore(repository.keys_folder, passphrase)
+    store = KeyStore(repository.keys_folder, passphrase, keys)
     with repository.locked():
+        check_not_rolling(repository, group)
         history = {r.seq: r for r in repository.history(group)}
-        current = max(history.values(), key=lambda r: r.seq)
+        current = repository.latest(group)
         old = history.get(to_seq)
-        if old is None:
+        if current is None or (old is None and to_seq != 0):
             raise CommandError(
                 "lrcompress publish rollback --to",
-                f"a seq of group {group}: {', '.join(map(str, sorted(history)))}",
+                f"a seq of group {group}: {', '.join(map(str, sorted(history)))}, or 0 for the model as delivered",
                 to_seq,
             )
-        if old.custom["sha256"] == current.custom["sha256"]:
+        change, custom = back_to(repository, group, old, undone=current.seq)
+        if custom["sha256"] == current.sha256:
             raise CommandError(
                 "lrcompress publish rollback --to",
                 "a release other than what is served",
                 f"seq {to_seq}, which is the same payload",
             )
-        file = repository.payload_file(group, old.custom["sha256"])
-        if not file.is_file() or sha256_file(file) != old.custom["sha256"]:
-            raise PayloadError(
-                file, "the payload of that release", "it is gone or changed", "publish it again with 'add'"
-            )
-        custom = {
-            **old.custom,
-            "seq": current.seq + 1,
-            "rollback_of": current.seq,
-            "issued": now().isoformat(),
-            "min_version": __version__,
-        }
-        target = TargetFile(old.target.length, dict(old.target.hashes), repository.target_path(group))
-        repository.publish(keys, group, None, target, custom)
-        return _report(repository, group, custom, old.target.length)
+        repository.apply(store, group, change)
+        return report(repository, group, custom, change.put[STABLE].length)
 
 
-def refresh(repo: str | Path, *, passphrase: str) -> dict[str, Any]:
-    """Sign snapshot and timestamp again, so that they do not expire."""
-    repository = Repository(Path(repo))
-    with repository.locked():
-        repository.refresh(KeyStore(repository.keys_folder, passphrase))
-    return status(repo)
+def back_to(repository: Repository, group: str, old: Release | None, *, undone: int) -> tuple[Change, dict[str, Any]]:
+    """Return the change that offers an old release's bytes (None: a correction of rank 0) to everybody, and its record."""
+    change = Change(drop=lambda name: name == CANDIDATE or name.endswith(".delta"))
+    seq = next_seq(repository, group)
+    about = {"seq": seq, "rollback_of": undone, "issued": now().isoformat(), "min_version": __version__}
+    if old is None:
+        manifest = load_base(repository)
+        encoded = choose(repository.exported, manifest, *nothing(manifest), encoding="f32")
+        custom = {**_record(manifest, encoded.sha256, seq, nothing(manifest)[0], "f32"), **about}
+        change.add(STABLE, encoded.data, custom)
+        return change, custom
+    custom = {**old.custom, **about}
+    custom.pop("places", None)
+    change.point(STABLE, old.target.length, old.sha256, custom)
+    change.files.update(stable_bytes(repository, group, old))
+    return change, custom
+
+
+def stable_bytes(repository: Repository, group: str, release: Release) -> dict[str, bytes]:
+    """Return what must be written so that a release's bytes lie where everybody looks. Raises `PayloadError` if they are gone."""
+    for name in (STABLE, CANDIDATE):
+        file = repository.payload_file(group, release.sha256, name)
+        if file.is_file() and sha256_file(file) == release.sha256:
+            return {} if name == STABLE else {STABLE: file.read_bytes()}
+    file = repository.payload_file(group, release.sha256)
+    raise PayloadError(file, "the payload of that release", "it is gone or changed", "publish it again with 'add'")
+
+
+def check_not_rolling(repository: Repository, group: str) -> None:
+    """Raise `CommandError` while a release of the group is on its way."""
+    candidate = repository.candidate(group)
+    if candidate is not None:
+        raise CommandError(
+            f"group {group}", "no rollout under way", f"seq {candidate.seq} at {candidate.percent:g} %",
+            "finish it ('publish rollout --percent 100') or halt it ('publish rollout --halt')",
+        )  # fmt: skip
+
+
+def load_base(repository: Repository) -> Manifest:
+    """Return the manifest of the artifact that this repository serves."""
+    manifest = Manifest.load(repository.exported)
+    if manifest.model != repository.model:
+        raise PayloadError(
+            repository.exported, f"the model {repository.model}", manifest.model, "this repository serves one model"
+        )
+    return manifest
+
+
+def next_seq(repository: Repository, group: str) -> int:
+    """Return a seq above every one that the group ever had."""
+    history = repository.history(group) if group in repository.groups() else []
+    return 1 + max([repository.memory().get(f"seq:{group}", 0), *(r.seq for r in history)])
+
+
+def earlier(repository: Repository, group: str, most: int = 2) -> list[bytes]:
+    """Return the newest payloads of a group that devices may have, newest first."""
+    found: dict[str, bytes] = {}
+    for release in reversed(repository.history(group) if group in repository.groups() else []):
+        for name in (STABLE, CANDIDATE):
+            file = repository.payload_file(group, release.sha256, name)
+            if len(found) < most and release.sha256 not in found and file.is_file():
+                data = file.read_bytes()
+                if sha256_bytes(data) == release.sha256:
+                    found[release.sha256] = data
+    return list(found.values())
+
+
+def stale_deltas(repository: Repository, group: str, *, stable: bool) -> Callable[[str], bool]:
+    """Return which targets a new release makes useless: all deltas, or those that do not lead to what everybody gets."""
+    latest = repository.latest(group)
+    keep = None if stable or latest is None else f"-{latest.sha256[:16]}.delta"
+    return lambda name: name.endswith(".delta") and not (keep is not None and name.endswith(keep))
+
+
+def nothing(manifest: Manifest) -> tuple[str, dict[str, np.ndarray]]:
+    """Return kind and tensors of the correction that corrects nothing: the model as delivered."""
+    from ..export.payloads import empty_tensors
+
+    return empty_tensors(manifest)
 
 
 def status(repo: str | Path) -> dict[str, Any]:
@@ -132,6 +220,7 @@ def status(repo: str | Path) -> dict[str, Any]:
             {
                 **{k: r.custom.get(k) for k in ("seq", "sha256", "kind", "encoding", "issued", "rollback_of")},
                 "bytes": r.target.length,
+                "percent": r.percent,
             }
             for r in history
         ]
@@ -141,7 +230,7 @@ def status(repo: str | Path) -> dict[str, Any]:
     return {"repository": str(repository.folder), "model": repository.model, "groups": groups, "expires": expires}
 
 
-def _report(repository: Repository, group: str, custom: Mapping[str, Any], payload_bytes: int) -> dict[str, Any]:
+def report(repository: Repository, group: str, custom: Mapping[str, Any], payload_bytes: int) -> dict[str, Any]:
     roles = [group, "snapshot", "timestamp"]
     names = ["timestamp.json" if r == "timestamp" else f"{repository.version(r)}.{r}.json" for r in roles]
     metadata = sum((repository.metadata / n).stat().st_size for n in names)
@@ -170,45 +259,3 @@ def _tensors(source: Path, manifest: Manifest) -> tuple[str, dict[str, np.ndarra
         raise PayloadError(source, "an adapter folder or a payload file", e.strerror or str(e)) from e
     found.verify(manifest)
     return found.kind, dict(found.tensors)
-
-
-def _smallest(
-    exported: Path, manifest: Manifest, kind: str, tensors: Mapping[str, np.ndarray], encoding: str
-) -> tuple[bytes, str, dict[str, int]]:
-    """Return the payload, its encoding, and the sizes of all that were tried.
-
-    Golden outputs are computed from what a device will decode; an encoding that moves them too far is not taken.
-    """
-    golden = load_golden(exported / GOLDEN)
-    session = Session(exported, threads=1, manifest=manifest, verify=False)
-
-    def answers(data: bytes) -> Mapping[str, np.ndarray]:
-        session.swap(payloads.parse(data))
-        return session.run(golden.inputs)
-
-    reference = answers(payloads.build(tensors, manifest=manifest, kind=kind, encoding="f32"))
-    sizes: dict[str, int] = {}
-    best: tuple[bytes, str] | None = None
-    for name in ENCODINGS if encoding == "auto" else (encoding,):
-        bare = payloads.build(tensors, manifest=manifest, kind=kind, encoding=name)
-        outputs = answers(bare)
-        budget = max(1024, len(bare) // 10)
-        data = payloads.build(
-            tensors, manifest=manifest, kind=kind, encoding=name, golden=project(outputs, budget // 2)
-        )
-        sizes[name] = len(data)
-        faithful = compare(reference, outputs, ENCODING_TOLERANCE).passed
-        if best is None and (faithful or name == "f32"):
-            best = data, name
-        elif encoding == name and not faithful:
-            raise PayloadError(
-                f"--encoding {name}",
-                f"golden outputs within {ENCODING_TOLERANCE:.0%} of the f32 payload's",
-                "further away",
-                "use f16 or auto",
-            )
-    assert best is not None
-    return (*best, sizes)
-
-
-__all__ = ["ENCODINGS", "Payload", "add", "init_repository", "refresh", "rollback", "status"]

@@ -217,7 +217,7 @@ class ExportPart(Part):
 
     slots: tuple[str, ...] | None = None  # lora, and core where layers are factorized
     slot_include: tuple[str, ...] = ()
-    quantize: Literal["none", "int8"] = "none"
+    quantize: Literal["none", "fp16", "int8", "int4", "plan"] = "none"
 
 
 class ValidatePart(Part):

@@ -145,7 +145,7 @@ def to_plain_gauge(module: nn.Module) -> dict[str, str]:
             if plain in _COMPONENTS:
                 factors = _balanced(plain, factors)
         changed[name] = layer.form
-        _put(layer, plain, factors)
+        layer.become_form(plain, factors)
     return changed
 
 
@@ -158,22 +158,10 @@ def to_own_gauge(module: nn.Module, forms: Mapping[str, str]) -> None:
             continue
         weight = form(layer.form).to_tensor({k: v.detach().double() for k, v in layer.factors.items()}, layer.shape)
         try:
-            _put(layer, own, form(own).decompose(weight, layer.rank).factors)
+            layer.become_form(own, form(own).decompose(weight, layer.rank).factors)
         except Refused as e:
             note = f"{name}: {own} would lose accuracy now ({e}); it stays {layer.form}, which takes a few more numbers"
             warnings.warn(note, LrcompressWarning, stacklevel=2)
-
-
-def _put(layer: FactorizedLayer, form_name: str, factors: Mapping[str, Tensor]) -> None:
-    old = next(p for p in layer.factors.values() if p.is_floating_point())
-    for name in layer.factor_names:
-        (layer._parameters if name in layer._parameters else layer._buffers).pop(name)
-    layer.form, layer.factor_names = form_name, tuple(factors)
-    for name, value in factors.items():
-        if value.is_floating_point():
-            layer._parameters[name] = nn.Parameter(value.to(old.device, old.dtype).contiguous())
-        else:
-            layer.register_buffer(name, value.to(old.device))
 
 
 def _balanced(form_name: str, factors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,5 +1,5 @@
 """ONNX Runtime with one active payload: used by the device, by validation and by the publisher."""
 
-from .session import Session
+from .session import Session, session_options
 
-__all__ = ["Session"]
+__all__ = ["Session", "session_options"]

@@ -23,6 +23,16 @@ from ..payload import Payload
 EXACT_INT8 = ("session.x64quantprecision", "1")
 
 
+def session_options(threads: int) -> ort.SessionOptions:
+    """Return the options of every session: what is timed runs as what is served."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # the runtime warns once per slot that it is not constant: that is the point
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry(*EXACT_INT8)
+    return options
+
+
 @dataclass(frozen=True)
 class Active:
     """What one request needs of a payload: our own copies, alive as long as anyone holds this object."""
@@ -42,11 +52,7 @@ class Session:
         if verify:
             self.manifest.verify_files(exported)
         self.manifest.check_runtime(ort.__version__)
-        options = ort.SessionOptions()
-        options.log_severity_level = 3  # the runtime warns once per slot that it is not constant: that is the point
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.add_session_config_entry(*EXACT_INT8)
+        options = session_options(threads)
         try:
             self._session = ort.InferenceSession(str(exported / GRAPH), options, providers=["CPUExecutionProvider"])
         except Exception as e:  # the runtime raises its own private family

@@ -24,10 +24,12 @@ from .. import metrics
 from ..data import Data
 from ..errors import CommandError, LrcompressWarning, ManifestError
 from ..golden import GoldenSet, ParityReport, compare, compare_projected, load_golden
+from ..latency import LatencyTable
 from ..manifest import DATA, GOLDEN, GRAPH, Manifest
 from ..payload import Payload, parse
 from ..progress import Progress, Silent
 from ..runtime import Session
+from .pricing import priced
 from .targets import Answers, Job, check, cpu_class, run_on
 
 Predict = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
@@ -55,9 +57,12 @@ def validate(
     max_drop: float | None = None,
     on: Sequence[str] = ("cpu",),
     threads: int = 1,
+    latency: LatencyTable | None = None,
     progress: Progress | None = None,
 ) -> ValidateReport:
     """Check `exported` on every target of `on`; with `data` and `metric` also what it is worth, measured on this CPU.
+
+    `latency`: a table by which the time of one request is predicted, beside what it takes here.
 
     `max_drop` in the metric's unit; default 0.01, for a metric where less is better 1 % of the original's value.
     Raises `ManifestError` if the folder is not what its manifest says, `CommandError`, `DataError`, `HostError`.
@@ -75,6 +80,9 @@ def validate(
         at = next((r for r in rows if r["against"] == "compressed" and r["target"] == "cpu"), rows[0])
         at["metric"] = _measure(job, data, metric, predict_original, max_drop, progress)
         at["passed"] = at["passed"] and at["metric"]["passed"]
+    if latency is not None:
+        at = next((r for r in rows if r["against"] == "compressed" and r["target"] == "cpu"), rows[0])
+        at["latency"] = priced(job, latency)
     misses = tuple(_misses(rows))
     head = {"passed": not misses, "base_id": manifest.base_id, "precision": manifest.precision, "misses": list(misses)}
     return ValidateReport({**head, "targets": rows}, not misses, misses)
@@ -130,7 +138,7 @@ def _row(
         outputs = [o | {"tolerance": None, "passed": True} for o in outputs]
     return {
         "target": target, "against": against, "passed": all(o["passed"] for o in outputs), "outputs": outputs,
-        "max_abs_diff": report.max_abs_diff, "metric": None, "bytes": size, "p50_ms": None, "p95_ms": None,
+        "max_abs_diff": report.max_abs_diff, "metric": None, "bytes": size, "p50_ms": None, "p95_ms": None, "latency": None,
         "threads": job.threads,
     }  # fmt: skip
 

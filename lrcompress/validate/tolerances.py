@@ -21,14 +21,18 @@ At fp32, kernels and processors differ in the order of a sum: 1e-4 is ten times 
 At int8 no fixed number is right. Ranges that are measured at run time turn a last bit into another rounding, and deep
 networks amplify it: moving MiniLM's norms by 1e-7 moves its int8 sentence embedding by 1.9e-2 on one and the same
 processor, as much as ARM does. What a model may differ from its fp32 self is therefore its own int8 distance, measured
-when it is exported, times `INT8_SLACK`, plus the floor of the table.
+when it is exported, times `INT8_SLACK`, plus the floor of the table. The same holds for 4 bits, whose activations are
+rounded to int8 block by block, and for a plan's mixture; 16 bits only store what is computed in 32.
 """
 
 from __future__ import annotations
 
 TOLERANCES: dict[str, dict[str, float]] = {
     "fp32": {"cpu": 1e-4, "arm64": 1e-4},
+    "fp16": {"cpu": 1e-4, "arm64": 1e-4},
     "int8": {"cpu": 1e-3, "arm64": 1e-3},
+    "int4": {"cpu": 1e-3, "arm64": 1e-3},
+    "plan": {"cpu": 1e-3, "arm64": 1e-3},
 }
 INT8_SLACK = 2.0
 

@@ -25,25 +25,30 @@ from .. import payload as payloads
 from ..adapt._files import AdapterFolder, read_adapter
 from ..data import Data
 from ..errors import CommandError, LrcompressError, LrcompressWarning, ModelError
+from ..export import onnx_adapter
 from ..export.gates import outputs_agree
 from ..export.graph import example_inputs
 from ..export.merging import merge_adapter
-from ..export.payloads import payload_tensors
+from ..export.payloads import check_base, payload_tensors
+from ..export.quantize import BLOCK, BLOCKS
 from ..export.slots import ALL_KINDS as SLOT_KINDS
 from ..export.targets import Request, Written
 from ..export.targets import target as find_target
 from ..files import check_output, sha256_file, staged_folder, write_json
-from ..golden import project
 from ..graphs import is_graph_checkpoint
 from ..manifest import DATA, GRAPH, REQUIRED, Manifest, base_id, slots_id
 from ..model import OpenedModel
+from ..model.adapting import every_target
 from ..model.cache import CachedModel, with_cache
 from ..model.checkpoint import Compressed, load_compressed, module_layers, state_of, tensors_digest
+from ..model.describing import copy_notices
 from ..model.surgery import count_parameters, wrap_dense
 from ..plan.profile import DeviceProfile, load_profile
+from ..plan.rankplan import BITS
 from ..progress import Progress, Silent
 from ..runtime import Session
 from ..validate.tolerances import tolerances
+from .adapter_out import with_goldens
 from .export_graph import export_graph
 from .predict import predictor
 from .sources import for_model
@@ -52,6 +57,8 @@ MAKER = "lrcompress export"
 MARKER = "manifest.json"
 GOLDEN_SAMPLES = 8
 _CALIBRATION_SAMPLES = 256
+#: What may be written beside a payload.
+EMITS = ("onnx_adapter",)
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,9 @@ def export(
     original: str | Path | None = None,
     name: str | None = None,
     device: str | Path | None = None,
+    emit: Sequence[str] = (),
     kv_cache: bool = False,
+    block: int = BLOCK,
     output: str | Path = "exported",
     trust_pickle: bool = False,
     trust_remote_code: bool = False,
@@ -85,24 +94,33 @@ def export(
 
     `slots`: kinds to wire (default: lora, and core where layers are factorized; dora only where asked for). `adapters`: folders to ship as payloads (default: every folder of `adapters/` beside the checkpoint that belongs
     to it). `merge`: one to bake in instead. `calib`: data for static int8 and for the goldens. `device`: a profile, by
-    name or file, whose limits go into `device.json`. `kv_cache`: a decoder takes its keys and values as inputs and gives them back. An `OpenedModel` gives the plain baseline. Raises `CommandError`, `ModelError`, `ParityError`.
+    name or file, whose limits go into `device.json`; a runtime of its that is too old is refused. `emit`: files to write
+    beside each payload: onnx_adapter. `kv_cache`: a decoder takes its keys and values as inputs and gives them back. `block`:
+    inputs that share a scale at 4 bits: more are fewer bytes, coarser. An `OpenedModel` gives the plain baseline. Raises
+    `CommandError`, `ModelError`, `ParityError`.
     """
     progress = progress or Silent()
     dest = Path(output)
+    if block not in BLOCKS:
+        raise CommandError("lrcompress export --block", f"one of {', '.join(map(str, BLOCKS))}", block)
     if isinstance(compressed, str | Path) and is_graph_checkpoint(Path(compressed)):
         report, dest = export_graph(
             compressed, target=target, slots=slots, slot_include=slot_include, quantize=quantize, calib=calib, merge=merge,
-            adapters=adapters, original=original, name=name, device=device, kv_cache=kv_cache, output=output,
-            progress=progress,
+            adapters=adapters, original=original, name=name, device=device, emit=tuple(emit), kv_cache=kv_cache, output=output,
+            block=block, progress=progress,
         )  # fmt: skip
         return ExportResult(report, dest)
-    exporter = _check(target, slots or ("none",), quantize)
+    exporter = _check(target, slots or ("none",), quantize, emit)
     profile = None if device is None else load_profile(device)
     check_output(dest, maker=MAKER, marker=MARKER)
     source = _source(compressed)
+    bits = _planned_bits(source) if quantize == "plan" else {}
     if kv_cache:
         source = replace(source, opened=with_cache(source.opened))
     module = copy.deepcopy(source.module)
+    chosen = [] if merge is not None else _adapters(adapters, source.folder, source.digest)
+    for folder in chosen:  # what cannot be shipped is said before a graph is traced
+        check_base(folder, read_adapter(folder, every_target(module)).base, source.digest)
     with progress.task("export", total=5) as advance:
         if merge is not None:
             merge_adapter(module, _of_base(read_adapter(_adapter_folder(merge, source.folder)), source.digest))
@@ -112,14 +130,12 @@ def export(
         golden = _golden(source, module, data, original, trust, quantize)
         advance(1, "traced")
         feeds = None if data is None else _feeds(data)
-        request = Request(source.opened, module, slots, slot_include, quantize, feeds, golden, advance)
+        request = Request(
+            source.opened, module, slots, slot_include, quantize, feeds, golden, advance, bits, profile, block
+        )  # fmt: skip
         with staged_folder(dest, maker=MAKER, marker=MARKER) as stage:
             report = _write(stage, dest, source, module, digest, exporter, request, name, profile)
-            shipped = (
-                []
-                if merge is not None or not report["slots"]
-                else _payloads(stage, _adapters(adapters, source.folder, digest), module)
-            )
+            shipped = _payloads(stage, chosen, module, emit) if report["slots"] else []
             report["payloads"] = [{"path": str(dest / "payloads" / p.name), "bytes": p.stat().st_size} for p in shipped]
             advance(1, "payloads")
     report["output"] = str(dest)
@@ -136,10 +152,13 @@ class _Source:
     name: str
 
 
-def _check(target: str, slots: Sequence[str], quantize: str) -> ModuleType:
+def _check(target: str, slots: Sequence[str], quantize: str, emit: Sequence[str]) -> ModuleType:
     where, exporter = "lrcompress export", find_target(target)
     if quantize not in exporter.QUANTIZE:
         raise CommandError(f"{where} --quantize", " or ".join(exporter.QUANTIZE), quantize)
+    other = sorted(set(emit) - set(EMITS))
+    if other:
+        raise CommandError(f"{where} --emit", " or ".join(EMITS), other[0])
     unknown = sorted(set(slots) - {*SLOT_KINDS, "none"})
     if unknown or ("none" in slots and len(slots) > 1):
         expected = "some of lora (which also serves LoHa, LoKr and LoKH), core and dora, or none"
@@ -158,6 +177,21 @@ def _source(compressed: str | Path | Compressed | OpenedModel) -> _Source:
     return _Source(
         found.opened, found.need_module("export"), found.digest, found.path, found, _model_name(Path(source))
     )
+
+
+def _planned_bits(source: _Source) -> dict[str, int]:
+    """Return the bits of the plan that the model was factorized by. Raises `CommandError` where it knows of none."""
+    spec = {} if source.compressed is None else source.compressed.spec
+    bits = spec.get("bits")
+    if not bits:
+        raise CommandError(
+            "lrcompress export --quantize plan", "a model that was factorized by a plan with bits", "none",
+            "factorize with --plan, or choose fp16, int8 or int4",
+        )  # fmt: skip
+    unknown = sorted(n for n, b in bits.items() if type(b) is not int or b not in BITS)
+    if unknown:
+        raise ModelError(f"{source.folder}: bits of {unknown[0]}", ", ".join(map(str, BITS)), bits[unknown[0]])
+    return dict(bits)
 
 
 def _model_name(path: Path | None) -> str:
@@ -236,12 +270,14 @@ def _write(
     files: dict[str, dict[str, Any]] = {
         n: {"sha256": sha256_file(stage / n), "bytes": (stage / n).stat().st_size} for n in REQUIRED
     }
+    notices = copy_notices(source.folder, stage, card=source.opened.kind == "huggingface")
+    told = {n: {"sha256": sha256_file(stage / n), "bytes": (stage / n).stat().st_size} for n in notices}
     value: dict[str, Any] = {
         "schema": 1, "made_by": MAKER, "model": name or source.name,
         "base_id": base_id(graph=files[GRAPH]["sha256"], data=files[DATA]["sha256"], slots=written.slots),
-        "slots_id": slots_id(slots=written.slots, factors=digest), "factors_digest": digest, "files": files,
+        "slots_id": slots_id(slots=written.slots, factors=digest), "factors_digest": digest, "files": {**files, **told},
         "inputs": [{"name": s.name, "dtype": s.dtype, "shape": list(s.shape)} for s in source.opened.inputs],
-        "outputs": written.outputs, **written.about, "ort": {"min": "1.22.0", "max": None}, "precision": precision,
+        "outputs": written.outputs, **written.about, "ort": {"min": written.ort_min, "max": None}, "precision": precision,
         "slots": written.slots, "tolerances": tolerances(precision), "factors": written.factors, "params": count_parameters(module),
         "compressed": None if source.folder is None else {"path": os.path.relpath(source.folder.resolve(), dest.resolve()), "digest": source.digest},
         "versions": {p: importlib.metadata.version(p) for p in ("torch", "onnx", "onnxruntime", "onnxscript")},
@@ -255,7 +291,7 @@ def _write(
     }
     return {
         "base_id": value["base_id"], "slots_id": value["slots_id"], "bytes": sizes, "slots": written.slots, "payloads": [],
-        "opset": written.about.get("opset"), "precision": precision, "model": value["model"],
+        "opset": written.about.get("opset"), "precision": precision, "model": value["model"], "weights": written.weights,
     }  # fmt: skip
 
 
@@ -273,9 +309,9 @@ def _limits(module: nn.Module, profile: DeviceProfile | None) -> dict[str, Any]:
 
 
 def fit_tolerance(stage: Path, value: dict[str, Any], golden: Mapping[str, np.ndarray], precision: str) -> None:
-    """Gate 4. At fp32 the runtime must match the module; at int8 its own distance is measured and becomes the tolerance.
+    """Gate 4. At fp32 the runtime must match the module; below, its own distance is measured and becomes the tolerance.
 
-    An int8 answer that is further from the fp32 one than half of the answer's range is refused.
+    An answer that is further from the fp32 one than half of the answer's range is refused.
     """
     write_json(stage / MARKER, value)
     session = Session(stage, threads=1)
@@ -289,7 +325,7 @@ def fit_tolerance(stage: Path, value: dict[str, Any], golden: Mapping[str, np.nd
         float(np.max(np.abs(v - got[k]), initial=0.0)) / max(1.0, float(np.max(np.abs(v), initial=0.0)))
         for k, v in expected.items()
     )
-    outputs_agree(expected, got, 0.5, where="export --quantize int8")
+    outputs_agree(expected, got, 0.5, where=f"export --quantize {precision}")
     value["tolerances"] = tolerances(precision, distance)
 
 
@@ -339,20 +375,17 @@ def _adapters(given: Sequence[str | Path] | None, folder: Path | None, digest: s
     return found
 
 
-def _payloads(stage: Path, adapters: Sequence[Path], module: nn.Module) -> list[Path]:
-    """Write the payload of every adapter. Raises `PayloadError` for one of another base."""
+def _payloads(stage: Path, adapters: Sequence[Path], module: nn.Module, emit: Sequence[str]) -> list[Path]:
+    """Write the payload of every adapter, and the other files asked for. Raises `PayloadError` for one of another base."""
     manifest = Manifest.load(stage)
     out = []
     for folder in adapters:
         kind, tensors = payload_tensors(folder, manifest, lambda name: wrap_dense(module, name))
-        bare = payloads.build(tensors, manifest=manifest, kind=kind, encoding="f32")
-        session = Session(stage, threads=1, manifest=manifest, verify=False)
-        session.swap(payloads.parse(bare))
-        with np.load(stage / "golden.npz") as golden:
-            answers = session.run({k.removeprefix("input/"): golden[k] for k in golden if k.startswith("input/")})
-        data = payloads.build(tensors, manifest=manifest, kind=kind, encoding="f32", golden=project(answers))
+        data = with_goldens(stage, manifest, kind, tensors)
         (stage / "payloads").mkdir(exist_ok=True)
-        path = stage / "payloads" / f"{folder.name}.safetensors"
-        path.write_bytes(data)
-        out.append(path)
+        out.append(stage / "payloads" / f"{folder.name}.safetensors")
+        out[-1].write_bytes(data)
+        if "onnx_adapter" in emit:
+            out.append(out[-1].with_suffix(onnx_adapter.SUFFIX))
+            out[-1].write_bytes(onnx_adapter.pack(payloads.parse(data), manifest))
     return out

@@ -27,7 +27,7 @@ from ..model import InputSpec, OpenedModel, check_finite, open_model
 from ..model.checkpoint import MAKER, MARKER, state_of, write_compressed
 from ..model.stored import described
 from ..model.surgery import count_parameters
-from ..plan import Choice
+from ..plan import Choice, read_bits
 from ..progress import Progress, Silent
 from ..work import Pool, pool
 from .applying import Spread, apply_choices
@@ -58,7 +58,7 @@ def factorize(
     plan: str | Path | None = None,
     method: str | None = None,
     svd: str = "auto",
-    multiple: int = 1,
+    multiple: int | None = None,
     calib: str | Data | None = None,
     select: Data | None = None,
     quick: bool = False,
@@ -91,12 +91,13 @@ def factorize(
     progress = progress or Silent()
     if isinstance(model, str | Path) and is_onnx(Path(model)):
         data, output = factorize_graph(
-            model, rank=rank, ratio=ratio, energy=energy, plan=plan, method=method, svd=svd, multiple=multiple, calib=calib,
-            quick=quick, anchor=anchor, include=include, exclude=exclude, arch=arch, arch_args=arch_args, inputs=inputs,
+            model, rank=rank, ratio=ratio, energy=energy, plan=plan, method=method, svd=svd,
+            multiple=multiple, calib=calib, quick=quick, anchor=anchor, include=include, exclude=exclude, arch=arch, arch_args=arch_args, inputs=inputs,
             output=output, seed=seed, threads=threads, compute=compute, workers=workers, cluster=cluster, progress=progress,
         )  # fmt: skip
         return FactorizeResult(data, None, output)
     _check_options(rank, ratio, energy, plan, method, svd)
+    multiple = 1 if multiple is None else multiple
     if multiple < 1:
         raise CommandError("lrcompress factorize --rank-multiple", "a whole number of at least 1", multiple)
     device = device_of(compute)
@@ -142,7 +143,7 @@ def factorize(
         report = _report(opened, made.rows, method, seed, prepared.total, count_parameters(made.module))
         if dest is None or store is None:
             return FactorizeResult(report, made.module)
-        _write(dest, opened, state_of(made.module), made.specs, report, prepared.folded)
+        _write(dest, opened, state_of(made.module), made.specs, report, prepared.folded, bits=_bits(plan))
         store.remove()
     return FactorizeResult({**report, "bytes_after": _bytes(dest), "output": str(dest)}, made.module, dest)
 
@@ -176,7 +177,7 @@ def _of_tensors(
         report = _report(opened, made.rows, asked.method, seed, _total(opened), made.n_params)
         if dest is None or made.tensors is None:
             return FactorizeResult(report)
-        _write(dest, opened, made.tensors, made.specs, report)
+        _write(dest, opened, made.tensors, made.specs, report, bits=_bits(asked.plan))
     return FactorizeResult({**report, "bytes_after": _bytes(dest), "output": str(dest)}, None, dest)
 
 
@@ -201,17 +202,23 @@ def _report(
 
 def _write(
     dest: Path, opened: OpenedModel, tensors: Mapping[str, Tensor], specs: Mapping[str, Any], report: dict[str, Any],
-    folded: Mapping[str, str] | None = None,
+    folded: Mapping[str, str] | None = None, bits: Mapping[str, int] | None = None,
 ) -> None:  # fmt: skip
-    """Write the compressed checkpoint: complete, or not at all."""
+    """Write the compressed checkpoint: complete, or not at all. `bits`: what an export is to make of single layers."""
     packages = {p: importlib.metadata.version(p) for p in ("torch", "tensorly", "numpy")}
     about = {
         "report": {k: report[k] for k in ("method", "seed", "layers", "params_before", "params_after")},
         "threads": torch.get_num_threads(),
         "versions": {"lrcompress": __version__, **packages},
+        **({"bits": dict(bits)} if bits else {}),
     }
     with staged_folder(dest, maker=MAKER, marker=MARKER) as stage:
         write_compressed(stage, dest, opened, tensors=tensors, layers=specs, report=about, folded=folded)
+
+
+def _bits(plan: str | Path | None) -> dict[str, int]:
+    """Return the bits that a plan gives its layers; none without a plan."""
+    return {} if plan is None else read_bits(Path(plan))
 
 
 def _check_options(

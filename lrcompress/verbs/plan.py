@@ -6,6 +6,7 @@ lrcompress.factorize("model.safetensors", …, plan="plan.json", calib="images.n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..factorize import form, forms
 from ..model import InputSpec, OpenedModel, open_model
 from ..plan import RankPlan, check_plan, write_plan
 from ..progress import Progress, Silent
+from .budgeting import ForDevice, Market, device_plan
 from .planning import budget_of, plan_within, prepare
 from .sources import device_of
 
@@ -38,8 +40,12 @@ def plan(
     ratio: float | None = None,
     max_params: int | None = None,
     max_bytes: int | None = None,
+    max_ms: float | None = None,
+    device: str | Path | None = None,
+    latency: str | Path | None = None,
+    bits: Sequence[int] | None = None,
     method: str | None = None,
-    multiple: int = 1,
+    multiple: int | None = None,
     calib: str | Data | None = None,
     select: Data | None = None,
     quick: bool = False,
@@ -62,10 +68,11 @@ def plan(
     The rest is as in `factorize`. Raises `CommandError`, `ModelError`, `DataError`, `BudgetError`.
     """
     progress = progress or Silent()
-    _check_options({"--ratio": ratio, "--max-params": max_params, "--max-bytes": max_bytes}, method, multiple)
+    _check_options({"--ratio": ratio, "--max-params": max_params, "--max-bytes": max_bytes}, max_ms, method, multiple)
+    for_device = ForDevice.of(device, latency, max_bytes, max_ms, bits, {"--ratio": ratio, "--max-params": max_params})
     if output is not None:  # hours of work must not end in a refusal
         check_plan(Path(output))
-    device = device_of(compute)
+    compute = device_of(compute)
     if threads:
         torch.set_num_threads(threads)
     opened = model if isinstance(model, OpenedModel) else open_model(
@@ -77,18 +84,24 @@ def plan(
             "give --arch; a bare state dict can be factorized by --ratio at once",
         )  # fmt: skip
     prepared = prepare(
-        opened, include=include, exclude=exclude, calib=calib, seed=seed, compute=device, cache=cache, progress=progress,
+        opened, include=include, exclude=exclude, calib=calib, seed=seed, compute=compute, cache=cache, progress=progress,
         verb="plan",
     )  # fmt: skip
     method = method or ("auto" if prepared.statistics else "svd")
-    budget = budget_of(prepared, ratio=ratio, max_params=max_params, max_bytes=max_bytes)
-    found = plan_within(
-        prepared, budget, method=method, multiple=multiple, measure=not quick, select=select, progress=progress
-    )
-    data = {**found.as_json(), "seed": seed, "params_before": prepared.total, "output": None}
-    data["params_after"] = (
-        budget.fixed + sum(p.choice.n_params for p in found.layers) if budget.unit == "params" else None
-    )
+    if for_device is not None:
+        market = Market.of(
+            prepared, method=method, bits=for_device.bits, prices=for_device.prices,
+            multiple=multiple or for_device.multiple, measure=not quick, select=select, progress=progress,
+        )  # fmt: skip
+        found = device_plan(market, for_device.limits)
+        after = None
+    else:
+        budget = budget_of(prepared, ratio=ratio, max_params=max_params, max_bytes=max_bytes)
+        found = plan_within(
+            prepared, budget, method=method, multiple=multiple or 1, measure=not quick, select=select, progress=progress
+        )
+        after = budget.fixed + sum(p.choice.n_params for p in found.layers) if budget.unit == "params" else None
+    data = {**found.as_json(), "seed": seed, "params_before": prepared.total, "params_after": after, "output": None}
     if output is None:
         return PlanResult(data, found)
     dest = Path(output)
@@ -96,22 +109,33 @@ def plan(
     return PlanResult({**data, "output": str(dest)}, found, dest)
 
 
-def _check_options(sizes: Mapping[str, float | int | None], method: str | None, multiple: int) -> None:
+def _check_options(
+    sizes: Mapping[str, float | int | None], max_ms: float | None, method: str | None, multiple: int | None
+) -> None:
     where = "lrcompress plan"
     given = [n for n, v in sizes.items() if v is not None]
-    if len(given) != 1:
+    if max_ms is not None and not (max_ms > 0 and math.isfinite(max_ms)):
+        raise CommandError(f"{where} --max-ms", "a number above 0", max_ms)
+    if len(given) != 1 and not (max_ms is not None and not given):
         raise CommandError(
             where, f"exactly one of {', '.join(sizes)}", " and ".join(given) or "none", "for example --ratio 0.5"
         )
-    [name] = given
-    value = sizes[name]
+    for name in given:
+        _check_size(where, name, sizes[name])
+    if multiple is not None and multiple < 1:
+        raise CommandError(f"{where} --rank-multiple", "a whole number of at least 1", multiple)
+    _check_method(where, method)
+
+
+def _check_size(where: str, name: str, value: float | int | None) -> None:
     assert value is not None
     if not value > 0 or (name == "--ratio" and value > 1):  # nor NaN
         raise CommandError(
             f"{where} {name}", "a number above 0" + (" and at most 1" if name == "--ratio" else ""), value
         )
-    if multiple < 1:
-        raise CommandError(f"{where} --rank-multiple", "a whole number of at least 1", multiple)
+
+
+def _check_method(where: str, method: str | None) -> None:
     if method is not None and method not in ("auto", *forms()):
         try:
             form(method)

@@ -55,6 +55,8 @@ def recover(
     include: Sequence[str] = (),
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
+    rslora: bool = False,
+    dora: bool = False,
     name: str = "recover",
     output: str | Path | None = None,
     select: str | Data | None = None,
@@ -76,13 +78,16 @@ def recover(
 
     `train`: "adapters" of `adapter_kind` and `rank` on frozen factors, or "factors", which makes another compressed
     folder. `include`: only layers whose path one of these fnmatch patterns fits. `rank_pattern`, `alpha_pattern`: other ranks and alphas by fnmatch pattern on the layer's path, the first
-    that fits. `metric`: what picks the best state, instead of the loss. Without `select` a tenth of `data` is held out.
+    that fits. `rslora`: LoRA scaled by alpha/√rank; `dora`: LoRA with a trained norm per output, which only slots of
+    kind dora and merging ship. `metric`: what picks the best state, instead of the loss. Without `select` a tenth of `data` is held out.
     `closed`: auto starts adapters from closed forms where these help, only trains nothing, off starts from zero; refit
     changes the base by least squares instead and writes a compressed folder.
     `processes`: how many torchrun must have started. `training`: see `TrainingOptions`. With `output`, a killed run
     continues where the same is asked again. Raises `CommandError`, `ModelError`, `DataError`, `HostError`.
     """
-    asked = Asked(train, adapter_kind, rank, alpha, rank_pattern or {}, alpha_pattern or {}, name, tuple(include))
+    asked = Asked(
+        train, adapter_kind, rank, alpha, rank_pattern or {}, alpha_pattern or {}, name, tuple(include), rslora, dora
+    )
     settings = settings_of(training, seed)
     if threads:
         torch.set_num_threads(threads)
@@ -120,8 +125,9 @@ def _run(
     job.adapters = form.start(
         job.module, job.asked.name, job.adapters, fit=job.train_data, held=job.select_data, decide=lambda: judge(job)
     )  # fmt: skip
-    if job.closed == "only":
+    if job.closed == "only" or job.asked.dora:
         job.restrict()
+    if job.closed == "only":
         outcome = untrained(judge(job))
     else:
         outcome = run_job(job, saved=None if store is None else Saved(store, "state"), log=log, progress=progress)
@@ -212,6 +218,7 @@ def _report(job: Job, outcome: Outcome, before: float | None, dest: Path | None)
         "learning_rate": outcome.learning_rate,
         "rates": [list(r) for r in outcome.rates],
         "adapter": job.asked.kind if adapters else None,
+        "dora": job.asked.dora,
         "rank": job.asked.rank if adapters else None,
         "trainable_params": numbers,
         "payload_bytes": 4 * numbers,

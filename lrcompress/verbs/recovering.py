@@ -100,6 +100,8 @@ class Asked:
     alphas: Mapping[str, float] = field(default_factory=dict)
     name: str = "recover"
     include: tuple[str, ...] = ()
+    rslora: bool = False
+    dora: bool = False
 
     def __post_init__(self) -> None:
         where = "lrcompress recover"
@@ -107,6 +109,10 @@ class Asked:
             raise CommandError(f"{where} --train", " or ".join(TRAINED), self.train)
         if self.kind not in kinds():
             raise CommandError(f"{where} --adapter", f"one of {', '.join(kinds())}", self.kind)
+        for option in ("rslora", "dora"):
+            if getattr(self, option) and (self.train, self.kind) != ("adapters", "lora"):
+                got = self.train if self.train == "factors" else self.kind
+                raise CommandError(f"{where} --{option}", "--adapter lora", got, "it is an option of LoRA")
         if self.rank < 1:
             raise CommandError(f"{where} --rank", "a whole number of at least 1", self.rank)
         if not self.name.replace("-", "_").isidentifier():
@@ -147,7 +153,10 @@ class Job:
         trained.to_own_gauge(self.module, self.forms)
 
     def restrict(self) -> None:
-        """Go on with `adapters` as they are now: some may have gone."""
+        """Go on with `adapters` as they are now: some may have gone. Weight-decomposed ones keep the norms they have now."""
+        if self.asked.dora:
+            for name, a in self.adapters.items():
+                a.decompose(wrap_dense(self.module, name).weight, layer_target(self.module, name).output_axis)
         self.trained = trained.adapters_of(self.adapters)
         self.numbers = self.trained.numbers
 
@@ -284,7 +293,7 @@ def attached(module: nn.Module, asked: Asked, seed: int) -> dict[str, BaseAdapte
 
     def make(layer: str, _: tuple[int, ...]) -> BaseAdapter:
         r, a = by_pattern(layer, asked.ranks, asked.rank), by_pattern(layer, asked.alphas, asked.alpha)
-        return fresh(asked.kind, wrap_dense(module, layer).target, r, a, generator=generator)
+        return fresh(asked.kind, wrap_dense(module, layer).target, r, a, generator=generator, rslora=asked.rslora)
 
     able = adaptable_layers(module, cores=adapter_class(asked.kind).in_core)
     layers = [n for n in able if takes(asked.kind, layer_target(module, n))]

@@ -16,6 +16,7 @@ from ..manifest import Manifest
 from ..model import InputSpec, OpenedModel, open_model
 from ..model.cache import PAST, empty_past
 from ..model.checkpoint import is_compressed, load_compressed
+from ..plan.profile import named_table
 from ..progress import Progress, Silent
 from ..validate import validate as check_exported
 from .predict import Predict, predictor
@@ -39,6 +40,7 @@ def validate(
     max_drop: float | None = None,
     on: Sequence[str] = ("cpu",),
     threads: int = 1,
+    latency: str | Path | None = None,
     arch: str | None = None,
     arch_args: Mapping[str, Any] | None = None,
     inputs: Sequence[InputSpec] = (),
@@ -48,10 +50,12 @@ def validate(
 ) -> ValidateResult:
     """Check `exported` on every target of `on`; with `data` and `metric` also its accuracy beside the original's.
 
+    `latency`: a latency table, or the profile of a device that has one: the predicted time is told beside the measured.
     A miss is reported, not raised: `passed` is False. Raises `ManifestError`, `DataError`, `ModelError`, `CommandError`.
     """
     folder = Path(exported)
     manifest = Manifest.load(folder)
+    table = None if latency is None else named_table(latency)
     reference: OpenedModel | None = None
     samples: Data | None = None
     predict: Predict | None = None
@@ -72,7 +76,7 @@ def validate(
             predict = _without_past(predict)
     report = check_exported(
         folder, data=samples, metric=metric, predict_original=predict, max_drop=max_drop, on=tuple(on), threads=threads,
-        progress=progress or Silent(),
+        latency=table, progress=progress or Silent(),
     )  # fmt: skip
     return ValidateResult(report.data, report.passed)
 

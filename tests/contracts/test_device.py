@@ -15,12 +15,15 @@ from lrcompress.cli.main import run
 from lrcompress.edge import Device
 from lrcompress.edge.disk import Disk
 from lrcompress.edge.fetch import fetch
+from lrcompress.edge.folder import locked
 from lrcompress.edge.state import COPIES, Entry, Pending, State, StateFiles, decode, encode
 from lrcompress.edge.transport import Broken, FolderTransport, Unavailable, open_transport
+from lrcompress.edge.trial import NoVerdict
 from lrcompress.edge.web import HttpTransport
 from lrcompress.errors import CommandError, DataError, DeviceStateError, DownloadError, ManifestError, UpdateError
 from lrcompress.files import sha256_bytes
-from tests.support.fleet import PASSPHRASE, Fleet, X, answers, made, payload_bytes, release, served
+from tests.support.fleet import PASSPHRASE, Fleet, X, answers, made, payload_bytes, release, served, trial_here
+from tests.support.payloads import put_together, taken_apart
 
 
 @pytest.fixture
@@ -135,6 +138,22 @@ def test_a_payload_that_rots_is_replaced_by_the_one_before_and_then_mended(fleet
     np.testing.assert_array_equal(answers(device), good)
 
 
+def test_a_stored_payload_that_does_not_fit_this_base_is_not_served(fleet):
+    """The hash is right and the state names it: of another base, it is passed over all the same."""
+    fleet.add("first")
+    fleet.device().update()
+    header, body = taken_apart(payload_bytes("second"))
+    header["__metadata__"]["base_ids"] = json.dumps([sha256_bytes(b"another")])
+    other = put_together(header, body)
+    files = StateFiles(fleet.at, Disk())
+    state = files.read()
+    (fleet.at / "store" / sha256_bytes(other)).write_bytes(other)
+    files.write(State(seq=2, active=Entry(sha256_bytes(other), 2), previous=state.active))
+    device = fleet.device()
+    assert device.status()["serving"]["seq"] == 1
+    answers(device)
+
+
 def test_requests_in_flight_never_see_half_an_update(fleet):
     device = fleet.device()
     allowed = [answers(device)]
@@ -192,44 +211,39 @@ def test_a_rotted_base_is_never_served(fleet):
 
 
 def test_only_one_process_updates_at_a_time(fleet):
-    import fcntl
-
     device = fleet.device()
-    with open(fleet.at / "lock", "w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        with pytest.raises(DeviceStateError, match="one update at a time"):
-            device.update()
+    with locked(fleet.at):
+        for change in (device.update, device.rollback):
+            with pytest.raises(DeviceStateError, match="one update at a time"):
+                change()
     assert device.update()["state"] == "up_to_date"
 
 
-def test_a_trial_without_a_verdict_is_repeated_then_waits_and_is_never_refused(fleet, monkeypatch):
+def no_memory(data):
+    raise NoVerdict("out of memory")
+
+
+def test_a_trial_without_a_verdict_is_repeated_then_waits_and_is_never_refused(fleet):
     now = [datetime.now(UTC)]
-    device = Device(fleet.at, clock=lambda: now[0])
+    real, trials = trial_here(fleet.at), [no_memory]
+    device = fleet.device(clock=lambda: now[0], trial=lambda data: trials[0](data))
     fleet.add("first")
-
-    def no_memory(*a, **k):
-        raise MemoryError
-
-    monkeypatch.setattr("lrcompress.edge.updater.check", no_memory)
-    for trial in (1, 2):
+    for trial in (1, 2, 3):
         d = device.update()
         assert (d["state"], d["error"]["code"], device.status()["pending"]["trials"]) == ("failed", 10, trial)
     assert device.update()["state"] == "pending"
-    monkeypatch.undo()
+    trials[0] = real
     assert device.update()["state"] == "pending"  # not before its time
     assert device.status()["refused"] == []
-    now[0] += timedelta(hours=2)
+    now[0] += timedelta(minutes=11)
     assert device.update()["state"] == "updated"
     now[0] -= timedelta(minutes=10)
     assert device.update()["state"] == "up_to_date"
 
 
-def test_a_staged_payload_needs_no_network_for_its_trial(fleet, monkeypatch):
+def test_a_staged_payload_needs_no_network_for_its_trial(fleet):
     fleet.add("first")
-    device = fleet.device()
-    monkeypatch.setattr("lrcompress.edge.updater.check", lambda *a: (_ for _ in ()).throw(MemoryError()))
-    device.update()
-    monkeypatch.undo()
+    assert fleet.device(trial=no_memory).update()["state"] == "failed"
     fleet.repo.rename(fleet.repo.with_name("gone"))
     d = fleet.device().update()
     assert (d["state"], d["to_seq"]) == ("updated", 1)
@@ -474,10 +488,11 @@ def test_a_file_of_another_size_is_refused_before_it_is_read(tmp_path):
 
 def test_a_server_that_drips_is_given_up(tmp_path, monkeypatch):
     from lrcompress.edge import fetch as module
+    from lrcompress.edge import transport as pace
     from lrcompress.edge.transport import Body, Traffic
 
-    clock = iter(range(0, 10_000, 10))
-    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    clock = iter(range(0, 100_000, 10))
+    monkeypatch.setattr(pace.time, "monotonic", lambda: next(clock))
 
     class Drip:
         traffic = Traffic()
@@ -485,11 +500,11 @@ def test_a_server_that_drips_is_given_up(tmp_path, monkeypatch):
 
         def get(self, path, start=0):
             Drip.opened += 1
-            return Body(start, 10**6, iter([b"x"] * 8))
+            return Body(start, 10**6, pace.paced(iter([b"x"] * 8), path, None, lambda s: None))
 
     with pytest.raises(DownloadError):
         fetch(Drip(), "a", length=10**6, part=tmp_path / "p", disk=Disk(), sleep=lambda s: None)
-    assert Drip.opened <= module.MAX_TRIES
+    assert Drip.opened <= module.MAX_TRIES + 10**6 // module.BYTES_PER_TRY
 
 
 def test_folders_and_file_urls(transport, tmp_path):

@@ -82,7 +82,10 @@ def test_factors_are_constants_of_their_own(base):
     for layer, spec in compressed.spec["layers"].items():
         for factor in spec["factors"]:
             name = f"{layer}.{factor}"
-            assert np.array_equal(have[name], compressed.module.state_dict()[name].numpy()) and name not in inputs
+            value = compressed.module.state_dict()[name].numpy()
+            # Stored as it is read: turned, or with the axes of a 1×1 kernel, and each number once.
+            assert name not in inputs and have[name].dtype == value.dtype
+            assert any(np.array_equal(have[name].reshape(v.shape), v) for v in (value, value.T))
     assert not any(n.metadata_props for n in model.graph.node), "source paths would travel along"
     text = (base / "exported" / "model.onnx").read_bytes()
     assert b"/tests/" not in text and b".py" not in text
@@ -308,3 +311,51 @@ def test_clamps_between_a_whole_and_a_broken_number_are_exported(tmp_path):
     got = Session(tmp_path / "e").run({"x": x.numpy()})["output"]
     np.testing.assert_allclose(got, net(x).detach().numpy(), atol=1e-6)
     assert got.min() == 1 and got.max() == 2.5
+
+
+def test_licence_and_model_card_travel_with_the_artifact(tmp_path):
+    from lrcompress.manifest import Manifest
+    from lrcompress.model.describing import copy_notices
+
+    source, beside, stage = tmp_path / "hub", tmp_path / "files", tmp_path / "stage"
+    for folder in (source, beside, stage):
+        folder.mkdir()
+    names = (
+        "LICENSE",
+        "LICENCE.txt",
+        "NOTICE",
+        "COPYING",
+        "MODEL_CARD.md",
+        "README.md",
+        "LICENSE\nx",
+        "licenses.py",
+        "model.pt",
+    )
+    for folder in (source, beside):
+        for name in names:
+            (folder / name).write_text(f"{name} of {folder.name}\n")
+    told = ["COPYING", "LICENCE.txt", "LICENSE", "MODEL_CARD.md", "NOTICE"]
+    assert copy_notices(beside, stage, card=False) == told
+    assert copy_notices(source, stage, card=True) == sorted([*told, "README.md"])
+    assert (stage / "README.md").read_bytes() == b"README.md of hub\n" and not (stage / "model.pt").exists()
+    assert copy_notices(None, stage, card=True) == copy_notices(tmp_path / "none", stage, card=True) == []
+
+    import torch
+
+    import lrcompress
+    from lrcompress.model import InputSpec
+    from tests.support.nets import small
+
+    torch.save(small().state_dict(), beside / "weights.pt")
+    spec = (InputSpec("x", "float32", ("batch", 3, 8, 8)),)
+    lrcompress.factorize(
+        beside / "weights.pt", rank=6, arch="tests.support.nets:small", inputs=spec, output=tmp_path / "c"
+    )
+    lrcompress.export(tmp_path / "c", adapters=[], output=tmp_path / "exported")
+    manifest = Manifest.load(tmp_path / "exported")
+    assert set(told) <= manifest.files.keys() and "README.md" not in manifest.files
+    (tmp_path / "exported" / "LICENSE").write_text("mine")
+    from lrcompress.errors import ManifestError
+
+    with pytest.raises(ManifestError, match="LICENSE"):
+        Manifest.load(tmp_path / "exported")

@@ -59,15 +59,6 @@ class TestEveryForm:
             assert f.rel_error == pytest.approx(math.sqrt(metric.loss(e) / metric.loss(w)), rel=1e-9, abs=1e-12)
             assert f.rel_error_frobenius == pytest.approx(float(e.norm() / w.norm()), rel=1e-9, abs=1e-12)
 
-    def test_error_falls_with_the_rank(self, name, kind, shape):
-        w, module = weight(shape), form(name)
-        for stats in to_compare(kind, w):
-            top = min(shape[0], math.prod(shape[1:]))
-            ranks = list(dict.fromkeys(module.clip(shape, n) for n in range(1, top + 1, 2)))
-            losses = [module.decompose(w, r, stats).loss for r in ranks]
-            slack = 1.02 if name in ("tucker", "pivoted_tucker", "kronecker") else 1.0
-            assert all(b <= a * slack + 1e-9 for a, b in itertools.pairwise(losses)), losses
-
     def test_statistics_never_hurt_in_their_metric(self, name, kind, shape):
         w, module = weight(shape), form(name)
         rank = some_rank(module, shape)
@@ -122,19 +113,6 @@ class TestEveryForm:
                 assert all(torch.isfinite(t).all() for _, t in f.named_factors())
                 assert math.isfinite(f.rel_error) and (w.any() or f.rel_error == 0)
 
-    def test_curve_holds_what_decompose_reaches(self, name, kind, shape):
-        w, module = weight(shape), form(name)
-        for stats in to_compare(kind, w):
-            for point in module.curve(w, stats)[:: max(1, len(module.curve(w, stats)) // 6)]:
-                f = module.decompose(w, point.rank, stats)
-                assert point.n_params == f.n_params
-                if name == "kronecker" and stats is not None:  # the refit only lowers what the curve promises
-                    continue
-                slack = 0.03 if name in ("tucker", "pivoted_tucker") and stats is None else 1e-6
-                assert f.loss <= point.loss * (1 + slack) + 1e-9
-                if getattr(module, "AUTO", True) and slack == 1e-6:
-                    assert f.loss == pytest.approx(point.loss, rel=1e-6, abs=1e-9)
-
     def test_statistics_of_another_shape_are_refused(self, name, kind, shape):
         with pytest.raises(ValueError, match="expected shape"):
             form(name).decompose(
@@ -149,6 +127,38 @@ class TestEveryForm:
         for rank in (over, under):
             with pytest.raises(ValueError, match="expected"):
                 module.decompose(weight(shape), rank)
+
+
+def slow_beyond_the_first(name: str, kind: str, shape: tuple[int, ...]):
+    """Iterative forms fit every rank anew: their larger weights are for the long tests."""
+    quick = getattr(form(name), "AUTO", True) or shape == min(SHAPES[kind], key=math.prod)
+    return pytest.param(name, kind, shape, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("name", "kind", "shape"), [slow_beyond_the_first(*c) for c in CASES])
+class TestEveryRank:
+    def test_error_falls_with_the_rank(self, name, kind, shape):
+        w, module = weight(shape), form(name)
+        for stats in to_compare(kind, w):
+            top = min(shape[0], math.prod(shape[1:]))
+            ranks = list(dict.fromkeys(module.clip(shape, n) for n in range(1, top + 1, 2)))
+            losses = [module.decompose(w, r, stats).loss for r in ranks]
+            slack = 1.02 if name in ("tucker", "pivoted_tucker", "kronecker") else 1.0
+            assert all(b <= a * slack + 1e-9 for a, b in itertools.pairwise(losses)), losses
+
+    def test_curve_holds_what_decompose_reaches(self, name, kind, shape):
+        w, module = weight(shape), form(name)
+        for stats in to_compare(kind, w):
+            curve = module.curve(w, stats)
+            for point in curve[:: max(1, len(curve) // (6 if getattr(module, "AUTO", True) else 2))]:
+                f = module.decompose(w, point.rank, stats)
+                assert point.n_params == f.n_params
+                if name == "kronecker" and stats is not None:  # the refit only lowers what the curve promises
+                    continue
+                slack = 0.03 if name in ("tucker", "pivoted_tucker") and stats is None else 1e-6
+                assert f.loss <= point.loss * (1 + slack) + 1e-9
+                if getattr(module, "AUTO", True) and slack == 1e-6:
+                    assert f.loss == pytest.approx(point.loss, rel=1e-6, abs=1e-9)
 
 
 @settings(max_examples=30, deadline=None)

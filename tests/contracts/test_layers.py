@@ -16,10 +16,11 @@ PACKAGE = ROOT / "lrcompress"
 LAYERS: list[set[str]] = [
     {"_version", "errors", "progress"},
     {"files", "plugins"},
-    {"manifest", "golden", "expansions"},
+    {"manifest", "golden", "expansions", "phases"},
     {"payload"},
+    {"deltas"},
     {"runtime"},
-    {"edge"},
+    {"edge", "latency"},
     # What a device runs ends here; from here on the [build] extra may be imported.
     {"threads"},
     # Graphs are worked on without torch, below everything that has it.
@@ -50,10 +51,13 @@ EDGE = {
     "_version",
     "manifest",
     "expansions",
+    "phases",
     "payload",
+    "deltas",
     "golden",
     "runtime",
     "edge",
+    "latency",
 }
 EDGE_MAY_IMPORT = set(sys.stdlib_module_names) | {
     "click",

@@ -131,8 +131,8 @@ def test_golden_outputs_are_those_of_the_encoded_payload(repo, encoding):
 def test_auto_takes_the_smallest_that_answers_like_f32(repo, monkeypatch):
     d = add(repo)
     assert d["encoding"] == "int8" and d["sizes"]["int8"] < d["sizes"]["f16"] < d["sizes"]["f32"]
-    monkeypatch.setattr("lrcompress.publish.releases.ENCODING_TOLERANCE", 1e-6)
-    assert add(repo, "second")["encoding"] == "f32"
+    monkeypatch.setattr("lrcompress.publish.encoding.ENCODING_TOLERANCE", 1e-6)
+    assert add(repo, "second")["whole"]["encoding"] == "f32"
 
 
 def test_a_payload_file_is_taken_as_well_as_an_adapter(repo, tmp_path):

@@ -118,8 +118,9 @@ def test_an_edited_plan_is_followed_and_checked(tmp_path):
     assert (rows["conv2"]["form"], rows["conv2"]["rank"]) == ("svd", 3)
     with pytest.raises(PlanError, match="1…12, got 13"):
         ask(rank=13)
-    with pytest.raises(PlanError, match="bits 32"):
-        ask(rank=3, bits=8)
+    for wrong in (3, 8.0, "8", True):
+        with pytest.raises(PlanError, match="bits 32, 16, 8, 4"):
+            ask(rank=3, bits=wrong)
     conv2["bits"], digest = 32, value["model_digest"]
     value["model_digest"] = "0" * 64
     with pytest.raises(PlanError, match="a plan for this model") as e:

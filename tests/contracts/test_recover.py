@@ -15,7 +15,10 @@ from lrcompress.data import Data
 from lrcompress.errors import CommandError, DataError, HostError, ModelError
 from lrcompress.model import InputSpec
 from lrcompress.model.checkpoint import load_compressed
+from lrcompress.payload import parse
 from lrcompress.recover import losses
+from lrcompress.runtime import Session
+from lrcompress.verbs.export import export
 from lrcompress.verbs.factorize import factorize
 from lrcompress.verbs.recover import recover
 from tests.support.nets import images, small
@@ -104,9 +107,33 @@ def test_labels_and_metric(base):
     assert found["original"] is None or 0 <= found["original"] <= 1
 
 
+@pytest.mark.parametrize("closed", ["off", "auto"])
+def test_weight_decomposed_from_the_first_loss_to_the_runtime(base, closed, tmp_path):
+    """Before the first step the norms are those of what is there: the start is the base, or what closed forms made it."""
+    plain = run(base, closed=closed, steps=4).data
+    found = run(base, dora=True, rslora=True, closed=closed, output=tmp_path / "adapters" / "d")
+    start = found.data["loss"]["history"][0][1]
+    if closed == "off":
+        assert found.data["loss"]["before"] == pytest.approx(plain["loss"]["before"], rel=1e-5)
+    assert start == pytest.approx(plain["loss"]["history"][0][1], rel=1e-5)
+    assert found.data["loss"]["after"] < 0.9 * found.data["loss"]["before"] and found.data["dora"]
+    folder = read_adapter(tmp_path / "adapters" / "d")
+    assert all(a.magnitude is not None and a.rslora for a in folder.adapters.values())
+    assert folder.n_params == found.data["trainable_params"]
+    x, _ = images(5, 9)
+    with torch.no_grad():
+        expected = found.model.eval()(torch.as_tensor(x)).numpy()
+    export(base / "compressed", slots=("dora",), adapters=[tmp_path / "adapters" / "d"], output=tmp_path / "exported")
+    session = Session(tmp_path / "exported")
+    session.swap(parse((tmp_path / "exported" / "payloads" / "d.safetensors").read_bytes()))
+    np.testing.assert_allclose(session.run({"x": x})["output"], expected, atol=2e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
+        ({"adapter_kind": "lokr", "dora": True}, CommandError, "--dora: expected --adapter lora, got lokr"),
+        ({"train": "factors", "rslora": True}, CommandError, "--rslora: expected --adapter lora, got factors"),
         ({"adapter_kind": "lokx"}, CommandError, "one of core, loha, lokh, lokr, lora"),
         ({"rank": 0}, CommandError, "at least 1"),
         ({"name": "a/b"}, CommandError, "letters"),

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lrcompress.cli.main import run as invoked
 from lrcompress.files import sha256_tree
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,7 +128,11 @@ def test_serial_workers_and_a_cluster_give_the_same_bytes(place, cluster):
     expected = sha256_tree(place / "serial")
     assert sha256_tree(place / "workers") == expected and sha256_tree(place / "cluster") == expected
     assert not list(place.glob(".*.work-*"))
-    # All of it on the one that is left; a curve for every layer too.
+
+
+@pytest.mark.slow
+def test_a_budget_on_a_cluster_gives_the_same_bytes(place, cluster):
+    """A curve for every layer, too."""
     budget = [w for w in command("budget", "--cluster", cluster.address) if w not in ("--rank", "300")]
     done = subprocess.run([*budget, "--ratio", "0.5"], cwd=place, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -151,19 +156,25 @@ def test_a_dead_address_is_one_line(place):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     address = f"tcp://127.0.0.1:{port}"
-    for given, code, text in (
-        (address, 10, f"--cluster {address}: expected a Dask scheduler that answers"),
-        ("nonsense", 2, "--cluster: expected the address of a Dask scheduler, got nonsense"),
-    ):
-        started = time.monotonic()
-        done = run(place, "dead", "--cluster", given)
-        assert done.returncode == code and time.monotonic() - started < 90
-        assert text in one_line(done.stderr)
-        assert not list(place.glob("*dead*")) and not list(place.glob(".dead*"))
+    started = time.monotonic()
+    done = run(place, "dead", "--cluster", address)
+    assert done.returncode == 10 and time.monotonic() - started < 90
+    assert f"--cluster {address}: expected a Dask scheduler that answers" in one_line(done.stderr)
+    assert not list(place.glob("*dead*")) and not list(place.glob(".dead*"))
 
 
-def test_wrong_numbers_of_workers_are_usage_errors(place):
-    for words in (("--workers", "0"), ("--workers", "-1"), ("--workers", "2", "--cluster", "tcp://127.0.0.1:1")):
-        done = run(place, "wrong", *words)
-        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-        assert not list(place.glob("*wrong*"))
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("--cluster", "nonsense"), "--cluster: expected the address of a Dask scheduler, got nonsense"),
+        (("--workers", "0"), "--workers"),
+        (("--workers", "-1"), "--workers"),
+        (("--workers", "2", "--cluster", "tcp://127.0.0.1:1"), "--workers"),
+    ],
+)
+def test_wrong_words_are_usage_errors(place, monkeypatch, capsys, words, text):
+    monkeypatch.chdir(place)
+    assert invoked([*command("wrong", *words)[3:]]) == 2
+    said = capsys.readouterr().err
+    assert text in said and "Traceback" not in said
+    assert not list(place.glob("*wrong*")) and not list(place.glob(".wrong*"))

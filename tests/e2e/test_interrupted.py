@@ -52,7 +52,7 @@ FULL_DISK = """
 """
 
 
-@pytest.mark.parametrize("kind", ["tmpfs", "limit"])
+@pytest.mark.parametrize("kind", [pytest.param("tmpfs", marks=pytest.mark.slow), "limit"])
 def test_a_full_disk_leaves_nothing(here: Path, kind: str) -> None:
     """A disk of a few pages, or a limit on the size of a file, at several sizes, so that different writes fail."""
     inside = ["unshare", "--user", "--map-root-user", "--mount"] if kind == "tmpfs" else []

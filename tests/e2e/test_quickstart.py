@@ -29,7 +29,14 @@ REPRODUCIBLE = ("base", "factorize", "recover", "export", "baselines", "update-r
 def _passphrase() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LRCOMPRESS_KEY_PASSPHRASE", "only for tests")
+        patch.setattr("lrcompress.pipeline.measure._ROUNDS", 5)
         yield
+
+
+@pytest.fixture
+def one_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The baseline of equal bytes need not be met closely here."""
+    monkeypatch.setattr(sys.modules["lrcompress.pipeline.baselines"], "_EQUAL_TRIES", 1)  # the name is a function, too
 
 
 def small_recipe(folder: Path, **changes: str) -> Path:
@@ -127,8 +134,10 @@ def test_the_bytes_are_those_on_disk(done: tuple[Path, Path, dict[str, Any], See
     assert rows["original fp32"] == size(where["baselines"] / "dense-fp32")
     assert rows["dense int8"] == size(where["baselines"] / "dense-int8")
     assert rows["factorized, equal bytes"] == size(where["baselines"] / "equal-bytes")
-    sent = sorted(p.stat().st_size for p in (folder / "repository" / "targets").rglob("*.safetensors"))
-    assert sent == sorted(u["payload_bytes"] for u in report["updates"])
+    targets = [p for p in (folder / "repository" / "targets").rglob("*") if p.is_file()]
+    for update in report["updates"]:  # a whole payload, or what makes it from the one before
+        kind = "*.delta" if update["encoding"] == "delta" else f"{update['sha256']}.payload.safetensors"
+        assert update["payload_bytes"] in {p.stat().st_size for p in targets if p.match(kind)}
 
 
 def test_device_rows_are_the_devices_own_answers(done: tuple[Path, Path, dict[str, Any], Seen]) -> None:
@@ -203,6 +212,8 @@ def test_a_device_that_is_gone_or_another_ones_is_made_anew(
 KILLER = """
 import json, os, signal, sys
 import lrcompress.pipeline as pipeline, lrcompress.edge, lrcompress.publish, lrcompress.verbs.export
+import lrcompress.pipeline.measure as measure
+measure._ROUNDS = 5
 recipe, folder, seconds = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 for after in seconds:
     pid = os.fork()
@@ -235,7 +246,7 @@ def test_a_killed_run_continues_to_the_same_hashes(
 ) -> None:
     path, _, report, _ = done
     chance = random.Random(0)
-    moments = [chance.uniform(0.2, 0.35 * report["seconds"]) for _ in range(5)]
+    moments = [chance.uniform(0.2, 0.3 * report["seconds"]) for _ in range(2)]
     # Another depth, too: where the run directory lies must not show in any file that counts.
     fates, hashes = killed_runs(path, tmp_path / "deeper" / "run", moments)
     assert "killed" in fates
@@ -262,7 +273,7 @@ def _audit(event: str, args: tuple[Any, ...]) -> None:
         _WATCHED["opened"].append(_WATCHED["stage"])
 
 
-def test_test_data_are_not_opened_before_validate(tmp_path: Path) -> None:
+def test_test_data_are_not_opened_before_validate(tmp_path: Path, one_try: None) -> None:
     path = small_recipe(
         tmp_path, **{"steps: 120": "steps: 20", "steps: 60": "steps: 2", "max_drop: 0.2": "max_drop: 1.0"}
     )
@@ -293,7 +304,7 @@ def test_test_data_are_not_opened_before_validate(tmp_path: Path) -> None:
     assert set(_WATCHED["opened"][:first]) == {"baselines"} and first <= 2
 
 
-def test_a_miss_stops_before_anything_is_published(tmp_path: Path) -> None:
+def test_a_miss_stops_before_anything_is_published(tmp_path: Path, one_try: None) -> None:
     changes = {
         "max_drop: 0.2": "max_drop: 0.0",
         "ratio: 0.05": "ratio: 0.03",

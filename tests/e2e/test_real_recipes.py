@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +81,17 @@ def smaller(found: Recipe, **changes: Any) -> Recipe:
     return made
 
 
-def test_resnet20_through_all_stages(load: Any, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_resnet20_through_all_stages(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lrcompress.pipeline.measure._ROUNDS", 2)
+    monkeypatch.setattr(sys.modules["lrcompress.pipeline.baselines"], "_EQUAL_TRIES", 1)
     # One thread: two that share their cores with another process wait for each other most of the time.
     found = smaller(
         load("resnet20-cifar10"),
         threads=1,
-        recover__steps=50,
+        recover__steps=20,
         data__calibration__limit=160,
-        data__train__limit=2000,
+        data__train__limit=1000,
         data__select__limit=200,
         data__test__limit=1000,
         metric__max_drop=0.1,

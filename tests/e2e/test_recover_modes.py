@@ -81,6 +81,7 @@ def test_factors_alone_ship_no_correction(tmp_path: Path) -> None:
     assert found["export"]["payloads"] == []
 
 
+@pytest.mark.slow
 def test_a_later_update_is_the_first_release_where_only_factors_were_trained(tmp_path: Path) -> None:
     later = """
 updates:
@@ -106,12 +107,13 @@ def test_closed_forms_alone_train_nothing(tmp_path: Path) -> None:
     assert "retrain" not in found and names(report) - {"factorized, equal bytes"} == WITH
 
 
+@pytest.mark.slow
 def test_off_starts_from_zero(tmp_path: Path) -> None:
     _, found = run(tmp_path, "{closed: off, rank: 2, steps: 3, learning_rate: 1.0e-3}")
     assert found["recover"]["closed"] is None and found["recover"]["steps"] == 3
 
 
-@pytest.mark.parametrize("train", ["adapters", "both"])
+@pytest.mark.parametrize("train", [pytest.param("adapters", marks=pytest.mark.slow), "both"])
 def test_a_refit_takes_the_place_of_the_factorized_network(train: str, tmp_path: Path) -> None:
     report, found = run(tmp_path, f"{{closed: refit, train: {train}, rank: 2, steps: 3, learning_rate: 1.0e-3}}")
     kept = found["retrain"]
@@ -121,6 +123,7 @@ def test_a_refit_takes_the_place_of_the_factorized_network(train: str, tmp_path:
     assert names(report) - {"factorized, equal bytes"} == (WITH if train == "both" else WITHOUT)
 
 
+@pytest.mark.slow
 def test_a_refit_that_helps_nowhere_leaves_the_network_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -137,7 +137,7 @@ def alive(pids: set[int]) -> set[int]:
     return out
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL])
 def test_workers_go_with_their_parent(place, how):
     """Ctrl-C is 130 and no worker is left; a killed parent's workers notice, and the same command continues."""
     name = f"w{int(how)}"

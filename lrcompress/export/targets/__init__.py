@@ -22,11 +22,16 @@ from torch import nn
 from ... import plugins
 from ...errors import CommandError
 from ...model import OpenedModel
+from ...plan.profile import DeviceProfile
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to export. `module` is the live network; `calibration`: feeds for static quantization, None without data."""
+    """What to export. `module` is the live network; `calibration`: feeds to quantize by, None without data.
+
+    `bits`: of single layers, for `quantize` "plan"; `profile`: the device that must be able to run it.
+    `block`: inputs that share a scale at 4 bits.
+    """
 
     opened: OpenedModel
     module: nn.Module
@@ -36,16 +41,24 @@ class Request:
     calibration: Sequence[dict[str, np.ndarray]] | None
     golden: Mapping[str, np.ndarray]
     advance: Callable[[float, str], None]
+    bits: Mapping[str, int] = field(default_factory=dict)
+    profile: DeviceProfile | None = None
+    block: int = 32
 
 
 @dataclass(frozen=True)
 class Written:
-    """What a target wrote: the slots it wired, the outputs, and what the manifest says of the graph."""
+    """What a target wrote: the slots it wired, the outputs, and what the manifest says of the graph.
+
+    `weights`: what became of each quantized one; `ort_min`: the oldest runtime that will do.
+    """
 
     slots: list[dict[str, Any]]
     outputs: list[dict[str, Any]]
     factors: list[str]
     about: dict[str, Any] = field(default_factory=dict)
+    weights: list[dict[str, Any]] = field(default_factory=list)
+    ort_min: str = "1.22.0"
 
 
 def target(name: str) -> ModuleType:

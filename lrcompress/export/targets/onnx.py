@@ -14,51 +14,74 @@ from typing import Any
 
 import numpy as np
 import onnx
+from torch import nn
 
 from ...factorize import form
 from ...manifest import slot_inputs
 from ...model.checkpoint import module_layers
+from ...model.surgery import factorized_layers
 from ..gates import factors_stay_apart, names_and_bytes
-from ..graph import OPSET, store_external, trace
-from ..quantize import quantize_int8
+from ..graph import store_external, strip, trace
+from ..needs import check_device, needs
+from ..plain import undo_gauges
+from ..quantize import quantize
+from ..rewrites import finish, simplify
 from ..slots import attach_slots, make_inputs
 from . import Request, Written
 
-QUANTIZE = ("none", "int8")
+QUANTIZE = ("none", "fp16", "int8", "int4", "plan")
+_BITS = {"fp16": 16, "int8": 8, "int4": 4}
 GRAPH, DATA = "model.onnx", "base.data"
 
 
 def write(stage: Path, request: Request) -> Written:
     """Write `model.onnx` and `base.data`. Raises `ModelError` where a gate finds something lost."""
-    traced = copy.deepcopy(request.module)
-    layers = attach_slots(traced, request.slot_include, request.slots) if "none" not in (request.slots or ()) else []
+    module = copy.deepcopy(request.module)
+    slotted = copy.deepcopy(module)
+    layers = attach_slots(slotted, request.slot_include, request.slots) if "none" not in (request.slots or ()) else []
+    planned = _layer_bits(module, request)
+    cored = [s.layer for s in layers if s.kind == "core"]
+    undone = undo_gauges(module, request.opened, request.calibration or (), planned, cored)
+    if undone:
+        planned |= {n: 16 for n, u in undone.items() if u.halved}
+        slotted = copy.deepcopy(module)
+        layers = attach_slots(slotted, request.slot_include, request.slots) if layers else []
+    traced = slotted
     entries = [s.manifest() for s in layers]
     slot_names = [t["name"] for e in entries for t in slot_inputs(e)]
     factors = [
         f"{layer}.{f}"
-        for layer, spec in module_layers(request.module).items()
+        for layer, spec in module_layers(module).items()
         if "tied" not in spec
         for f in spec["factors"]
         if f not in spec.get("shares", {})
     ]
     rebuilt = {
         name: math.prod(spec["shape"])
-        for name, spec in module_layers(request.module).items()
-        if getattr(form(spec["form"]), "DENSE_AT_RUN_TIME", False)
+        for name, spec in module_layers(module).items()
+        # Of an embedding, only the rows that are looked up are rebuilt.
+        if getattr(form(spec["form"]), "DENSE_AT_RUN_TIME", False) and spec["kind"] != "embedding"
     }
     turned = sum(
-        math.prod(f)
-        for spec in module_layers(request.module).values()
-        if "tied" in spec
-        for f in spec["factors"].values()
+        math.prod(f) for spec in module_layers(module).values() if "tied" in spec for f in spec["factors"].values()
     )
-    once = sum(len(spec.get("shares", {})) for spec in module_layers(request.module).values())
+    once = sum(len(spec.get("shares", {})) for spec in module_layers(module).values())
     model = trace(request.opened, traced, where="export")
     names_and_bytes(model, traced, slot_names)
     make_inputs(model.graph, entries)
+    model, _ = simplify(model, slot_names)
+    strip(model)
     request.advance(1, "gates")
-    if request.quantize == "int8":
-        model = quantize_int8(model, slots=slot_names, calibration=request.calibration)
+    weights: list[dict[str, Any]] = []
+    if request.quantize != "none":
+        bits = _of_weights(model, request.quantize, planned)
+        quantized = quantize(model, bits, slots=slot_names, calibration=request.calibration, block=request.block)
+        model, weights = quantized.model, quantized.rows
+    model = finish(model, slot_names)
+    strip(model)
+    need = needs(model)
+    if request.profile is not None:
+        check_device(need, request.profile)
     blob = store_external(model, DATA)
     (stage / GRAPH).write_bytes(model.SerializeToString(deterministic=True))
     (stage / DATA).write_bytes(blob)
@@ -66,8 +89,28 @@ def write(stage: Path, request: Request) -> Written:
     if request.quantize == "none":
         factors_stay_apart(stage / GRAPH, factors, slot_names, sum(rebuilt.values()), turned, once)
     request.advance(1, "written")
-    about = {"opset": OPSET, "ir": model.ir_version, "dense_at_run_time": sorted(rebuilt)}
-    return Written(entries, _outputs(model, request.golden), factors, about)
+    for name, u in undone.items():
+        what = "stays in 16 bits: an adapter lies between its factors" if u.halved else f"became {u.form}"
+        note = f"{name} {what}; pivoted, rounding would cost it {u.error:.3g} of its answers, not {u.plain_error:.3g}"
+        weights.append({"name": name, "kind": "layer", "gauge": note})
+    opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    dense = {*rebuilt, *(w["name"].rpartition(".")[0] for w in weights if w["kind"] == "conv" and w.get("bits") == 4)}
+    about = {"opset": opset, "ir": model.ir_version, "dense_at_run_time": sorted(dense)}
+    return Written(entries, _outputs(model, request.golden), factors, about, weights, need.version)
+
+
+def _layer_bits(module: nn.Module, request: Request) -> dict[str, int]:
+    """Return the bits that are asked of single layers."""
+    if request.quantize == "plan":
+        return dict(request.bits)
+    bits = _BITS.get(request.quantize)
+    return {} if bits is None else {name: bits for name, _ in factorized_layers(module)}
+
+
+def _of_weights(model: onnx.ModelProto, precision: str, layers: Mapping[str, int]) -> dict[str, int]:
+    """Return the bits of every weight: its layer's, or those of the whole model."""
+    names = (t.name for t in model.graph.initializer)
+    return {n: b for n in names if (b := layers.get(n.rpartition(".")[0], _BITS.get(precision, 32))) != 32}
 
 
 def _outputs(model: onnx.ModelProto, golden: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:

@@ -49,13 +49,13 @@ def one_sample(job: Job) -> dict[str, np.ndarray]:
     return found
 
 
-def latency(session: Session, inputs: dict[str, np.ndarray]) -> tuple[float, float]:
+def latency(session: Session, inputs: dict[str, np.ndarray], *, seconds: float = _MAX_SECONDS) -> tuple[float, float]:
     """Return the median and the 95th percentile of single runs, in ms; slow models get fewer runs, not more time."""
     for _ in range(_WARM_UP):
         session.run(inputs)
     ms: list[float] = []
     started = time.perf_counter()
-    while len(ms) < _RUNS and (len(ms) < 3 or time.perf_counter() - started < _MAX_SECONDS):
+    while len(ms) < _RUNS and (len(ms) < 3 or time.perf_counter() - started < seconds):
         t = time.perf_counter()
         session.run(inputs)
         ms.append((time.perf_counter() - t) * 1e3)

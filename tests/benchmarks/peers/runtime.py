@@ -23,6 +23,7 @@ from lrcompress import api
 from lrcompress.export.graph import trace
 from lrcompress.export.quantize import quantize_int8
 from lrcompress.metrics import Predict
+from lrcompress.runtime.session import EXACT_INT8
 
 from .networks import Network
 
@@ -104,6 +105,7 @@ def runner(model: onnx.ModelProto, threads: int) -> Predict:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.add_session_config_entry(*EXACT_INT8)
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     names, wanted = [o.name for o in session.get_outputs()], {i.name for i in session.get_inputs()}
 

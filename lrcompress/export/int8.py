@@ -1,0 +1,138 @@
+"""int8 constants: ONNX Runtime's quantizers, on the nodes that are named to them.
+
+    Conv            static: u8 activations with ranges seen in calibration, s8 weights with one scale per output channel
+    MatMul, Gemm    dynamic: ranges of the activation measured at run time, s8 weights,
+                    one scale per output column: the columns of a factor differ as much as the singular values do
+    Gather          the embedding table in s8 with one scale per row; the rows that are read are dequantized
+
+Weights that lie on these grids already, as refitted ones do, come out as they are: the largest entry of a row keeps the
+largest code, so the scale that the tools find is the one it was fitted with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    CalibrationMethod,
+    QuantFormat,
+    QuantType,
+    quantize_dynamic,
+    quantize_static,
+)
+
+#: Tables below this many bytes are not worth the extra nodes.
+MIN_TABLE_BYTES = 16_384
+_MATRIX_OPS = ("MatMul", "Gemm")
+
+
+class _Feeds(CalibrationDataReader):  # type: ignore[misc]
+    """The calibration inputs, one batch after the other."""
+
+    def __init__(self, batches: Sequence[dict[str, np.ndarray]]) -> None:
+        self._left: Iterator[dict[str, np.ndarray]] = iter(batches)
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return next(self._left, None)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the tools from talking: they warn through the root logger, and would give it a handler for good."""
+    root, sink, level = logging.getLogger(), logging.NullHandler(), logging.root.manager.disable
+    root.addHandler(sink)
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+        root.removeHandler(sink)
+
+
+def static_convs(
+    model: onnx.ModelProto,
+    convs: Sequence[str],
+    batches: Sequence[dict[str, np.ndarray]],
+    held: Sequence[onnx.TensorProto],
+    scratch: Path,
+) -> onnx.ModelProto:
+    """Wrap the nodes `convs` in QuantizeLinear/DequantizeLinear pairs with the ranges seen in `batches`."""
+    if not convs or not batches:
+        return model
+    # While calibrating, slots are inputs without a default: feed what the default would have been.
+    empty = {t.name: numpy_helper.to_array(t) for t in held}
+    onnx.save(model, scratch / "float.onnx")
+    quantize_static(
+        str(scratch / "float.onnx"), str(scratch / "convs.onnx"), _Feeds([{**b, **empty} for b in batches]),
+        quant_format=QuantFormat.QDQ, op_types_to_quantize=["Conv"], nodes_to_quantize=list(convs), per_channel=True,
+        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, calibrate_method=CalibrationMethod.MinMax,
+    )  # fmt: skip
+    return onnx.load(scratch / "convs.onnx")
+
+
+def dynamic_matrices(model: onnx.ModelProto, nodes: Collection[str], scratch: Path) -> onnx.ModelProto:
+    """Quantize the constant operand of the products `nodes`, each output column with its own scale."""
+    if not nodes:
+        return model
+    # The tool rewrites Gemm to MatMul and renames it, so that no list of wanted nodes would match: exclude instead.
+    unwanted = [n.name for n in model.graph.node if n.op_type in _MATRIX_OPS and n.name not in nodes]
+    onnx.save(model, scratch / "matrices_in.onnx")
+    quantize_dynamic(
+        str(scratch / "matrices_in.onnx"), str(scratch / "matrices.onnx"), op_types_to_quantize=list(_MATRIX_OPS),
+        nodes_to_exclude=unwanted, per_channel=True, weight_type=QuantType.QInt8,
+    )  # fmt: skip
+    return onnx.load(scratch / "matrices.onnx")
+
+
+def quantize_tables(graph: onnx.GraphProto, names: Collection[str]) -> None:
+    """Replace the float tables `names`, which only Gather reads, by s8 rows and their scales: gather both, then multiply."""
+    tables = {t.name: t for t in graph.initializer if t.name in names}
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    for name, table in tables.items():
+        nodes = readers.get(name, [])
+        rows_only = all(
+            n.op_type == "Gather" and n.input[0] == name and name not in n.input[1:] and _axis(n) == 0 for n in nodes
+        )
+        if not nodes or not rows_only:
+            continue
+        values = numpy_helper.to_array(table)
+        scale = np.maximum(np.abs(values).max(axis=1, keepdims=True), np.finfo(np.float32).tiny) / np.float32(127)
+        codes = np.clip(np.rint(values / scale), -127, 127).astype(np.int8)
+        graph.initializer.remove(table)
+        graph.initializer.append(numpy_helper.from_array(codes, f"{name}_quantized"))
+        graph.initializer.append(numpy_helper.from_array(scale.astype(np.float32), f"{name}_scale"))
+        for node in nodes:
+            _gather_and_scale(graph, node, name)
+
+
+def _axis(node: onnx.NodeProto) -> int:
+    return next((int(a.i) for a in node.attribute if a.name == "axis"), 0)
+
+
+def _gather_and_scale(graph: onnx.GraphProto, node: onnx.NodeProto, name: str) -> None:
+    """y = table[i] becomes y = float(codes[i]) * scale[i]."""
+    at, out, base = list(graph.node).index(node), node.output[0], node.name
+    parts = [
+        helper.make_node(
+            "Gather", [f"{name}_quantized", node.input[1]], [f"{base}_codes"], name=f"{base}_codes", axis=0
+        ),
+        helper.make_node("Gather", [f"{name}_scale", node.input[1]], [f"{base}_scale"], name=f"{base}_scale", axis=0),
+        helper.make_node("Cast", [f"{base}_codes"], [f"{base}_float"], name=f"{base}_float", to=onnx.TensorProto.FLOAT),
+        helper.make_node("Mul", [f"{base}_float", f"{base}_scale"], [out], name=f"{base}_rows"),
+    ]
+    graph.node.remove(node)
+    for i, part in enumerate(parts):
+        graph.node.insert(at + i, part)

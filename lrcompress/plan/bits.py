@@ -1,0 +1,102 @@
+"""What fewer bits take and lose: how a weight is rounded, the bytes that are stored, the error that rounding adds.
+
+    16   half precision, widened when the model is loaded
+     8   codes of one scale per output; products quantize their input on the way, convolutions with ranges seen before
+     4   products and tables: blocks of 32 along the inputs with a scale each; convolutions: one scale per output
+
+`rounded` is what ONNX Runtime's quantizers do to a weight, to nearest; what a refit after rounding wins is not counted.
+
+Source: maths.md §6.3 (noise of rounding, and that of factors adds up).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..factorize import Rank, Statistics, form
+from ..model.surgery import Layer
+from .options import bias_cost
+
+BITS = (32, 16, 8, 4)
+BLOCK = 32
+#: Bytes of graph that a constant brings: its node, its names, and where it lies; with codes also scales and zero points.
+GRAPH_BYTES: Mapping[int, int] = {32: 160, 16: 260, 8: 620, 4: 420}
+
+
+def rounded(weight: Tensor, bits: int, kind: str) -> Tensor:
+    """Return `weight` (out, …) as it is after a way through `bits` bits. Positions and 32 bits are left alone."""
+    if bits == 32 or not weight.is_floating_point() or not weight.numel():
+        return weight
+    if bits == 16:
+        return weight.half().to(weight.dtype)
+    top = float(2 ** (bits - 1) - 1)
+    rows = weight.reshape(weight.shape[0], -1)
+    if bits == 8 or kind in ("conv", "grouped"):
+        return _symmetric(rows, top).reshape(weight.shape)
+    padded = torch.nn.functional.pad(rows, (0, -rows.shape[1] % BLOCK))
+    blocks = padded.reshape(-1, BLOCK)
+    largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))  # with its sign: −8 is a code, 8 is none
+    scale = torch.where(largest == 0, 1.0, largest / -8)
+    codes = (blocks / scale).round().clamp(-8, 7)
+    return (codes * scale).reshape(padded.shape)[:, : rows.shape[1]].reshape(weight.shape)
+
+
+def _symmetric(rows: Tensor, top: float) -> Tensor:
+    scale = rows.abs().amax(1, keepdim=True) / top
+    scale = torch.where(scale == 0, 1.0, scale)
+    return (rows / scale).round().clamp(-top, top) * scale
+
+
+def stored_bytes(name: str, layer: Layer, rank: Rank, bits: int, statistics: Statistics | None = None) -> int:
+    """Return the bytes of a layer in the exported file: numbers, scales, and its part of the graph."""
+    module = form(name)
+    shapes = module.factor_shapes(layer.shape, rank)
+    integer: frozenset[str] = getattr(module, "INTEGER", frozenset())
+    total = 0
+    for factor, shape in shapes.items():
+        if factor in integer:
+            total += 4 * math.prod(shape) + GRAPH_BYTES[32]
+            continue
+        outputs = shape[0] * (shape[1] if layer.kind == "grouped" and len(shape) > 2 else 1)
+        total += _bytes(math.prod(shape), outputs, bits, layer.kind) + GRAPH_BYTES[bits]
+    return total if name == "dense" else total + 4 * bias_cost(layer, statistics)
+
+
+def _bytes(numbers: int, outputs: int, bits: int, kind: str) -> int:
+    if bits in (32, 16):
+        return numbers * bits // 8
+    if bits == 4 and kind not in ("conv", "grouped"):
+        blocks = outputs * -(-numbers // max(outputs, 1) // BLOCK)
+        return blocks * (BLOCK // 2 + 4)
+    scales = outputs * (4 if kind == "embedding" else 5)  # a scale, and a zero point where the quantizer writes one
+    extra = outputs * 4 if kind in ("conv", "grouped") else 0  # the scales of the bias
+    return -(-numbers * bits // 8) + scales + extra
+
+
+def rounding_loss(layer: Layer, bits: int, statistics: Statistics | None) -> float:
+    """Return what rounding the dense weight loses in the metric of the statistics."""
+    if bits == 32:
+        return 0.0
+    kind = layer.kind
+    weight = layer.weight.flatten(0, 1) if kind == "grouped" else layer.weight
+    return (statistics or Statistics()).loss(layer.weight - rounded(weight, bits, kind).reshape(layer.weight.shape))
+
+
+def input_loss(layer: Layer, step: float, statistics: Statistics | None) -> float:
+    """Return what rounding the inputs in steps of `step` loses: E‖W δ‖² in the output metric, δ uniform."""
+    if layer.kind == "embedding":
+        return 0.0
+    own = statistics or Statistics()
+    only_outputs = Statistics(output_gram=own.output_gram, groups=own.groups)
+    return step**2 / 12 * only_outputs.loss(layer.weight)
+
+
+def parts(name: str, layer: Layer, rank: Rank) -> int:
+    """Return how many rounded factors stand one after the other."""
+    module = form(name)
+    integer: frozenset[str] = getattr(module, "INTEGER", frozenset())
+    return sum(n not in integer for n in module.factor_shapes(layer.shape, rank))

@@ -1,0 +1,1 @@
+"""Accuracy, bytes and milliseconds of every way to make a network small."""
