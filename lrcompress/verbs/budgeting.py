@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from ..data import Data
 from ..errors import CommandError, ModelError
-from ..export.graph import trace
+from ..export.graph import strip, trace
+from ..export.rewrites import simplify
 from ..factorize import Rank
 from ..fit import Bench, Judge, calibrated, sensitivities
 from ..fit.placing import as_feeds, input_steps, one_request, places
@@ -28,7 +29,7 @@ from ..fit.rounding import with_bits
 from ..model.surgery import Layer
 from ..model.views import view_of
 from ..plan import Choice, Menu, Option, RankPlan, menus_of
-from ..plan.bits import BITS, GRAPH_BYTES, input_loss, rounding_loss
+from ..plan.bits import BITS, graph_bytes, input_loss, rounding_loss
 from ..plan.candidates import Candidate, Chosen, Fixed, Limits, candidates_of, choose
 from ..plan.form_time import Place, layer_ms, steps_of
 from ..plan.graph_time import request_operators, total_ms
@@ -41,6 +42,8 @@ from .planning import Prepared, copy_of, judged
 
 #: How far measured rounding may lie from what is predicted before it is taken for noise.
 _TRUST = 30.0
+#: How often choices are checked by measuring, and what share of a loss may be missed before it is raised.
+_CHECKS, _TOLERATED = 6, 1.5
 
 
 @dataclass(frozen=True)
@@ -151,8 +154,49 @@ class Market:
         return Chosen.of(kept, self.fixed) if len(kept) == len(found) else None
 
     def chosen(self, limits: Limits) -> Chosen:
-        """Return the best choice whose forms hold their weights: what is refused is crossed out, and chosen anew."""
+        """Return the best choice whose forms hold their weights, each checked by a measurement of its layer alone.
+
+        What is refused is crossed out; what loses more than was predicted is dearer from then on, at every rank; then
+        all is chosen anew, a fixed number of times at most.
+        """
         layers = [list(own) for own in self.layers]
+        known: set[tuple[int, str, int]] = set()
+        for _ in range(_CHECKS):
+            found = choose(layers, limits, self.fixed)
+            changed = False
+            for k, c in enumerate(found.candidates):
+                changed |= self._corrected(k, c, layers, known)
+            if not changed:
+                return found
+        return self._held(layers, limits)
+
+    def _corrected(self, k: int, c: Candidate, layers: list[list[Candidate]], known: set[tuple[int, str, int]]) -> bool:
+        """Cross out what a form refuses, or raise the losses of a form and precision to what one of them was measured to lose."""
+        layer = self.menus[k].layer
+        if (
+            self.bench is None
+            or layer.name not in self.bench.menus
+            or (c.form, c.bits) in (("dense", 32), ("dense", 16))
+        ):
+            return False
+        if self.bench.refuses(layer.name, _option(c)):
+            layers[k] = [o for o in layers[k] if (o.form, o.rank) != (c.form, c.rank)]
+            return True
+        if (k, c.form, c.bits) in known:
+            return False
+        known.add((k, c.form, c.bits))
+        changed = functools.partial(with_bits, bits={layer.name: c.bits}, kinds=self.kinds)
+        loss = self.bench.loss({layer.name: _option(c)}, changed=changed)
+        if loss is None or not math.isfinite(loss) or loss <= _TOLERATED * c.loss or c.loss <= 0:
+            return False
+        ratio = min(loss / c.loss, _TRUST)
+        layers[k] = [
+            replace(o, loss=o.loss * ratio) if (o.form, o.bits) == (c.form, c.bits) else o for o in layers[k]
+        ]  # fmt: skip
+        return True
+
+    def _held(self, layers: list[list[Candidate]], limits: Limits) -> Chosen:
+        """Return the best choice in which no form refuses its weight."""
         while True:
             found = choose(layers, limits, self.fixed)
             refused = [
@@ -249,10 +293,12 @@ def _measured_noise(
 
 def _fixed(prepared: Prepared, heads: Sequence[Layer], request: Mapping[str, Tensor], pricing: _Pricing) -> Fixed:
     """Return what remains of the dense graph without its layers; without a graph, the tensors that are no layer's."""
-    own = sum(layer.weight.numel() * 4 + GRAPH_BYTES[32] for layer in heads)
+    own = sum(layer.weight.numel() * 4 + graph_bytes(layer) for layer in heads)
     opened = replace(prepared.opened, module=prepared.network)
     try:
-        graph = trace(opened, prepared.network, where="lrcompress plan").SerializeToString()
+        model, _ = simplify(trace(opened, prepared.network, where="lrcompress plan"))
+        strip(model)
+        graph = model.SerializeToString()
     except ModelError:
         if pricing.prices is not None:
             raise
