@@ -43,7 +43,7 @@ from .planning import Prepared, copy_of, judged
 #: How far measured rounding may lie from what is predicted before it is taken for noise.
 _TRUST = 30.0
 #: How often choices are checked by measuring, and what share of a loss may be missed before it is raised.
-_CHECKS, _TOLERATED = 6, 1.5
+_CHECKS, _TOLERATED = 40, 1.5
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class Market:
         loss = self.bench.loss({layer.name: _option(c)}, changed=changed)
         if loss is None or not math.isfinite(loss) or loss <= _TOLERATED * c.loss or c.loss <= 0:
             return False
-        ratio = min(loss / c.loss, _TRUST)
+        ratio = loss / c.loss
         layers[k] = [
             replace(o, loss=o.loss * ratio) if (o.form, o.bits) == (c.form, c.bits) else o for o in layers[k]
         ]  # fmt: skip
