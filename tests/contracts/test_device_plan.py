@@ -87,13 +87,14 @@ def test_no_dense_network_that_fits_loses_less(tight):
 
 def test_a_dense_network_that_measures_better_than_the_choice_is_taken_instead(folder, loose, monkeypatch):
     """Predictions may favour factors that lose more when they are measured."""
-    from lrcompress.verbs import budgeting
+    from lrcompress.verbs import budgeting, rounding_noise
 
     def flattered(layer, bits, statistics):
         return 0.0 if bits == 16 else 1e6
 
-    monkeypatch.setattr(budgeting, "rounding_loss", flattered)
-    monkeypatch.setattr(budgeting, "_measured_noise", lambda bench, menus, noise, bits, kinds: noise)
+    monkeypatch.setattr(rounding_noise, "rounding_loss", flattered)
+    monkeypatch.setattr(budgeting, "won_by_refits", lambda *a: 1.0)
+    monkeypatch.setattr(budgeting, "measured_noise", lambda bench, menus, noise, bits, kinds: noise)
     dense = {u["name"]: u for u in loose["uniform"]}
     found = planned(folder, max_bytes=dense["dense, 8 bits"]["bytes"])
     assert {(p["form"], p["bits"]) for p in found["layers"]} == {("dense", 8)} and found["advice"].startswith(
@@ -382,14 +383,14 @@ def test_a_precision_that_measures_far_worse_than_predicted_is_chosen_around(fol
     """Four bits that seem free and are not: the layers that took them are measured, and take something else."""
     from lrcompress.verbs import budgeting
 
-    real = budgeting._measured_noise
+    real = budgeting.measured_noise
 
     def flattered(bench, menus, noise, bits, kinds):
         return {n: {**own, 4: 1e-9} for n, own in real(bench, menus, noise, bits, kinds).items()}
 
     budget = next(u["bytes"] for u in loose["uniform"] if u["name"] == "dense, 8 bits")
     honest = planned(folder, max_bytes=budget)
-    monkeypatch.setattr(budgeting, "_measured_noise", flattered)
+    monkeypatch.setattr(budgeting, "measured_noise", flattered)
     found = planned(folder, max_bytes=budget)
     assert found["measured_loss"] <= 3 * honest["measured_loss"] + 1e-9
 
