@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.mutants_graphs import GRAPH_FAULTS
 from tests.mutants_training import TRAINING_FAULTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,7 +127,8 @@ def main() -> int:
     wanted = parser.parse_args().places
     every = [(f"factorize/{name}", old, new, TESTS, tests) for name, old, new, tests in FAULTS]
     every += [
-        (name, old, new, [f"tests/contracts/{where}.py"], tests) for name, old, new, where, tests in TRAINING_FAULTS
+        (name, old, new, [f"tests/contracts/{where}.py"], tests)
+        for name, old, new, where, tests in (*TRAINING_FAULTS, *GRAPH_FAULTS)
     ]
     chosen = [f for f in every if not wanted or any(_is_at(f[0], place) for place in wanted)]
     missed = 0

@@ -13,8 +13,7 @@ import numpy as np
 
 from ..edge import Device
 from ..edge.folder import IDENTITY
-from ..edge.identity import Identity
-from ..errors import CommandError, DataError, DownloadError, ParityError
+from ..errors import CommandError, DataError, DeviceStateError, DownloadError, ParityError
 from ..files import write_atomic
 from .options import Bits
 from .output import Result, Shell, common, human_bytes, table
@@ -60,6 +59,8 @@ def init(
 ) -> Result:
     """Make DIR a device: copy the model and the root into it, remember where updates come from, make its key and id."""
     made = Device.init(folder, exported, root, url, group, channel=channel, report_url=report_url)
+    from ..edge.identity import Identity
+
     identity = Identity(made.folder)
     d = {
         "output": str(made.folder), "device": identity.id, "identity": str(identity.folder / IDENTITY), **made.status(),
@@ -83,9 +84,7 @@ def update(shell: Shell, folder: str | None, emit: str | None) -> Result:
     """
     opened = Device(folder)
     d = opened.update(emit=emit)
-    identity = Identity.find(opened.folder)
-    if identity is not None and identity.report_url is not None:
-        d["reported"] = identity.report(opened.status(), d)
+    _tell_publisher(opened, d)
     error = d.pop("error")
     moved = (
         f"{human_bytes(d['bytes_downloaded'])} in {d['requests']} requests, {human_bytes(d['bytes_written'])} written, "
@@ -102,6 +101,20 @@ def update(shell: Shell, folder: str | None, emit: str | None) -> Result:
         text=f"{d['state']}: serving {describe_serving(d['serving'])}",
         exit_code=int(error["code"]),
     )
+
+
+def _tell_publisher(opened: Device, d: dict[str, Any]) -> None:
+    """Report an update where the device was told to; the update is what it is, whether or not that works."""
+    from ..edge.identity import Identity
+
+    try:
+        identity = Identity.find(opened.folder)
+    except DeviceStateError as e:
+        d["reported"] = False
+        click.echo(f"warning: {e}", err=True)
+        return
+    if identity is not None and identity.report_url is not None:
+        d["reported"] = identity.report(opened.status(), d)
 
 
 @device.command(epilog="Example: lrcompress device agent /var/lib/lrcompress")
@@ -139,6 +152,8 @@ def agent(shell: Shell, folder: str | None, unit: bool) -> Result:
 @common
 def report(shell: Shell, folder: str | None, failed: str | None) -> Result:
     """Tell the publisher what DIR serves, and whether that works: a rollout that fails often enough is halted."""
+    from ..edge.identity import Identity
+
     opened = Device(folder)
     identity = Identity(opened.folder)
     sent = identity.report(opened.status(), healthy=failed is None, reason=failed or "")

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,7 +30,6 @@ from ..runtime.session import Session
 from .disk import Disk
 from .folder import FACTORY, ROOT, check_folder, locked, state_folder
 from .health import boot_id
-from .identity import Identity, new_identity
 from .install import check_hash, install, read_config, read_root
 from .log import StatusLog
 from .settings import exported_settings, load_settings
@@ -39,6 +38,9 @@ from .store import Store
 from .transport import Traffic, open_transport
 from .trial import ChildTrial, Trial, check_golden
 from .updater import Outcome, Updater, describe_serving, mend
+
+if TYPE_CHECKING:
+    from .identity import Identity
 
 
 class Device:
@@ -96,6 +98,8 @@ class Device:
 
         A folder that is a device already is refused: its `seq` is what protects it from old releases.
         """
+        from .identity import new_identity  # keys and links: nothing that serving needs
+
         made = new_identity(group=group, channel=channel, report_url=report_url)
         install(state_folder(folder), Path(exported), Path(root), url, group, disk or Disk(), made)
         return cls(folder, disk=disk)
@@ -242,9 +246,19 @@ class Device:
             folder=self.folder, files=self._files, store=self._store, log=self._log, disk=self._disk,
             manifest=self.manifest, settings=self.settings, trial=self._trial, transport=transport,
             root=root, group=self.group, clock=self._clock, sleep=self._sleep, switched=self._switched,
-            identity=Identity.find(self.folder, self._disk),
+            identity=self._identity(),
         )  # fmt: skip
         return updater.run(), transport.traffic
+
+    def _identity(self) -> Identity | None:
+        """Return who this device is; one that has rotted keeps no update from it: it is then anybody's turn."""
+        from .identity import Identity
+
+        try:
+            return Identity.find(self.folder, self._disk)
+        except DeviceStateError as e:
+            self._log.write(self._clock(), "no_identity", reason=str(e))
+            return None
 
     def _switched(self) -> None:
         self.refresh()

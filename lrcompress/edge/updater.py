@@ -24,7 +24,6 @@ from .disk import Disk
 from .fetch import fetch
 from .folder import METADATA, ROOTS
 from .health import boot_id, check_health
-from .identity import Identity
 from .log import StatusLog
 from .settings import Settings
 from .state import Entry, Pending, Probation, State, StateFiles
@@ -33,6 +32,7 @@ from .transport import Transport
 from .trial import NoVerdict, Trial
 
 if TYPE_CHECKING:
+    from .identity import Identity
     from .trust import Offer
 
 #: Trials in a row without a verdict before the payload has to wait: two power cuts in its trial must not delay it.

@@ -13,6 +13,7 @@ import onnx
 import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..errors import ModelError
 from ..model import InputSpec, OpenedModel
@@ -37,9 +38,25 @@ class _Answers(nn.Module):
         self.output_names: tuple[str, ...] = ()
 
     def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
-        outputs = self._opened.outputs(self.network, dict(zip(self._names, args, strict=True)))
+        with _BoundsAlike():
+            outputs = self._opened.outputs(self.network, dict(zip(self._names, args, strict=True)))
         self.output_names = tuple(outputs)
         return tuple(outputs.values())
+
+
+_CLAMPS = {torch.clamp, torch.clip, Tensor.clamp, Tensor.clip, Tensor.clamp_, Tensor.clip_}
+
+
+class _BoundsAlike(TorchFunctionMode):
+    """Makes both bounds of a clamp floating where the tensor is: the exporter (torch 2.13) fails on `x.clamp(0, 6.0)`."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _CLAMPS and args and args[0].is_floating_point():
+            alike = lambda v: float(v) if isinstance(v, int) and not isinstance(v, bool) else v  # noqa: E731
+            args = (args[0], *map(alike, args[1:]))
+            kwargs = {k: alike(v) for k, v in kwargs.items()}
+        return func(*args, **kwargs)
 
 
 def example_inputs(

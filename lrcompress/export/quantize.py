@@ -35,8 +35,8 @@ from .refit.moments import lookups, observe
 from .rewrites import Refusal
 
 BITS = (32, 16, 8, 4)
-#: Inputs that share a scale at 4 bits.
-BLOCK = 32
+#: Inputs that share a scale at 4 bits, and how many may.
+BLOCK, BLOCKS = 32, (16, 32, 64, 128, 256)
 #: A constant of 4 bits comes with four nodes: smaller ones stay at 8.
 _MIN_CONSTANT = 1024
 #: What is stored in 16 bits comes with a cast.
@@ -167,7 +167,7 @@ def grid_of(p: Product, bits: int, block: int) -> Grid | None:
     if p.kind == "conv":
         return signed(4, columns)
     # Short rows are padded to whole blocks: a finer block may be fewer bytes.
-    fine = [b for b in (16, 32, 64, 128, 256) if b <= block]
+    fine = [b for b in BLOCKS if b <= block]
     return min((blocks(4, b) for b in fine), key=lambda g: (g.n_bytes(1, columns), g.block))
 
 

@@ -230,11 +230,11 @@ def read_bits(path: Path) -> dict[str, int]:
         bits = entry.get("bits") if isinstance(entry, dict) else None
         if bits is not None:
             found[str(entry.get("name"))] = _checked_bits(f"{path}: layers[{i}] ({entry.get('name')})", bits)
-    return {name: bits for name, bits in found.items() if bits != 32}
+    return {name: bits for name, bits in found.items() if bits < 32}
 
 
 def _checked_bits(where: str, bits: Any) -> int:
-    if type(bits) is not int or bits not in BITS:
+    if type(bits) is not int or bits not in (64, *BITS):  # a double stays what it is
         raise PlanError(where, f"bits {', '.join(map(str, BITS))}", bits, "write one of them, or leave bits out")
     return bits
 

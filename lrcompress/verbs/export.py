@@ -30,6 +30,7 @@ from ..export.gates import outputs_agree
 from ..export.graph import example_inputs
 from ..export.merging import merge_adapter
 from ..export.payloads import check_base, payload_tensors
+from ..export.quantize import BLOCK, BLOCKS
 from ..export.slots import ALL_KINDS as SLOT_KINDS
 from ..export.targets import Request, Written
 from ..export.targets import target as find_target
@@ -83,6 +84,7 @@ def export(
     device: str | Path | None = None,
     emit: Sequence[str] = (),
     kv_cache: bool = False,
+    block: int = BLOCK,
     output: str | Path = "exported",
     trust_pickle: bool = False,
     trust_remote_code: bool = False,
@@ -93,16 +95,19 @@ def export(
     `slots`: kinds to wire (default: lora, and core where layers are factorized; dora only where asked for). `adapters`: folders to ship as payloads (default: every folder of `adapters/` beside the checkpoint that belongs
     to it). `merge`: one to bake in instead. `calib`: data for static int8 and for the goldens. `device`: a profile, by
     name or file, whose limits go into `device.json`; a runtime of its that is too old is refused. `emit`: files to write
-    beside each payload: onnx_adapter. `kv_cache`: a decoder takes its keys and values as inputs and gives them back. An
-    `OpenedModel` gives the plain baseline. Raises `CommandError`, `ModelError`, `ParityError`.
+    beside each payload: onnx_adapter. `kv_cache`: a decoder takes its keys and values as inputs and gives them back. `block`:
+    inputs that share a scale at 4 bits: more are fewer bytes, coarser. An `OpenedModel` gives the plain baseline. Raises
+    `CommandError`, `ModelError`, `ParityError`.
     """
     progress = progress or Silent()
     dest = Path(output)
+    if block not in BLOCKS:
+        raise CommandError("lrcompress export --block", f"one of {', '.join(map(str, BLOCKS))}", block)
     if isinstance(compressed, str | Path) and is_graph_checkpoint(Path(compressed)):
         report, dest = export_graph(
             compressed, target=target, slots=slots, slot_include=slot_include, quantize=quantize, calib=calib, merge=merge,
             adapters=adapters, original=original, name=name, device=device, emit=tuple(emit), kv_cache=kv_cache, output=output,
-            progress=progress,
+            block=block, progress=progress,
         )  # fmt: skip
         return ExportResult(report, dest)
     exporter = _check(target, slots or ("none",), quantize, emit)
@@ -126,7 +131,7 @@ def export(
         advance(1, "traced")
         feeds = None if data is None else calibration_feeds(data)
         request = Request(
-            source.opened, module, slots, slot_include, quantize, feeds, golden, advance, bits, profile
+            source.opened, module, slots, slot_include, quantize, feeds, golden, advance, bits, profile, block
         )  # fmt: skip
         with staged_folder(dest, maker=MAKER, marker=MARKER) as stage:
             report = _write(stage, dest, source, module, digest, exporter, request, name, profile)

@@ -21,7 +21,8 @@ from ..data import Data, open_data
 from ..errors import CommandError, LrcompressError, LrcompressWarning, ModelError
 from ..export.gates import factors_stay_apart
 from ..export.graph import store_external
-from ..export.quantize import quantize_int8
+from ..export.quantize import BLOCK
+from ..export.quantize import quantize as in_bits
 from ..files import check_output, sha256_file, staged_folder, write_json
 from ..graphs import Feeds, GraphCheckpoint, OnnxGraph, Run, load_graph_checkpoint
 from ..graphs.checkpoint import inline
@@ -35,7 +36,8 @@ from ..validate.tolerances import tolerances
 WHERE = "lrcompress export"
 MAKER, MARKER = "lrcompress export", "manifest.json"
 GOLDEN_SAMPLES, _CALIBRATION_SAMPLES = 8, 256
-QUANTIZE = ("none", "int8")
+BITS = {"int8": 8}
+QUANTIZE = ("none", *BITS)
 
 
 def export_graph(
@@ -47,6 +49,7 @@ def export_graph(
     original: str | Path | None = None,
     name: str | None = None,
     device: str | Path | None = None,
+    block: int = BLOCK,
     output: str | Path = "exported",
     progress: Progress | None = None,
     **others: Any,
@@ -68,12 +71,13 @@ def export_graph(
         model = onnx.ModelProto()
         model.CopyFrom(found.graph.model)
         inline(model.graph, found.graph)
-        if quantize == "int8":
-            model = _quantized(found, model, batches)
+        weights: list[dict[str, Any]] = []
+        if quantize != "none":
+            model, weights = _quantized(found, model, batches, BITS[quantize], block)
         with staged_folder(dest, maker=MAKER, marker=MARKER) as stage:
             report = _write(stage, dest, found, model, golden, quantize, name, profile)
             advance(2, "written")
-    return {**report, "output": str(dest)}, dest
+    return {**report, "weights": weights, "output": str(dest)}, dest
 
 
 def _check(slots: Sequence[str] | None, quantize: str, others: Mapping[str, Any]) -> None:
@@ -113,11 +117,16 @@ def _batches(graph: OnnxGraph, calib: str | Path | Data) -> list[dict[str, np.nd
 
 
 def _quantized(
-    found: GraphCheckpoint, model: onnx.ModelProto, batches: Sequence[dict[str, np.ndarray]] | None
-) -> onnx.ModelProto:
-    """Return the model in int8; ONNX Runtime's tools do not take every graph."""
+    found: GraphCheckpoint,
+    model: onnx.ModelProto,
+    batches: Sequence[dict[str, np.ndarray]] | None,
+    bits: int,
+    block: int,
+) -> tuple[onnx.ModelProto, list[dict[str, Any]]]:
+    """Return the model in fewer bits, and what became of each weight; ONNX Runtime's tools do not take every graph."""
     try:
-        return quantize_int8(model, slots=[], calibration=batches)
+        made = in_bits(model, bits, slots=[], calibration=batches, block=block)
+        return made.model, made.rows
     except LrcompressError:
         raise
     except Exception as e:  # whatever those tools raise

@@ -92,7 +92,7 @@ def factorize(
     if isinstance(model, str | Path) and is_onnx(Path(model)):
         data, output = factorize_graph(
             model, rank=rank, ratio=ratio, energy=energy, plan=plan, method=method, svd=svd,
-            multiple=1 if multiple is None else multiple, calib=calib, quick=quick, anchor=anchor, include=include, exclude=exclude, arch=arch, arch_args=arch_args, inputs=inputs,
+            multiple=multiple, calib=calib, quick=quick, anchor=anchor, include=include, exclude=exclude, arch=arch, arch_args=arch_args, inputs=inputs,
             output=output, seed=seed, threads=threads, compute=compute, workers=workers, cluster=cluster, progress=progress,
         )  # fmt: skip
         return FactorizeResult(data, None, output)

@@ -39,7 +39,7 @@ def factorize_graph(
     ratio: float | None = None,
     energy: float | None = None,
     method: str | None = None,
-    multiple: int = 1,
+    multiple: int | None = None,
     calib: str | Path | Data | None = None,
     quick: bool = False,
     anchor: bool = True,
@@ -59,6 +59,7 @@ def factorize_graph(
     """
     progress, threads = progress or Silent(), threads or 1
     check_sizes(rank, ratio, energy, others.get("plan"))
+    multiple = 1 if multiple is None else multiple
     method = _check(method, calib, multiple, others)
     if output is not None:
         check_output(Path(output), maker=MAKER, marker=MARKER)

@@ -22,7 +22,7 @@ from lrcompress.edge.disk import Disk
 from lrcompress.files import sha256_bytes
 from lrcompress.payload import MAX_HEADER_BYTES, parse
 from lrcompress.publish.keys import KeyStore
-from lrcompress.publish.repository import Repository
+from lrcompress.publish.repository import Repository, put_metadata
 from tests.support.fleet import PASSPHRASE, Fleet, made, payload_bytes, release
 from tests.support.payloads import put_together, stored, taken_apart
 
@@ -169,7 +169,7 @@ def rotated(fleet: Fleet, change: Callable[[Any, KeyStore], object] = lambda roo
     root = repository.read("root").signed
     change(root, keys)
     root.version += 1
-    repository._write(keys, "root", root, "root")
+    put_metadata(repository.metadata, "root", root, [keys.load("root")], repository.lifetime("root"))
 
 
 for _role in ("timestamp", "snapshot", "group", "root"):
@@ -212,7 +212,7 @@ def other_root(fleet: Fleet) -> None:
     repository, keys = opened(fleet)
     root = repository.read("root").signed
     root.version = 2
-    repository._write(keys, "root", root, "root")
+    put_metadata(repository.metadata, "root", root, [keys.load("root")], repository.lifetime("root"))
     shutil.copy(fleet.folder / "true" / "metadata" / "1.root.json", fleet.repo / "metadata" / "1.root.json")
 
 
@@ -240,6 +240,7 @@ def revoked_timestamp(fleet: Fleet) -> None:
 
 @case("metadata: a group role of a key that was revoked")
 def revoked_group(fleet: Fleet) -> None:
+    fleet.add("first")  # signed with the key that goes
     repository, keys = opened(fleet)
     targets, snapshot = repository.read("targets").signed, repository.read("snapshot").signed
     old = targets.delegations.roles["default"].keyids[0]
@@ -247,10 +248,9 @@ def revoked_group(fleet: Fleet) -> None:
     targets.revoke_key(old, "default")
     targets.add_key(key, "default")
     targets.version += 1
-    repository._write(keys, "targets", targets, "targets")
+    put_metadata(repository.metadata, "targets", targets, [keys.load("targets")], repository.lifetime("targets"))
     snapshot.meta["targets.json"] = MetaFile(version=targets.version)
-    repository._seal(keys, snapshot)
-    fleet.add("first")  # signed with the key that it still has
+    repository.seal(keys, snapshot)
 
 
 @case("metadata: a group role signed with another group's key")
@@ -263,7 +263,7 @@ def stolen_group(fleet: Fleet) -> None:
     forged.to_file(str(repository.metadata / f"{forged.signed.version}.default.json"))
     snapshot = repository.read("snapshot").signed
     snapshot.meta["default.json"].version = forged.signed.version
-    repository._seal(keys, snapshot)
+    repository.seal(keys, snapshot)
 
 
 def rubbish(name: str, data: bytes) -> Deed:
@@ -526,7 +526,7 @@ def future(fleet: Fleet) -> None:
     from lrcompress.publish import repository as module
 
     real = module.now
-    module.now = lambda: real() + timedelta(days=300)
+    module.now = lambda: real() + timedelta(days=100)
     try:
         fleet.add("first")
     finally:

@@ -205,6 +205,10 @@ def _brief(row: dict[str, Any]) -> str:
     )
 
 
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:.0%}"
+
+
 def text(found: dict[str, Any]) -> str:
     """Return the tables."""
     lines = []
@@ -220,7 +224,7 @@ def text(found: dict[str, Any]) -> str:
                 continue
             useful = " useful" if (r["regained"] or 0) >= REGAINED and r["share"] <= SHARES[name] else ""
             lines.append(
-                f"{r['kind']:<6}{r['encoding']:<10}{r['bytes']:>9,}{r['share']:>9.2%}{r['accuracy']:>10.3f}{r['regained'] or 0:>10.0%}{useful}"
+                f"{r['kind']:<6}{r['encoding']:<10}{r['bytes']:>9,}{r['share']:>9.2%}{r['accuracy']:>10.3f}{_percent(r['regained']):>10}{useful}"
             )
         lines += [
             f"whole model, {w['way']:<22}"

@@ -315,6 +315,16 @@ def test_a_precision_for_all_layers(base, tmp_path, precision):
     assert found["bytes"]["base"] < share * fp32["bytes"]["base"] and found["slots_id"] == fp32["slots_id"]
 
 
+def test_wider_blocks_are_fewer_bytes_and_only_known_ones_are_taken(base, tmp_path):
+    sizes = [
+        lrcompress.export(base / "plain", quantize="int4", slots=("none",), block=b, output=tmp_path / str(b)).data["bytes"]["base"]
+        for b in (16, 128)
+    ]  # fmt: skip
+    assert sizes[1] < sizes[0]
+    with pytest.raises(CommandError, match="16, 32, 64, 128, 256"):
+        lrcompress.export(base / "plain", quantize="int4", block=48, output=tmp_path / "e")
+
+
 def test_a_plan_without_bits_and_bits_that_are_none_are_refused(base, tmp_path):
     with pytest.raises(CommandError, match="factorized by a plan with bits") as e:
         lrcompress.export(base / "plain", quantize="plan", output=tmp_path / "e")

@@ -292,6 +292,27 @@ def test_only_a_bias_of_zeros_is_dropped():
         assert len(model.graph.node) == (1 if expected else 4)
 
 
+class Bounded(torch.nn.Module):
+    """Bounds of a whole and a broken number, which the exporter cannot follow by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(5, 4)
+
+    def forward(self, x):
+        return torch.clip(self.fc(x).clamp(0, 6.0), min=1, max=2.5)
+
+
+def test_clamps_between_a_whole_and_a_broken_number_are_exported(tmp_path):
+    net = Bounded().eval()
+    opened = open_model(net, inputs=(InputSpec("x", "float32", ("batch", 5)),))
+    lrcompress.export(opened, output=tmp_path / "e")
+    x = torch.randn(30, 5) * 6
+    got = Session(tmp_path / "e").run({"x": x.numpy()})["output"]
+    np.testing.assert_allclose(got, net(x).detach().numpy(), atol=1e-6)
+    assert got.min() == 1 and got.max() == 2.5
+
+
 def test_licence_and_model_card_travel_with_the_artifact(tmp_path):
     from lrcompress.manifest import Manifest
     from lrcompress.model.describing import copy_notices

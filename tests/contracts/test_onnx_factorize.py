@@ -333,6 +333,14 @@ def test_old_files_that_list_weights_as_inputs_come_out_as_newer_ones(tmp_path):
     np.testing.assert_allclose(run(found, x=w(3, 8)), run(made, x=w(3, 8)), atol=1e-5)
 
 
+def test_what_nothing_ever_read_stays(tmp_path):
+    made = model([node("MatMul", ["x", "fc.weight"], ["y"])], {"fc.weight": w(8, 8), "spare": w(3)})
+    graph = open_graph(save(made, tmp_path / "m.onnx"))
+    layers = find_layers(graph)
+    found = rewrite(graph, layers, {"fc": Change(decompose("svd", weight_of(graph, layers[0]), 8, Metric()))}).model
+    assert {t.name for t in found.graph.initializer} == {"spare", "fc.U", "fc.V"}
+
+
 def test_the_batch_axis_is_found_wherever_it_stands(tmp_path):
     nodes = [
         node("Gather", ["state", "zero"], ["s"]),

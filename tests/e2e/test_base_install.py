@@ -158,3 +158,14 @@ def test_the_edge_is_light(bin: Path) -> None:
         edge.append(float(said(bin, timed.format("lrcompress.edge"))))
     ratio = statistics.median(edge) / statistics.median(runtime)
     assert ratio <= TIME_LIMIT, f"{ratio:.2f}: {edge} against {runtime}"
+
+
+def test_what_runs_elsewhere_is_in_the_package(bin: Path) -> None:
+    """The builder of the ARM emulation, and what ssh runs on a board, are files that are read: they must be installed."""
+    code = (
+        "import pathlib, lrcompress; here = pathlib.Path(lrcompress.__file__).parent / 'validate'; "
+        "print(*sorted(p.name for p in here.iterdir() if p.is_file()))"
+    )
+    done = subprocess.run([str(bin / "python"), "-I", "-c", code], capture_output=True, text=True, check=True)
+    needed = {"arm_root.py", "arm_python.sh", "arm_probe.py", "golden_runner.py", "remote_runner.py"}
+    assert needed <= set(done.stdout.split())

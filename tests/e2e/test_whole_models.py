@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 import lrcompress
 from lrcompress import metrics
 from lrcompress.data import Data
-from lrcompress.errors import HostError
+from lrcompress.errors import HostError, ParityError
 from lrcompress.export.targets import onnx as onnx_target
 from lrcompress.model import InputSpec, OpenedModel, open_model
 from lrcompress.validate.arm_root import CHECKED_CPUS, arm_root
@@ -236,7 +236,13 @@ def test_the_runtime_answers_as_the_network_does(
     assert bits in onnx_target.QUANTIZE
     source: Any = found.open() if size == "dense" else folder / "compressed"
     out = folder / f"{size}-{bits}-{'bare' if slots else 'slots'}"
-    lrcompress.export(source, slots=slots, quantize=bits, calib=found.data, output=out)
+    try:
+        lrcompress.export(source, slots=slots, quantize=bits, calib=found.data, output=out)
+    except ParityError as e:
+        # int8 that loses more than half of the answer's range is not written; what it costs is the planner's business.
+        if bits != "int8":
+            raise
+        pytest.xfail(f"{name}: {e}")
     on = ["cpu"]
     if name in SMALL and slots is None:
         on += [f"arm64:{cpu}" for cpu in _emulated()]

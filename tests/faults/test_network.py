@@ -221,7 +221,7 @@ def no_http(self: Faulty, path: str, n: int) -> None:
 @pytest.mark.parametrize(
     "fault",
     [
-        stall, drip_head, drip_body, no_range, no_http, wrong_range(77, str(len(CONTENT))), wrong_range(1 << 40, "*"),
+        stall, drip_head, drip_body, no_range, no_http, wrong_range(1005, str(len(CONTENT))), wrong_range(1 << 40, "*"),
         lambda s, p, n: s.hang_up(), lambda s, p, n: s.status(500), lambda s, p, n: s.status(503), lambda s, p, n: s.status(429),
         lambda s, p, n: s.status(408), lambda s, p, n: s.status(302, Location="/again"),
     ],

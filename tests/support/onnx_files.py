@@ -73,7 +73,7 @@ def conv_net() -> ModelProto:
     """Two convolutions and a classifier: x (n, 3, 12, 12)."""
     nodes = [
         node("Conv", ["x", "c0.weight", "c0.bias"], ["a0"], pads=[1, 1, 1, 1], strides=[2, 2]), node("Relu", ["a0"], ["h0"]),
-        node("Conv", ["h0", "c1.weight"], ["a1"], auto_pad="SAME_UPPER"), node("Relu", ["a1"], ["h1"]),
+        node("Conv", ["h0", "c1.weight"], ["a1"], auto_pad="SAME_UPPER", strides=[2, 2]), node("Relu", ["a1"], ["h1"]),
         node("GlobalAveragePool", ["h1"], ["g"]), node("Flatten", ["g"], ["f"]), node("Gemm", ["f", "fc.weight", "fc.bias"], ["y"]),
     ]  # fmt: skip
     constants = {

@@ -30,6 +30,7 @@ class Request:
     """What to export. `module` is the live network; `calibration`: feeds to quantize by, None without data.
 
     `bits`: of single layers, for `quantize` "plan"; `profile`: the device that must be able to run it.
+    `block`: inputs that share a scale at 4 bits.
     """
 
     opened: OpenedModel
@@ -42,6 +43,7 @@ class Request:
     advance: Callable[[float, str], None]
     bits: Mapping[str, int] = field(default_factory=dict)
     profile: DeviceProfile | None = None
+    block: int = 32
 
 
 @dataclass(frozen=True)
