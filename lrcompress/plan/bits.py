@@ -105,9 +105,8 @@ def _bytes(numbers: int, outputs: int, bits: int, kind: str) -> int:
 
 
 def _row_bytes(columns: int, block: int) -> int:
-    """Return the bytes of a row of 4 bits: codes of whole blocks, a scale of 16 bits and half a byte of zero point each."""
-    count = -(-columns // block)
-    return count * (block // 2 + 2) + -(-count // 2)
+    """Return the bytes of a row of 4 bits: codes of whole blocks, and a scale of 16 bits each; there are no zero points."""
+    return -(-columns // block) * (block // 2 + 2)
 
 
 def rounding_loss(layer: Layer, bits: int, statistics: Statistics | None) -> float:

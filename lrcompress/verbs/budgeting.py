@@ -181,11 +181,7 @@ class Market:
     def _corrected(self, k: int, c: Candidate, layers: list[list[Candidate]], known: set[tuple[int, str, int]]) -> bool:
         """Cross out what a form refuses, or raise the losses of a form and precision to what one of them was measured to lose."""
         layer = self.menus[k].layer
-        if (
-            self.bench is None
-            or layer.name not in self.bench.menus
-            or (c.form, c.bits) in (("dense", 32), ("dense", 16))
-        ):
+        if self.bench is None or layer.name not in self.bench.menus or (c.form == "dense" and c.bits >= 16):
             return False
         if self.bench.refuses(layer.name, _option(c)):
             layers[k] = [o for o in layers[k] if (o.form, o.rank) != (c.form, c.rank)]
@@ -198,11 +194,11 @@ class Market:
         if loss is not None and c.bits == 4:
             exact = self.bench.loss({layer.name: _option(c)}) or 0.0
             loss = exact + self.refitted * max(loss - exact, 0.0)
-        if loss is None or not math.isfinite(loss) or loss <= _TOLERATED * c.loss or c.loss <= 0:
+        if loss is None or not math.isfinite(loss) or loss <= _TOLERATED * c.loss:
             return False
-        ratio = loss / c.loss
+        ratio, more = (loss / c.loss, 0.0) if c.loss > 0 else (1.0, loss)
         layers[k] = [
-            replace(o, loss=o.loss * ratio) if (o.form, o.bits) == (c.form, c.bits) else o for o in layers[k]
+            replace(o, loss=o.loss * ratio + more) if (o.form, o.bits) == (c.form, c.bits) else o for o in layers[k]
         ]  # fmt: skip
         return True
 

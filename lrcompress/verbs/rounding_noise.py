@@ -8,13 +8,12 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import onnx
 import onnxruntime as ort
 import torch
 from torch import Tensor
 
 from ..data import Data
-from ..errors import LrcompressWarning, ModelError
+from ..errors import LrcompressWarning
 from ..export.graph import trace
 from ..export.quantize import quantize
 from ..export.rewrites import simplify
@@ -85,8 +84,10 @@ def won_by_refits(
         session = ort.InferenceSession(
             small.SerializeToString(), session_options(1), providers=["CPUExecutionProvider"]
         )
-    except (ModelError, onnx.checker.ValidationError, RuntimeError, ValueError):
-        return 1.0  # what cannot be exported is refused by export, with the reason
+    except (
+        Exception
+    ):  # ONNX Runtime's errors have no common base: what cannot be exported, export refuses with the reason
+        return 1.0
     outputs, wanted = [o.name for o in session.get_outputs()], {i.name for i in session.get_inputs()}
 
     def answers(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
