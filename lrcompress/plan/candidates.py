@@ -79,7 +79,9 @@ def candidates_of(
         if not hasattr(form(option.form), "factor_shapes"):
             continue
         count = parts(option.form, layer, option.rank)
-        for b in wanted:
+        # Rows that others are combinations of: what rounding does to them is amplified.
+        pivoted = hasattr(form(option.form), "PLAIN")
+        for b in (b for b in wanted if b >= 16 or not pivoted):
             ms = price(option.form, option.rank, b)
             if ms is not None:
                 size = stored_bytes(option.form, layer, option.rank, b, statistics)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from ..data import Data
 from ..errors import CommandError, ModelError
-from ..export.graph import trace
+from ..export.graph import strip, trace
+from ..export.rewrites import simplify
 from ..factorize import Rank
 from ..fit import Bench, Judge, calibrated, sensitivities
 from ..fit.placing import as_feeds, input_steps, one_request, places
@@ -28,7 +29,7 @@ from ..fit.rounding import with_bits
 from ..model.surgery import Layer
 from ..model.views import view_of
 from ..plan import Choice, Menu, Option, RankPlan, menus_of
-from ..plan.bits import BITS, GRAPH_BYTES, input_loss, rounding_loss
+from ..plan.bits import BITS, graph_bytes
 from ..plan.candidates import Candidate, Chosen, Fixed, Limits, candidates_of, choose
 from ..plan.form_time import Place, layer_ms, steps_of
 from ..plan.graph_time import request_operators, total_ms
@@ -38,9 +39,12 @@ from ..plan.rankplan import Planned, Rejected
 from ..plan.selection import dense
 from ..progress import Progress
 from .planning import Prepared, copy_of, judged
+from .rounding_noise import measured_noise, rounding_noise, won_by_refits
 
-#: How far measured rounding may lie from what is predicted before it is taken for noise.
-_TRUST = 30.0
+#: What files of their own bring beside graph and numbers.
+_SLACK_BYTES = 600
+#: How often choices are checked by measuring, and what share of a loss may be missed before it is raised.
+_CHECKS, _TOLERATED = 40, 1.5
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,10 @@ class ForDevice:
 
 @dataclass(frozen=True)
 class Market:
-    """What every layer can become, with its price; `bench` measures choices, where there are data to measure on."""
+    """What every layer can become, with its price; `bench` measures choices, where there are data to measure on.
+
+    `refitted`: what share of the loss of 4 bits remains after the refits of the export, which measurements here leave out.
+    """
 
     prepared: Prepared
     menus: Sequence[Menu]
@@ -94,6 +101,7 @@ class Market:
     kinds: Mapping[str, str]
     measured: Mapping[str, float]
     method: str
+    refitted: float = 1.0
 
     @classmethod
     def of(
@@ -129,9 +137,13 @@ class Market:
             bench = Bench(Judge(prepared.opened, network, batches), network, movable, prepared.priced)
             factors, measured = sensitivities(bench, progress)
             menus = calibrated(menus, factors)
-        noise = _noise(menus, prepared, bits, steps, factors)
+        noise = rounding_noise(menus, prepared, bits, steps, factors)
+        refitted = 1.0
         if bench is not None:
-            noise = _measured_noise(bench, menus, noise, bits, kinds)
+            noise = measured_noise(bench, menus, noise, bits, kinds)
+            if 4 in bits:
+                refitted = won_by_refits(prepared, bench, menus, kinds, data)
+                noise = {n: {b: v * (refitted if b == 4 else 1.0) for b, v in own.items()} for n, own in noise.items()}
         priced = _Pricing(prepared, where, prices)
         layers = [
             candidates_of(
@@ -140,9 +152,8 @@ class Market:
             )
             for m in menus
         ]  # fmt: skip
-        return cls(
-            prepared, menus, layers, _fixed(prepared, heads, request, priced), prices, bench, kinds, measured, method
-        )
+        fixed = _fixed(prepared, heads, request, priced)
+        return cls(prepared, menus, layers, fixed, prices, bench, kinds, measured, method, refitted)
 
     def uniform(self, bits: int) -> Chosen | None:
         """Return the dense network with all layers in so many bits; None where a layer cannot be."""
@@ -151,8 +162,48 @@ class Market:
         return Chosen.of(kept, self.fixed) if len(kept) == len(found) else None
 
     def chosen(self, limits: Limits) -> Chosen:
-        """Return the best choice whose forms hold their weights: what is refused is crossed out, and chosen anew."""
+        """Return the best choice whose forms hold their weights, each checked by a measurement of its layer alone.
+
+        What is refused is crossed out; what loses more than was predicted is dearer from then on, at every rank; then
+        all is chosen anew, a fixed number of times at most.
+        """
         layers = [list(own) for own in self.layers]
+        known: set[tuple[int, str, int]] = set()
+        for _ in range(_CHECKS):
+            found = choose(layers, limits, self.fixed)
+            changed = False
+            for k, c in enumerate(found.candidates):
+                changed |= self._corrected(k, c, layers, known)
+            if not changed:
+                return found
+        return self._held(layers, limits)
+
+    def _corrected(self, k: int, c: Candidate, layers: list[list[Candidate]], known: set[tuple[int, str, int]]) -> bool:
+        """Cross out what a form refuses, or raise the losses of a form and precision to what one of them was measured to lose."""
+        layer = self.menus[k].layer
+        if self.bench is None or layer.name not in self.bench.menus or (c.form == "dense" and c.bits >= 16):
+            return False
+        if self.bench.refuses(layer.name, _option(c)):
+            layers[k] = [o for o in layers[k] if (o.form, o.rank) != (c.form, c.rank)]
+            return True
+        if (k, c.form, c.bits) in known:
+            return False
+        known.add((k, c.form, c.bits))
+        changed = functools.partial(with_bits, bits={layer.name: c.bits}, kinds=self.kinds)
+        loss = self.bench.loss({layer.name: _option(c)}, changed=changed)
+        if loss is not None and c.bits == 4:
+            exact = self.bench.loss({layer.name: _option(c)}) or 0.0
+            loss = exact + self.refitted * max(loss - exact, 0.0)
+        if loss is None or not math.isfinite(loss) or loss <= _TOLERATED * c.loss:
+            return False
+        ratio, more = (loss / c.loss, 0.0) if c.loss > 0 else (1.0, loss)
+        layers[k] = [
+            replace(o, loss=o.loss * ratio + more) if (o.form, o.bits) == (c.form, c.bits) else o for o in layers[k]
+        ]  # fmt: skip
+        return True
+
+    def _held(self, layers: list[list[Candidate]], limits: Limits) -> Chosen:
+        """Return the best choice in which no form refuses its weight."""
         while True:
             found = choose(layers, limits, self.fixed)
             refused = [
@@ -177,6 +228,10 @@ class Market:
                 bits[m.layer.name] = c.bits
                 options[m.layer.name] = _option(c)
         found = self.bench.loss(options, changed=functools.partial(with_bits, bits=bits, kinds=self.kinds))
+        if found is not None and self.refitted < 1 and 4 in bits.values():
+            finer = {n: b if b != 4 else 32 for n, b in bits.items()}
+            exact = self.bench.loss(options, changed=functools.partial(with_bits, bits=finer, kinds=self.kinds)) or 0.0
+            found = exact + self.refitted * max(found - exact, 0.0)
         return found if found is not None and math.isfinite(found) else None
 
 
@@ -210,59 +265,24 @@ class _Pricing:
         return total
 
 
-def _noise(
-    menus: Sequence[Menu], prepared: Prepared, bits: Sequence[int], steps: Mapping[str, float],
-    factors: Mapping[str, float],
-) -> dict[str, dict[int, float]]:  # fmt: skip
-    """Return what rounding loses, by layer and bits, in the unit of the menus."""
-    usual = sorted(factors.values())[len(factors) // 2] if factors else 1.0
-    found: dict[str, dict[int, float]] = {}
-    for m in menus:
-        layer, statistics = m.layer, prepared.priced.get(m.layer.name)
-        if layer.reason is not None:
-            found[layer.name] = {}
-            continue
-        scale = factors.get(layer.name, usual) * (statistics.scale if statistics is not None else 1.0)
-        if statistics is None or statistics.output_gram is None:  # relative losses, as in the menu
-            energy = layer.energy(statistics)
-            scale = factors.get(layer.name, usual) / energy if energy > 0 else 0.0
-        found[layer.name] = {b: scale * rounding_loss(layer, b, statistics) for b in bits if b != 32}
-        if 8 in found[layer.name]:
-            found[layer.name][8] += scale * input_loss(layer, steps.get(layer.name, 0.0), statistics)
-    return found
-
-
-def _measured_noise(
-    bench: Bench, menus: Sequence[Menu], noise: Mapping[str, Mapping[int, float]], bits: Sequence[int],
-    kinds: Mapping[str, str],
-) -> dict[str, dict[int, float]]:  # fmt: skip
-    """Scale what rounding loses by one measurement of the whole network in 8 bits, and one in 4."""
-    scale = {}
-    names = [m.layer.name for m in menus if m.layer.reason is None]
-    for b in (b for b in bits if b in (8, 4)):
-        predicted = sum(noise[n].get(b, 0.0) for n in names)
-        loss = bench.loss({}, changed=functools.partial(with_bits, bits=dict.fromkeys(names, b), kinds=kinds))
-        if loss is not None and math.isfinite(loss) and predicted > 0:
-            scale[b] = min(max(loss / predicted, 1 / _TRUST), _TRUST)
-    return {n: {b: v * scale.get(b, 1.0) for b, v in own.items()} for n, own in noise.items()}
-
-
 def _fixed(prepared: Prepared, heads: Sequence[Layer], request: Mapping[str, Tensor], pricing: _Pricing) -> Fixed:
     """Return what remains of the dense graph without its layers; without a graph, the tensors that are no layer's."""
-    own = sum(layer.weight.numel() * 4 + GRAPH_BYTES[32] for layer in heads)
+    own = sum(layer.weight.numel() * 4 + graph_bytes(layer) for layer in heads)
     opened = replace(prepared.opened, module=prepared.network)
     try:
-        graph = trace(opened, prepared.network, where="lrcompress plan").SerializeToString()
+        model, _ = simplify(trace(opened, prepared.network, where="lrcompress plan"))
+        strip(model)
+        graph = model.SerializeToString()
     except ModelError:
         if pricing.prices is not None:
             raise
         return Fixed(max(_tensor_bytes(prepared.network) - own, 0), 0.0)
     prices = pricing.prices
     if prices is None:
-        return Fixed(max(len(graph) - own, 0), 0.0)
+        return Fixed(max(len(graph) + _SLACK_BYTES - own, 0), 0.0)
     whole = total_ms(request_operators(graph, as_feeds(request), blocked=prices.table.blocked), prices)
     layers = sum(pricing.ms(layer, "dense", 0, 32) or 0.0 for layer in heads)
-    return Fixed(max(len(graph) - own, 0), max(whole - layers, prices.run_ms))
+    return Fixed(max(len(graph) + _SLACK_BYTES - own, 0), max(whole - layers, prices.run_ms))
 
 
 def _tensor_bytes(module: nn.Module) -> int:

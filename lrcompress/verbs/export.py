@@ -129,7 +129,7 @@ def export(
         trust = {"trust_pickle": trust_pickle, "trust_remote_code": trust_remote_code}
         golden = _golden(source, module, data, original, trust, quantize)
         advance(1, "traced")
-        feeds = None if data is None else _feeds(data)
+        feeds = None if data is None else calibration_feeds(data)
         request = Request(
             source.opened, module, slots, slot_include, quantize, feeds, golden, advance, bits, profile, block
         )  # fmt: skip
@@ -329,7 +329,8 @@ def fit_tolerance(stage: Path, value: dict[str, Any], golden: Mapping[str, np.nd
     value["tolerances"] = tolerances(precision, distance)
 
 
-def _feeds(data: Data) -> list[dict[str, np.ndarray]]:
+def calibration_feeds(data: Data) -> list[dict[str, np.ndarray]]:
+    """Return what quantization calibrates with."""
     small = data.take(slice(0, min(_CALIBRATION_SAMPLES, len(data))))
     return [{k: np.asarray(v) for k, v in b.inputs.items()} for b in small.batches(8)]
 
