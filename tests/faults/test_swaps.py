@@ -23,7 +23,7 @@ from lrcompress.edge.state import StateFiles
 from lrcompress.manifest import Manifest
 from lrcompress.payload import Payload, build, parse
 from lrcompress.runtime import Session
-from tests.support.fleet import X, Fleet, answers
+from tests.support.fleet import Fleet, X, answers
 from tests.support.graphs import adapter, mlp, run, write_exported
 
 THREADS, WINDOW_S, PAUSE_S = 3, 0.25, 0.001
