@@ -31,6 +31,7 @@ from lrcompress.publish.keys import KeyStore
 from lrcompress.publish.memory import FILE as PUBLISHED
 from lrcompress.publish.repository import Repository
 from tests.faults.powercut import Image, Model, Op, Recorder, Stop, laid_out, taken
+from tests.faults.pure import computed_once
 from tests.support.fleet import PASSPHRASE, Fleet, made, payload_bytes, release
 
 BOOTS = 3
@@ -63,6 +64,8 @@ class World:
     def __init__(self) -> None:
         shm = Path("/dev/shm")
         self.at = Path(tempfile.mkdtemp(prefix="lrcompress-cuts-", dir=shm if shm.is_dir() else None))
+        self._pure = contextlib.ExitStack()
+        self._pure.enter_context(computed_once())
         self.pool, self.live = self.at / "pool", self.at / "live"
         self.pool.mkdir()
         fleet = self.fleet = self._fleet()
@@ -157,6 +160,7 @@ class World:
         shutil.rmtree(self.live)
 
     def close(self) -> None:
+        self._pure.close()
         shutil.rmtree(self.at, ignore_errors=True)
 
     # recording ----------------------------------------------------------------------------------------------------
