@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -185,26 +185,52 @@ def test_an_application_that_follows_commits_under_load(tmp_path: Path, n: int, 
             print(f"EdgeSession: {held(load, commit, n, rounds)}")
 
 
-def test_requests_are_answered_while_the_next_payload_is_made_ready(tmp_path: Path) -> None:
+class Held:
+    """Payloads are made ready only when this says so."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.begun, self.go, real = threading.Event(), threading.Event(), Payload.feeds
+
+        def feeds(payload: Payload, manifest: Manifest) -> dict[str, np.ndarray]:
+            self.begun.set()
+            assert self.go.wait(20)
+            return dict(real(payload, manifest))
+
+        patch.setattr(Payload, "feeds", feeds)
+
+    def answers(self, swap: Callable[[], None], ask: Run) -> set[bytes]:
+        """Return what is answered while a swap is under way."""
+        swapping = threading.Thread(target=swap)
+        swapping.start()
+        assert self.begun.wait(60)
+        found = {ask().tobytes() for _ in range(5)}
+        assert swapping.is_alive()
+        self.go.set()
+        swapping.join()
+        return found
+
+
+def test_requests_are_answered_while_the_next_payload_is_made_ready(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """However long a payload takes to be verified and copied, what is served is served meanwhile."""
     exported = write_exported(tmp_path / "exported", MODEL, SLOTS, INPUT)
     session = Session(exported)
     (a, of_a), (b, of_b) = payload(exported, 1, 2), payload(exported, 2, 7)
     session.swap(a)
-    begun, go = threading.Event(), threading.Event()
 
-    class Slow(Payload):
-        def feeds(self, manifest: Manifest) -> dict[str, np.ndarray]:
-            begun.set()
-            assert go.wait(60)
-            return super().feeds(manifest)
+    def ask() -> np.ndarray:
+        return session.run({"x": INPUT})["output"]
 
-    slow = Slow(**{f.name: getattr(b, f.name) for f in fields(Payload)})
-    swapping = threading.Thread(target=session.swap, args=(slow,))
-    swapping.start()
-    assert begun.wait(60)
-    answered = [session.run({"x": INPUT})["output"].tobytes() for _ in range(5)]
-    assert swapping.is_alive() and set(answered) == {of_a}
-    go.set()
-    swapping.join()
-    assert session.run({"x": INPUT})["output"].tobytes() == of_b
+    assert Held(monkeypatch).answers(lambda: session.swap(b), ask) == {of_a}
+    assert ask().tobytes() == of_b
+
+
+def test_a_device_answers_while_it_takes_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = Fleet(tmp_path)
+    device = fleet.device()
+    before = answers(device)
+    fleet.add("first")
+    fleet.device().update()
+    assert Held(monkeypatch).answers(device.refresh, lambda: answers(device)) == {before.tobytes()}
+    assert answers(device).tobytes() == answers(fleet.device()).tobytes() != before.tobytes()
