@@ -51,6 +51,8 @@ TRAINING_FAULTS: list[tuple[str, str, str, str, str]] = [
     ("recover/rates.py", "energies=dict(training.objective.energies)", "energies=training.objective.energies", "test_training_objective", "searched"),
     ("recover/rates.py", "chosen = min(scores", "chosen = max(scores", "test_training_objective", "searched"),
     ("recover/rates.py", "min(scores.values()) < start", "max(scores.values()) < start", "test_training_objective", "gains_anything"),
+    ("recover/rates.py", "if scores[k] <= _HARM * start", "if True", "test_training_objective", "no_harm"),
+    ("recover/rates.py", "elif not descending and scores and", "elif False and", "test_training_objective", "no_harm"),
     ("recover/rates.py", "chosen = min(scores) - 1", "pass", "test_training_objective", "gains_anything"),
     ("recover/rates.py", "_EACH * total < _TELLING", "_EACH * total <= _TELLING", "test_training_objective", "too_short"),
     ("recover/whitening.py", "g.flatten(1) @ root.inverse", "g.flatten(1) @ root.root", "test_training_white", "other_coordinates"),
