@@ -29,7 +29,7 @@ from ..fit.rounding import with_bits
 from ..model.surgery import Layer
 from ..model.views import view_of
 from ..plan import Choice, Menu, Option, RankPlan, menus_of
-from ..plan.bits import BITS, graph_bytes
+from ..plan.bits import BITS, BLOCK, Precision, graph_bytes, precisions
 from ..plan.candidates import Candidate, Chosen, Fixed, Limits, candidates_of, choose
 from ..plan.form_time import Place, layer_ms, steps_of
 from ..plan.graph_time import request_operators, total_ms
@@ -143,7 +143,9 @@ class Market:
             noise = measured_noise(bench, menus, noise, bits, kinds)
             if 4 in bits:
                 refitted = won_by_refits(prepared, bench, menus, kinds, data)
-                noise = {n: {b: v * (refitted if b == 4 else 1.0) for b, v in own.items()} for n, own in noise.items()}
+                noise = {
+                    n: {p: v * (refitted if p.bits == 4 else 1.0) for p, v in own.items()} for n, own in noise.items()
+                }
         priced = _Pricing(prepared, where, prices)
         layers = [
             candidates_of(
@@ -155,9 +157,13 @@ class Market:
         fixed = _fixed(prepared, heads, request, priced)
         return cls(prepared, menus, layers, fixed, prices, bench, kinds, measured, method, refitted)
 
-    def uniform(self, bits: int) -> Chosen | None:
-        """Return the dense network with all layers in so many bits; None where a layer cannot be."""
-        found = [next((c for c in own if c.form == "dense" and c.bits == bits), None) for own in self.layers]
+    def uniform(self, precision: Precision) -> Chosen | None:
+        """Return the dense network with all layers in one precision; None where a layer cannot be."""
+        narrow = precision._replace(block=min(precision.block, BLOCK))  # what convolutions have instead
+        found = [
+            next((c for p in (precision, narrow) for c in own if c.form == "dense" and c.precision == p), None)
+            for own in self.layers
+        ]
         kept = [c or own[-1] for c, own, m in zip(found, self.layers, self.menus, strict=True) if c or m.layer.reason]
         return Chosen.of(kept, self.fixed) if len(kept) == len(found) else None
 
@@ -168,7 +174,7 @@ class Market:
         all is chosen anew, a fixed number of times at most.
         """
         layers = [list(own) for own in self.layers]
-        known: set[tuple[int, str, int]] = set()
+        known: set[tuple[int, str, Precision]] = set()
         for _ in range(_CHECKS):
             found = choose(layers, limits, self.fixed)
             changed = False
@@ -178,7 +184,9 @@ class Market:
                 return found
         return self._held(layers, limits)
 
-    def _corrected(self, k: int, c: Candidate, layers: list[list[Candidate]], known: set[tuple[int, str, int]]) -> bool:
+    def _corrected(
+        self, k: int, c: Candidate, layers: list[list[Candidate]], known: set[tuple[int, str, Precision]]
+    ) -> bool:
         """Cross out what a form refuses, or raise the losses of a form and precision to what one of them was measured to lose."""
         layer = self.menus[k].layer
         if self.bench is None or layer.name not in self.bench.menus or (c.form == "dense" and c.bits >= 16):
@@ -186,10 +194,10 @@ class Market:
         if self.bench.refuses(layer.name, _option(c)):
             layers[k] = [o for o in layers[k] if (o.form, o.rank) != (c.form, c.rank)]
             return True
-        if (k, c.form, c.bits) in known:
+        if (k, c.form, c.precision) in known:
             return False
-        known.add((k, c.form, c.bits))
-        changed = functools.partial(with_bits, bits={layer.name: c.bits}, kinds=self.kinds)
+        known.add((k, c.form, c.precision))
+        changed = functools.partial(with_bits, bits={layer.name: c.precision}, kinds=self.kinds)
         loss = self.bench.loss({layer.name: _option(c)}, changed=changed)
         if loss is not None and c.bits == 4:
             exact = self.bench.loss({layer.name: _option(c)}) or 0.0
@@ -198,7 +206,8 @@ class Market:
             return False
         ratio, more = (loss / c.loss, 0.0) if c.loss > 0 else (1.0, loss)
         layers[k] = [
-            replace(o, loss=o.loss * ratio + more) if (o.form, o.bits) == (c.form, c.bits) else o for o in layers[k]
+            replace(o, loss=o.loss * ratio + more) if (o.form, o.precision) == (c.form, c.precision) else o
+            for o in layers[k]
         ]  # fmt: skip
         return True
 
@@ -220,16 +229,16 @@ class Market:
         if self.bench is None:
             return None
         options: dict[str, Option] = {}
-        bits: dict[str, int] = {}
+        bits: dict[str, Precision] = {}
         for m, c in zip(self.menus, chosen.candidates, strict=True):
             if m.layer.name in self.prepared.ties and c.form != "dense":
                 return None  # one set of factors in several places is not measured here
             if m.layer.reason is None:
-                bits[m.layer.name] = c.bits
+                bits[m.layer.name] = c.precision
                 options[m.layer.name] = _option(c)
         found = self.bench.loss(options, changed=functools.partial(with_bits, bits=bits, kinds=self.kinds))
-        if found is not None and self.refitted < 1 and 4 in bits.values():
-            finer = {n: b if b != 4 else 32 for n, b in bits.items()}
+        if found is not None and self.refitted < 1 and any(p.bits == 4 for p in bits.values()):
+            finer = {n: p if p.bits != 4 else Precision(32) for n, p in bits.items()}
             exact = self.bench.loss(options, changed=functools.partial(with_bits, bits=finer, kinds=self.kinds)) or 0.0
             found = exact + self.refitted * max(found - exact, 0.0)
         return found if found is not None and math.isfinite(found) else None
@@ -295,14 +304,16 @@ def device_plan(market: Market, limits: Limits) -> RankPlan:
     found = market.chosen(limits)
     measured = market.loss(found)
     rows = []
-    for b in BITS:
-        uniform = market.uniform(b)
-        if uniform is None:
+    seen: list[tuple[Candidate, ...]] = []
+    for p in precisions(BITS):
+        uniform = market.uniform(p)
+        if uniform is None or uniform.candidates in seen:
             continue
-        loss = market.loss(uniform) if b != 32 else 0.0
+        seen.append(uniform.candidates)
+        loss = market.loss(uniform) if p.bits != 32 else 0.0
         fits = uniform.fits(limits)
         rows.append(
-            {"name": f"dense, {b} bits", "bytes": uniform.n_bytes, "ms": _ms(uniform.ms, market), "predicted_loss": _six(uniform.loss), "measured_loss": _six(loss), "fits": fits}
+            {"name": f"dense, {p}", "bytes": uniform.n_bytes, "ms": _ms(uniform.ms, market), "predicted_loss": _six(uniform.loss), "measured_loss": _six(loss), "fits": fits}
         )  # fmt: skip
         if fits and loss is not None and measured is not None and loss <= measured:
             found, measured = replace(uniform, bound=found.bound, prices=found.prices), loss
@@ -359,7 +370,7 @@ def _planned(m: Menu, c: Candidate, own: Sequence[Candidate], prices: tuple[floa
     nearest = sorted(best.values(), key=lambda o: (total(o), o.n_bytes))[:6]
     rejected = tuple(Rejected(o.form, o.rank, o.bits, why(o, c, total(o) - total(c))) for o in nearest)
     ms = _ms(c.ms, market)
-    return Planned(choice, c.bits, c.n_bytes, c.loss, market.measured.get(layer.name), ms, rejected)
+    return Planned(choice, c.bits, c.n_bytes, c.loss, market.measured.get(layer.name), ms, rejected, c.block)
 
 
 def why(other: Candidate, taken: Candidate, dearer: float) -> str:
