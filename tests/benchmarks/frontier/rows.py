@@ -21,7 +21,6 @@ from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQua
 
 from lrcompress import api
 from lrcompress.errors import LrcompressError
-from lrcompress.export.graph import trace
 from lrcompress.files import write_json
 from lrcompress.latency import LatencyTable
 from lrcompress.plan import RankPlan, write_plan
@@ -99,13 +98,12 @@ class _Feeds(CalibrationDataReader):  # type: ignore[misc]
 
 
 def dense_rows(subject: Subject) -> Iterator[Row]:
-    """Yield the dense network as it is, and after one line of each of the runtime's quantizers."""
-    assert subject.opened.module is not None
-    model = trace(subject.opened, subject.opened.module, where="bench-frontier")
-    yield Row("dense fp32", ONE_LINE, model.SerializeToString())
+    """Yield the dense network as `export` writes it, and what one line of each of the runtime's quantizers makes of that."""
     with tempfile.TemporaryDirectory() as scratch:
         source, dest = Path(scratch) / "dense.onnx", Path(scratch) / "small.onnx"
-        onnx.save(model, source)
+        source.write_bytes(exported(subject, subject.opened, Path(scratch), "none"))
+        model = onnx.load(source)
+        yield Row("dense fp32", ONE_LINE, source.read_bytes())
 
         def dynamic() -> bytes:
             quantize_dynamic(source, dest, weight_type=QuantType.QInt8)
