@@ -12,9 +12,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -37,6 +36,7 @@ from ..plan.prices import Prices
 from ..plan.profile import load_profile, table_of
 from ..plan.rankplan import Planned, Rejected
 from ..plan.selection import dense
+from ..plan.told import advice, why
 from ..progress import Progress
 from .planning import Prepared, copy_of, judged
 from .rounding_noise import measured_noise, rounding_noise, won_by_refits
@@ -89,7 +89,8 @@ class ForDevice:
 class Market:
     """What every layer can become, with its price; `bench` measures choices, where there are data to measure on.
 
-    `refitted`: what share of the loss of 4 bits remains after the refits of the export, which measurements here leave out.
+    `refitted`: what share of the loss of 4 bits remains after the refits of the export, which measurements here leave out;
+    `known`: losses of single layers that were measured.
     """
 
     prepared: Prepared
@@ -102,6 +103,7 @@ class Market:
     measured: Mapping[str, float]
     method: str
     refitted: float = 1.0
+    known: dict[tuple[str, str, Rank, Precision], float | None] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of(
@@ -197,11 +199,7 @@ class Market:
         if (k, c.form, c.precision) in known:
             return False
         known.add((k, c.form, c.precision))
-        changed = functools.partial(with_bits, bits={layer.name: c.precision}, kinds=self.kinds)
-        loss = self.bench.loss({layer.name: _option(c)}, changed=changed)
-        if loss is not None and c.bits == 4:
-            exact = self.bench.loss({layer.name: _option(c)}) or 0.0
-            loss = exact + self.refitted * max(loss - exact, 0.0)
+        loss = self._alone(layer.name, c)
         if loss is None or not math.isfinite(loss) or loss <= _TOLERATED * c.loss:
             return False
         ratio, more = (loss / c.loss, 0.0) if c.loss > 0 else (1.0, loss)
@@ -210,6 +208,19 @@ class Market:
             for o in layers[k]
         ]  # fmt: skip
         return True
+
+    def _alone(self, name: str, c: Candidate) -> float | None:
+        """Measure what the network loses with this layer alone changed; what was measured serves other budgets, too."""
+        assert self.bench is not None
+        key = name, c.form, c.rank, c.precision
+        if key not in self.known:
+            one, changed = {name: _option(c)}, functools.partial(with_bits, bits={name: c.precision}, kinds=self.kinds)
+            loss = self.bench.loss(one, changed=changed)
+            if loss is not None and c.bits == 4:
+                exact = 0.0 if c.form == "dense" else self.bench.loss(one) or 0.0
+                loss = exact + self.refitted * max(loss - exact, 0.0)
+            self.known[key] = loss
+        return self.known[key]
 
     def _held(self, layers: list[list[Candidate]], limits: Limits) -> Chosen:
         """Return the best choice in which no form refuses its weight."""
@@ -331,21 +342,6 @@ def device_plan(market: Market, limits: Limits) -> RankPlan:
     )  # fmt: skip
 
 
-def advice(layers: Sequence[Planned], rows: Sequence[Mapping[str, Any]], limits: Limits) -> str:
-    """Say what the plan comes to: dense where no factors pay, how many layers are factorized elsewhere."""
-    changed = [p for p in layers if p.choice.form != "dense"]
-    used = sorted({p.bits for p in layers})
-    bits = f"{' and '.join(map(str, used))} bits"
-    fitting = [str(r["name"]) for r in rows if r["fits"]]
-    if not changed:
-        return f"stay dense, in {bits}: within this budget no factors lose less"
-    if fitting:
-        return (
-            f"factorize {len(changed)} of {len(layers)} layers, in {bits}; {fitting[-1]} would fit too, and lose more"
-        )
-    return f"factorize {len(changed)} of {len(layers)} layers, in {bits}; no dense network of one precision fits"
-
-
 def _planned(m: Menu, c: Candidate, own: Sequence[Candidate], prices: tuple[float, float], market: Market) -> Planned:
     """Return the row of a layer with the best alternative of every other form and precision."""
     layer = m.layer
@@ -371,19 +367,6 @@ def _planned(m: Menu, c: Candidate, own: Sequence[Candidate], prices: tuple[floa
     rejected = tuple(Rejected(o.form, o.rank, o.bits, why(o, c, total(o) - total(c))) for o in nearest)
     ms = _ms(c.ms, market)
     return Planned(choice, c.bits, c.n_bytes, c.loss, market.measured.get(layer.name), ms, rejected, c.block)
-
-
-def why(other: Candidate, taken: Candidate, dearer: float) -> str:
-    """Compare an alternative with what was taken: bytes, milliseconds, loss."""
-    size, ms = other.n_bytes - taken.n_bytes, other.ms - taken.ms
-    words = [f"{abs(size):,} bytes {'more' if size > 0 else 'fewer'}"] if size else []
-    if abs(ms) > 5e-5:
-        words.append(f"{abs(ms):.3g} ms {'more' if ms > 0 else 'less'}")
-    words.append(f"a loss of {other.loss:.3g} instead of {taken.loss:.3g}")
-    worth = (
-        "; elsewhere that is worth more" if dearer > 0 and (size < 0 or ms < -5e-5 or other.loss < taken.loss) else ""
-    )
-    return ", ".join(words) + worth
 
 
 def _ms(value: float, market: Market) -> float | None:
