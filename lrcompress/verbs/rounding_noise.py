@@ -20,11 +20,12 @@ from ..export.rewrites import simplify
 from ..fit import Bench
 from ..fit.rounding import with_bits
 from ..plan import Menu
-from ..plan.bits import input_loss, rounding_loss
+from ..plan.bits import BLOCK, Precision, input_loss, precisions, rounding_loss
 from ..runtime import session_options
 from .export import calibration_feeds
 from .planning import Prepared
 
+Noise = dict[str, dict[Precision, float]]
 #: How far measured rounding may lie from what is predicted before it is taken for noise.
 _TRUST = 30.0
 
@@ -32,10 +33,10 @@ _TRUST = 30.0
 def rounding_noise(
     menus: Sequence[Menu], prepared: Prepared, bits: Sequence[int], steps: Mapping[str, float],
     factors: Mapping[str, float],
-) -> dict[str, dict[int, float]]:  # fmt: skip
-    """Return what rounding loses, by layer and bits, in the unit of the menus."""
+) -> Noise:  # fmt: skip
+    """Return what rounding loses, by layer and precision, in the unit of the menus."""
     usual = sorted(factors.values())[len(factors) // 2] if factors else 1.0
-    found: dict[str, dict[int, float]] = {}
+    found: dict[str, dict[Precision, float]] = {}
     for m in menus:
         layer, statistics = m.layer, prepared.priced.get(m.layer.name)
         if layer.reason is not None:
@@ -45,25 +46,29 @@ def rounding_noise(
         if statistics is None or statistics.output_gram is None:  # relative losses, as in the menu
             energy = layer.energy(statistics)
             scale = factors.get(layer.name, usual) / energy if energy > 0 else 0.0
-        found[layer.name] = {b: scale * rounding_loss(layer, b, statistics) for b in bits if b != 32}
-        if 8 in found[layer.name]:
-            found[layer.name][8] += scale * input_loss(layer, steps.get(layer.name, 0.0), statistics)
+        found[layer.name] = {
+            p: scale * rounding_loss(layer, p.bits, statistics, p.block or BLOCK)
+            for p in precisions(bits)
+            if p.bits != 32
+        }
+        if 8 in bits:
+            found[layer.name][Precision(8)] += scale * input_loss(layer, steps.get(layer.name, 0.0), statistics)
     return found
 
 
 def measured_noise(
-    bench: Bench, menus: Sequence[Menu], noise: Mapping[str, Mapping[int, float]], bits: Sequence[int],
+    bench: Bench, menus: Sequence[Menu], noise: Mapping[str, Mapping[Precision, float]], bits: Sequence[int],
     kinds: Mapping[str, str],
-) -> dict[str, dict[int, float]]:  # fmt: skip
-    """Scale what rounding loses by one measurement of the whole network in 8 bits, and one in 4."""
+) -> Noise:  # fmt: skip
+    """Scale what rounding loses by a measurement of the whole network in each precision of 8 and 4 bits."""
     scale = {}
     names = [m.layer.name for m in menus if m.layer.reason is None]
-    for b in (b for b in bits if b in (8, 4)):
-        predicted = sum(noise[n].get(b, 0.0) for n in names)
-        loss = bench.loss({}, changed=functools.partial(with_bits, bits=dict.fromkeys(names, b), kinds=kinds))
+    for p in (p for p in precisions(bits) if p.bits in (8, 4)):
+        predicted = sum(noise[n].get(p, 0.0) for n in names)
+        loss = bench.loss({}, changed=functools.partial(with_bits, bits=dict.fromkeys(names, p), kinds=kinds))
         if loss is not None and math.isfinite(loss) and predicted > 0:
-            scale[b] = min(max(loss / predicted, 1 / _TRUST), _TRUST)
-    return {n: {b: v * scale.get(b, 1.0) for b, v in own.items()} for n, own in noise.items()}
+            scale[p] = min(max(loss / predicted, 1 / _TRUST), _TRUST)
+    return {n: {p: v * scale.get(p, 1.0) for p, v in own.items()} for n, own in noise.items()}
 
 
 def won_by_refits(
@@ -71,7 +76,8 @@ def won_by_refits(
 ) -> float:
     """Return what share of the loss of 4 bits is left when the export has refitted: both measured on the dense network."""
     names = [m.layer.name for m in menus if m.layer.reason is None]
-    plain = bench.loss({}, changed=functools.partial(with_bits, bits=dict.fromkeys(names, 4), kinds=kinds))
+    four = dict.fromkeys(names, Precision(4, BLOCK))
+    plain = bench.loss({}, changed=functools.partial(with_bits, bits=four, kinds=kinds))
     if plain is None or not plain > 0 or not math.isfinite(plain) or data is None:
         return 1.0
     try:

@@ -14,6 +14,7 @@ from lrcompress.cli.main import run
 from lrcompress.errors import BudgetError, CommandError, ProfileError
 from lrcompress.export.products import Product
 from lrcompress.export.quantize import grid_of
+from lrcompress.export.refit.gptq import quantize
 from lrcompress.factorize import Statistics
 from lrcompress.fit.placing import input_steps, one_request, places
 from lrcompress.fit.rounding import with_bits
@@ -21,7 +22,17 @@ from lrcompress.latency import write_table
 from lrcompress.model import InputSpec, open_model
 from lrcompress.model.surgery import Layer, find_layers
 from lrcompress.model.views import view_of
-from lrcompress.plan.bits import BITS, graph_bytes, input_loss, rounded, rounding_loss, stored_bytes
+from lrcompress.plan.bits import (
+    BITS,
+    PLANNED_BLOCKS,
+    Precision,
+    graph_bytes,
+    input_loss,
+    precisions,
+    rounded,
+    rounding_loss,
+    stored_bytes,
+)
 from lrcompress.plan.candidates import rank_multiple
 from lrcompress.plan.profile import load_profile, named_table, shipped
 from tests.support.latency import table
@@ -84,14 +95,14 @@ def test_no_dense_network_that_fits_loses_less(tight):
     for u in tight["uniform"]:
         if u["fits"]:
             assert u["measured_loss"] >= tight["measured_loss"] - 1e-12
-    assert [u["name"] for u in tight["uniform"]] == [f"dense, {b} bits" for b in BITS]
+    assert [u["name"] for u in tight["uniform"]] == [f"dense, {p}" for p in precisions(BITS)]
 
 
 def test_a_dense_network_that_measures_better_than_the_choice_is_taken_instead(folder, loose, monkeypatch):
     """Predictions may favour factors that lose more when they are measured."""
     from lrcompress.verbs import budgeting, rounding_noise
 
-    def flattered(layer, bits, statistics):
+    def flattered(layer, bits, statistics, block):
         return 0.0 if bits == 16 else 1e6
 
     monkeypatch.setattr(rounding_noise, "rounding_loss", flattered)
@@ -296,11 +307,28 @@ def test_fewer_bits_lose_more_and_store_less(kind):
     assert torch.equal(rounded(torch.zeros(4, 40), 4, kind), torch.zeros(4, 40))
 
 
-@pytest.mark.parametrize("rows, columns", [(10, 8), (7, 16), (5, 40), (3, 384), (2, 100)])
-def test_bytes_of_four_bits_are_those_of_the_grid_that_is_written(rows, columns):
-    layer = Layer("l.0", "linear", torch.ones(rows, columns), has_bias=True)
-    written = grid_of(Product("gemm", "w", "x", "y", (rows, columns), turned=True), 4, 32)
-    assert stored_bytes("dense", layer, 0, 4) - graph_bytes(layer, 4) == written.n_bytes(rows, columns)
+@pytest.mark.parametrize("kind", ["gemm", "conv"])
+@pytest.mark.parametrize("block", [32, 128])
+@pytest.mark.parametrize("rows, columns", [(140, 8), (70, 16), (50, 40), (13, 384), (20, 100), (30, 144)])
+def test_four_bits_are_planned_on_the_grid_that_is_written(kind, block, rows, columns):
+    shape = (rows, columns) if kind == "gemm" else (rows, columns, 1, 1)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    layer = Layer("l.0", "linear" if kind == "gemm" else "conv", weight, has_bias=True)
+    written = grid_of(Product(kind, "w", "x", "y", shape, turned=kind == "gemm"), 4, block)
+    size = stored_bytes("dense", layer, 0, 4, block=block) - graph_bytes(layer, 4)
+    assert size == written.n_bytes(rows, columns)
+    coded = quantize(weight.flatten(1), written).values().double()
+    nearest = rounded(weight, 4, layer.kind, block).flatten(1).double()
+    # The export also tries to clip: what is planned with loses no less, and little more.
+    lost, planned = ((weight.flatten(1) - w).square().sum() for w in (coded, nearest))
+    assert lost <= planned * 1.01 and planned <= 1.5 * lost
+
+
+def test_wider_blocks_store_less_and_lose_more():
+    layer = Layer("l.0", "linear", torch.randn(64, 384, generator=torch.Generator().manual_seed(4)), has_bias=True)
+    sizes = [stored_bytes("dense", layer, 0, 4, block=b) for b in PLANNED_BLOCKS]
+    losses = [rounding_loss(layer, 4, None, b) for b in PLANNED_BLOCKS]
+    assert sizes == sorted(sizes, reverse=True) and losses == sorted(losses) and losses[0] < losses[-1]
 
 
 def test_the_noise_of_eight_bits_is_that_of_uniform_rounding():
@@ -321,7 +349,7 @@ def test_rounded_inputs_lose_what_is_predicted():
         net = torch.nn.Sequential(layer)
         plain = net(x)
         kept = layer.weight.data.clone()
-        with with_bits(net, {"0": 8}, {"0": "linear"}):
+        with with_bits(net, {"0": Precision(8)}, {"0": "linear"}):
             weight_only = x @ layer.weight.T
             both = net(x)
     assert torch.equal(layer.weight.data, kept) and not layer._forward_pre_hooks
@@ -335,7 +363,7 @@ def test_rounded_inputs_lose_what_is_predicted():
 def test_a_network_is_put_back_even_when_measuring_fails():
     net = torch.nn.Sequential(torch.nn.Linear(8, 8))
     kept = net[0].weight.data.clone()
-    with pytest.raises(RuntimeError), with_bits(net, {"0": 4}, {"0": "linear"}):
+    with pytest.raises(RuntimeError), with_bits(net, {"0": Precision(4, 32)}, {"0": "linear"}):
         assert not torch.equal(net[0].weight.data, kept)
         raise RuntimeError("measuring failed")
     assert torch.equal(net[0].weight.data, kept)
@@ -396,7 +424,7 @@ def test_a_precision_that_measures_far_worse_than_predicted_is_chosen_around(fol
     real = budgeting.measured_noise
 
     def flattered(bench, menus, noise, bits, kinds):
-        return {n: {**own, 4: predicted} for n, own in real(bench, menus, noise, bits, kinds).items()}
+        return {n: {**own, Precision(4, 32): predicted} for n, own in real(bench, menus, noise, bits, kinds).items()}
 
     budget = next(u["bytes"] for u in loose["uniform"] if u["name"] == "dense, 8 bits")
     honest = planned(folder, max_bytes=budget)
