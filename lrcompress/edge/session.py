@@ -47,7 +47,11 @@ class EdgeSession:
 
     def __init__(self, folder: str | Path | None = None, *, poll_s: float = POLL_S) -> None:
         self._device = Device(folder, disk=_Reader())
-        self._device._loaded()
+        try:
+            self._device._loaded()
+        except LrcompressError:  # the agent has moved on to another base meanwhile
+            self._device.refresh()
+            self._device._loaded()
         self._poll_s, self._stop = poll_s, threading.Event()
         self._seen = self._signature()
         self._device.refresh()  # whatever was committed while the model loaded
