@@ -188,6 +188,15 @@ class Manifest:
         return list(self.raw["outputs"])
 
     @property
+    def ports(self) -> dict[str, list[tuple[Any, ...]]]:
+        """Names, dtypes and shapes of inputs and outputs: what an application knows. A free axis is '?', whatever it is called."""
+        sides = {"inputs": self.inputs, "outputs": self.outputs}
+        return {
+            side: [(p["name"], p["dtype"], *("?" if isinstance(d, str) else d for d in p["shape"])) for p in ports]
+            for side, ports in sides.items()
+        }
+
+    @property
     def slots(self) -> list[dict[str, Any]]:
         return list(self.raw["slots"])
 

@@ -225,17 +225,23 @@ def key(data: bytes | memoryview) -> str:
     return sha256_bytes(bytes(data))[:32]
 
 
+#: Ranges by key and length: (file, offset) of each.
+Known = Mapping[tuple[str, int], Sequence[tuple[str, int]]]
+#: A shorter range costs more to name than to send, unless it goes on where the one before it ends.
+SHORTEST_BYTES = 24
+
+
 def build(
     files: Mapping[str, bytes],
     cuts: Mapping[str, Sequence[int]],
     *,
     result: str,
     start: str | None = None,
-    known: Mapping[tuple[str, int], tuple[str, int]] | None = None,
+    known: Known | None = None,
 ) -> bytes:
     """Return the pack that makes `files`, cut at these offsets into ranges that are new or not.
 
-    `known`: (key, length) -> (file, offset) of ranges of the base `start`.
+    `known`: the ranges of the base `start`.
     """
     listed, chunks = [], []
     for name in sorted(files):
@@ -243,8 +249,7 @@ def build(
         edges = sorted({0, len(data), *(c for c in cuts.get(name, ()) if 0 < c < len(data))})
         for begin, end in itertools.pairwise(edges):
             part = data[begin:end]
-            found = (known or {}).get((key(part), len(part)))
-            piece = Piece(None, 0, len(part)) if found is None else Piece(*found, len(part))
+            piece = _found(pieces[-1] if pieces else None, (name, begin), part, known or {})
             if piece.source is None:
                 chunks.append(part)
             pieces[-1:] = _joined(pieces[-1], piece) if pieces else [piece]
@@ -254,6 +259,17 @@ def build(
     out = [MAGIC, deflate.compress(struct.pack("<I", len(text)) + text)]
     out += [deflate.compress(c) for c in chunks]
     return b"".join([*out, deflate.flush()])
+
+
+def _found(before: Piece | None, here: tuple[str, int], part: memoryview, known: Known) -> Piece:
+    """Return where a range is in the base before: after the piece before it, at its own place, or anywhere; else as new."""
+    places = known.get((key(part), len(part)), ())
+    following = None if before is None or before.source is None else (before.source, before.offset + before.length)
+    for place in (following, here, *places):
+        if place in places and (len(part) >= SHORTEST_BYTES or place == following):
+            assert place is not None
+            return Piece(*place, len(part))
+    return Piece(None, 0, len(part))
 
 
 def _joined(a: Piece, b: Piece) -> list[Piece]:

@@ -175,10 +175,10 @@ class Bases:
         ours = self.factory.manifest
         if manifest.model != ours.model:
             raise PayloadError("base: model", ours.model, manifest.model, "publish it for its own devices")
-        for what, new, old in (("inputs", manifest.inputs, ours.inputs), ("outputs", manifest.outputs, ours.outputs)):
-            if _ports(new) != _ports(old):
+        for side, new in manifest.ports.items():
+            if new != ours.ports[side]:
                 raise PayloadError(
-                    f"base: {what}", f"those of the factory's model: {_ports(old)}", f"{_ports(new)}",
+                    f"base: {side}", f"those of the factory's model: {ours.ports[side]}", f"{new}",
                     "applications of this device know no others: make new devices for it",
                 )  # fmt: skip
 
@@ -217,13 +217,3 @@ class Wanted(NamedTuple):
     """A base that is not here."""
 
     name: str
-
-
-def _ports(ports: list[dict[str, object]]) -> list[tuple[object, ...]]:
-    """Return names, dtypes and shapes; what a free axis is called is nobody's business."""
-    found = list[tuple[object, ...]]()
-    for p in ports:
-        shape = p["shape"]
-        assert isinstance(shape, list)
-        found.append((p["name"], p["dtype"], tuple("?" if isinstance(d, str) else d for d in shape)))
-    return found
