@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import http.server
 import os
@@ -22,7 +23,7 @@ from lrcompress.adapt._files import write_adapter
 from lrcompress.edge import Device
 from lrcompress.edge.disk import Disk
 from lrcompress.edge.settings import load_settings
-from lrcompress.edge.trial import NoVerdict, Trial, judge
+from lrcompress.edge.trial import NoVerdict, Trial, judge, judge_base
 from lrcompress.errors import PayloadError
 from lrcompress.export.payloads import payload_tensors
 from lrcompress.files import sha256_bytes
@@ -68,16 +69,28 @@ def trial_here(at: Path) -> Trial:
     """Return the trial of a device folder, in this process: what the child does, without the second that it takes."""
 
     def judged(data: bytes) -> None:
-        factory = at / "factory"
-        session = Session(factory, manifest=Manifest.load(factory), verify=False)
+        base, limits = base_of(at, data), load_settings(at, Disk()).limits
         try:
-            judge(data, session, load_golden(factory / "golden.npz"), load_settings(at, Disk()).limits)
+            if base.name != "factory":
+                judge_base(base, at / "factory", limits, 1)
+            session = Session(base, manifest=Manifest.load(base), verify=False)
+            judge(data, session, load_golden(base / "golden.npz"), limits)
         except PayloadError:
             raise
         except Exception as e:
             raise NoVerdict(str(e)) from e
 
     return judged
+
+
+def base_of(at: Path, data: bytes) -> Path:
+    """Return the base in a device folder that a payload is for, wherever it is; the factory's if it is for none."""
+    with contextlib.suppress(PayloadError):
+        wanted = parse(data).base_ids
+        for folder in (*(at / "bases").glob("*"), *(at / "dl").glob("*.base")):
+            if Manifest.load(folder, verify=False).base_id in wanted:
+                return folder
+    return at / "factory"
 
 
 class Fleet:
