@@ -131,9 +131,11 @@ class Index:
             found[key, length].append((name, offset))
         return found
 
-    def tensors(self, data: str = DATA) -> set[tuple[str, int]]:
-        """Return (key, length) of every range of the constants."""
-        return {(key, length) for name, _, length, key in self.ranges if name == data}
+
+def tensors(folder: Path) -> list[tuple[str, int]]:
+    """Return (key, length) of every constant of an exported model."""
+    data = memoryview((folder / DATA).read_bytes())
+    return [(packs.key(data[o : o + n]), n) for o, n in _spans(folder / GRAPH)]
 
 
 def cuts(folder: Path, manifest: Manifest) -> dict[str, list[int]]:
@@ -142,7 +144,7 @@ def cuts(folder: Path, manifest: Manifest) -> dict[str, list[int]]:
     for name in (MANIFEST, *manifest.files):
         size = (folder / name).stat().st_size
         if name == DATA:
-            inner = list(_tensors(folder / GRAPH))
+            inner = [c for o, n in _spans(folder / GRAPH) for c in (o, o + n)]
         elif name == GOLDEN:
             inner = list(_arrays(folder / name))
         else:
@@ -151,8 +153,8 @@ def cuts(folder: Path, manifest: Manifest) -> dict[str, list[int]]:
     return found
 
 
-def _tensors(graph: Path) -> Iterator[int]:
-    """Yield where the graph's constants begin and end in its data file."""
+def _spans(graph: Path) -> Iterator[tuple[int, int]]:
+    """Yield offset and length of the graph's constants in its data file."""
     import onnx
 
     def within(g: Any) -> Iterator[Any]:
@@ -166,8 +168,7 @@ def _tensors(graph: Path) -> Iterator[int]:
     for tensor in within(onnx.load(str(graph), load_external_data=False).graph):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             about = {e.key: e.value for e in tensor.external_data}
-            offset = int(about.get("offset", 0))
-            yield from (offset, offset + int(about.get("length", 0)))
+            yield int(about.get("offset", 0)), int(about.get("length", 0))
 
 
 def _arrays(npz: Path) -> Iterator[int]:

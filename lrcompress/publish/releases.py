@@ -118,19 +118,17 @@ def base(
         made = bases.make(folder, manifest, indexes)
         brought = bases.record((folder / MANIFEST).read_bytes(), manifest)
         custom = _record(manifest, encoded.sha256, next_seq(repository, group), kind, encoded.encoding, brought)
-        index = bases.Index.of(folder, manifest)
-        bases.remember(repository, folder, index)
+        bases.remember(repository, folder, bases.Index.of(folder, manifest))
         change, custom = _offering(repository, group, encoded, custom, channel, packs=made)
         repository.apply(store, group, change)
         before = there[0] if there else None
         pack, old = made.get(before, made[None]), next((i for i in indexes if i.base_id == before), None)
-        tensors_now = index.tensors()
-        changed = tensors_now if old is None else tensors_now - old.tensors()
+        constants, known = bases.tensors(folder), {} if old is None else old.known
         return _told(repository, group, encoded, custom, channel) | {
             "base": {
                 "base_id": manifest.base_id, "before": before, "bytes": len(pack), "whole_bytes": len(made[None]),
                 "unpacked_bytes": brought["bytes"], "from": [b for b in made if b is not None],
-                "tensors": len(tensors_now), "tensors_changed": len(changed),
+                "tensors": len(constants), "tensors_changed": sum(t not in known for t in constants),
             },
         }  # fmt: skip
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import http.server
 import os
@@ -23,6 +22,7 @@ from lrcompress.adapt._files import write_adapter
 from lrcompress.edge import Device
 from lrcompress.edge.disk import Disk
 from lrcompress.edge.settings import load_settings
+from lrcompress.edge.state import StateFiles
 from lrcompress.edge.trial import NoVerdict, Trial, judge, judge_base
 from lrcompress.errors import PayloadError
 from lrcompress.export.payloads import payload_tensors
@@ -69,7 +69,7 @@ def trial_here(at: Path) -> Trial:
     """Return the trial of a device folder, in this process: what the child does, without the second that it takes."""
 
     def judged(data: bytes) -> None:
-        base, limits = base_of(at, data), load_settings(at, Disk()).limits
+        base, limits = base_of(at), load_settings(at, Disk()).limits
         try:
             if base.name != "factory":
                 judge_base(base, at / "factory", limits, 1)
@@ -83,14 +83,12 @@ def trial_here(at: Path) -> Trial:
     return judged
 
 
-def base_of(at: Path, data: bytes) -> Path:
-    """Return the base in a device folder that a payload is for, wherever it is; the factory's if it is for none."""
-    with contextlib.suppress(PayloadError):
-        wanted = parse(data).base_ids
-        for folder in (*(at / "bases").glob("*"), *(at / "dl").glob("*.base")):
-            if Manifest.load(folder, verify=False).base_id in wanted:
-                return folder
-    return at / "factory"
+def base_of(at: Path) -> Path:
+    """Return the base that the payload on trial is for, as the device's state says."""
+    pending = StateFiles(at, Disk()).read().pending
+    if pending is None or pending.base is None:
+        return at / "factory"
+    return next(p for p in (at / "bases" / pending.base, at / "dl" / f"{pending.base}.base") if p.is_dir())
 
 
 class Fleet:
