@@ -7,7 +7,7 @@ ranges of a base that is here. Like the store, nothing here is believed because 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -136,15 +136,14 @@ class Bases:
 
     def _fill(self, path: Path, content: Iterator[bytes]) -> None:
         """Write a file, durably, a large piece at a time."""
-        self._disk.write(path, b"")
         waiting = bytearray()
+        put: Callable[[Path, bytes], None] = self._disk.write
         for block in content:
+            if len(waiting) + len(block) > BLOCK_BYTES:
+                put(path, bytes(waiting))
+                waiting, put = bytearray(), self._disk.append
             waiting += block
-            if len(waiting) >= BLOCK_BYTES:
-                self._disk.append(path, bytes(waiting))
-                waiting.clear()
-        if waiting:
-            self._disk.append(path, bytes(waiting))
+        put(path, bytes(waiting))
         self._disk.sync(path)
 
     def _check(self, made: Path, brought: NewBase, names: set[str]) -> None:

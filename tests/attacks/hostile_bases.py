@@ -62,10 +62,12 @@ def payload_for(folder: Path) -> bytes:
     manifest, found = Manifest.load(folder, verify=False), parse(payload_bytes("first"))
     bare = build(found.tensors, manifest=manifest, kind="lora", encoding="f32")
     golden: Mapping[str, np.ndarray] = found.golden
-    if folder == base("B"):
+    if folder in (base("B"), base("C")):
         session = Session(folder)
         session.swap(parse(bare))
         golden = project(session.run(load_golden(folder / GOLDEN).inputs))
+    if folder == base("C"):  # a payload that its base does not answer as it says
+        golden = {k: v + v.dtype.type(0.5) for k, v in golden.items()}
     return build(found.tensors, manifest=manifest, kind="lora", encoding="f32", golden=golden)
 
 

@@ -276,7 +276,7 @@ def bases(_: Manifest, n: int) -> None:
         return packs.MAGIC + zlib.compress(struct.pack("<I", len(said)) + said + bytes(70))
 
     def source(name: str, offset: int, length: int) -> Iterator[bytes]:
-        assert 0 <= offset and offset + length <= sizes[name]
+        assert offset >= 0 and offset + length <= sizes[name]
         yield bytes(length)
 
     def body(data: bytes) -> None:

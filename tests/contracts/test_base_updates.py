@@ -23,8 +23,9 @@ from lrcompress.publish import bases as published
 from lrcompress.publish.repository import Repository
 from lrcompress.publish.rollouts import rollout
 from lrcompress.runtime import Session
+from tests.attacks.hostile_bases import payload_for, variant
 from tests.contracts.test_edge_session import shows
-from tests.support.bases import CHANGED, base, files_of, ranges, rebased
+from tests.support.bases import CHANGED, base, files_of, ranges, rebased, release_base, whole_pack
 from tests.support.fleet import PASSPHRASE, Fleet, X, answers, made
 
 
@@ -243,8 +244,25 @@ def test_a_session_in_another_process_follows_base_and_payload(fleet: Fleet) -> 
 
 
 def test_the_trial_is_in_the_child_and_on_the_new_base(fleet: Fleet) -> None:
-    add_base(fleet, "B")
+    wrong = variant("golden")
+    release_base(fleet, wrong, payload_for(base("B")), {None: whole_pack(wrong)}, seq=2)
+    d = fleet.device(trial=None).update()
+    assert (d["state"], d["serving"]["seq"]) == ("rejected", 1) and "base: golden output" in d["reason"]
+    release_base(fleet, base("C"), payload_for(base("C")), {None: whole_pack(base("C"))}, seq=3)
+    assert "payload: golden" in fleet.device(trial=None).update()["reason"]  # it has B's golden outputs
+    release_base(fleet, base("B"), payload_for(base("B")), {None: whole_pack(base("B"))}, seq=4)
     assert fleet.device(trial=None).update()["state"] == "updated"
+
+
+def test_a_repaired_base_is_tried_again_with_the_same_payload(fleet: Fleet) -> None:
+    """What was refused is a payload on a base: neither is to blame for the other's fault."""
+    payload, wrong = payload_for(base("B")), variant("golden")
+    release_base(fleet, wrong, payload, {None: whole_pack(wrong)}, seq=2)
+    for _ in range(2):
+        assert fleet.device().update()["state"] == "rejected"
+    assert len(fleet.device().history()) == len([e for e in fleet.device().history() if e["state"] != "trial"]) + 2
+    release_base(fleet, base("B"), payload, {None: whole_pack(base("B"))}, seq=3)
+    assert fleet.device().update()["to_seq"] == 3
 
 
 def test_other_languages_are_told_which_base(fleet: Fleet) -> None:
