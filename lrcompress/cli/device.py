@@ -195,6 +195,7 @@ def status(shell: Shell, folder: str | None) -> Result:
     d = Device(folder).status()
     rows = [
         ["model", f"{d['model']} (base {d['base_id'][:16]})"],
+        *([["factory", f"base {d['factory_base_id'][:16]}"]] if d["factory_base_id"] != d["base_id"] else []),
         ["serving", describe_serving(d["serving"])],
         ["previous", describe_serving(d["previous"]) if d["previous"] else "none"],
         ["pending", _pending(d["pending"])],

@@ -218,7 +218,7 @@ def test_a_release_for_another_base_waits_and_is_not_even_loaded(fleet):
     )
     assert fleet.device().status()["refused"] == [] and not list((fleet.at / "dl").iterdir())
     np.testing.assert_array_equal(answers(fleet.device()), before)
-    fleet.add("first")
+    release(fleet, payload_bytes(), seq=3)
     assert fleet.device().update()["to_seq"] == 3
 
 

@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+import torch
 
 import lrcompress
 from lrcompress.cli import main
 from lrcompress.edge import Device
+from lrcompress.files import staged_folder
 from lrcompress.manifest import Manifest
+from lrcompress.model.checkpoint import MARKER, RETRAINER, load_compressed, module_layers, state_of, write_retrained
 from lrcompress.runtime import Session
 from tests.faults.powercut import Model, Recorder, laid_out, taken
 from tests.support.fleet import PASSPHRASE, X, answers, made, trial_here
@@ -37,12 +39,14 @@ def test_from_one_base_to_the_next(
     monkeypatch.setenv("LRCOMPRESS_KEY_PASSPHRASE", PASSPHRASE)
     repo, at, live = tmp_path / "repo", tmp_path / "live" / "device", tmp_path / "live"
     # The factors of one layer are trained on; the rest of the model is what it was.
-    shutil.copytree(made() / "compressed", tmp_path / "compressed")
-    (weights,) = (tmp_path / "compressed").glob("*.safetensors")
-    tensors = load_file(weights)
-    (name,) = [n for n in tensors if n.startswith("fc1") and tensors[n].size == 6 * 256]
-    tensors[name] = (tensors[name] * np.float32(0.9)).astype(np.float32)
-    save_file(tensors, weights, metadata={"format": "pt"})
+    found = load_compressed(made() / "compressed")
+    module = found.need_module("export")
+    with torch.no_grad():
+        module.get_submodule("fc1").V.mul_(0.9)
+    with staged_folder(tmp_path / "compressed", maker=RETRAINER, marker=MARKER) as stage:
+        write_retrained(
+            stage, tmp_path / "compressed", found, tensors=state_of(module), layers=module_layers(module), report={}
+        )
     lrcompress.export(tmp_path / "compressed", adapters=[], output=tmp_path / "exported2", name="small")
     new_base = Manifest.load(tmp_path / "exported2").base_id
 
