@@ -32,6 +32,8 @@ SUFFIX = ".onnx_adapter"
 def emit(folder: Path, manifest: Manifest, entry: Entry | None, payload: Payload | None, disk: Disk) -> None:
     """Have `folder/emit` name the payload that is served; null is the factory's model. Writes nothing if it does already."""
     place = folder / EMITTED
+    if place.is_dir():  # names that a process gave which was killed before it could make them last are built upon below
+        disk.sync_folder(place)
     said = _read(place, disk)
     wanted = {
         "schema": 1,
