@@ -150,6 +150,7 @@ def test_a_pack_that_is_cut_goes_on_after_a_restart(fleet: Fleet, monkeypatch: p
     assert fleet.device().status()["base_id"] in ids("B")
 
 
+@pytest.mark.slow
 def test_where_a_delta_is_of_no_use_the_whole_base_is_fetched(fleet: Fleet) -> None:
     add_base(fleet, "B")
     factory = Manifest.load(made() / "exported").base_id
@@ -203,6 +204,7 @@ def test_the_publisher_brings_everybody_back_to_the_base_before(fleet: Fleet) ->
     assert fleet.device().update()["to_seq"] == 5 and fleet.device().status()["base_id"] in ids("B")
 
 
+@pytest.mark.slow
 def test_the_old_base_stays_until_the_commit_and_only_what_is_named_is_kept(fleet: Fleet) -> None:
     for seq, name in ((2, "B"), (3, "C"), (4, "D")):
         add_base(fleet, name)
@@ -265,6 +267,7 @@ def test_a_repaired_base_is_tried_again_with_the_same_payload(fleet: Fleet) -> N
     assert fleet.device().update()["to_seq"] == 3
 
 
+@pytest.mark.slow
 def test_other_languages_are_told_which_base(fleet: Fleet) -> None:
     add_base(fleet, "B")
     fleet.device().update(emit="onnx-adapter")
@@ -354,6 +357,7 @@ def test_a_payload_is_not_needed(fleet: Fleet) -> None:
     assert said["payload_bytes"] < 3000
 
 
+@pytest.mark.slow
 def test_a_base_is_rolled_out_and_halted_like_a_payload(fleet: Fleet) -> None:
     before = answers(fleet.device())
     add_base(fleet, "B", channel="canary")
@@ -388,6 +392,7 @@ def test_the_export_that_was_replaced_in_its_place_is_known_by_its_tensors(tmp_p
     publish.verify(repo)
 
 
+@pytest.mark.slow
 def test_prune_keeps_the_packs_that_can_be_asked_for(fleet: Fleet) -> None:
     for name in ("B", "C"):
         add_base(fleet, name)
