@@ -17,11 +17,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
 from lrcompress import publish
 from lrcompress.edge import Device
 from lrcompress.edge.bases import Bases
 from lrcompress.edge.disk import Disk
 from lrcompress.edge.fetch import _Part
+from lrcompress.edge.folder import COUNTER, EMITTED, KEY
+from lrcompress.edge.identity import Identity
 from lrcompress.edge.state import State, StateFiles
 from lrcompress.edge.transport import Body, Broken, FolderTransport
 from lrcompress.edge.trial import NoVerdict
@@ -32,6 +38,7 @@ from lrcompress.publish.keys import KeyStore
 from lrcompress.publish.memory import FILE as PUBLISHED
 from lrcompress.publish.repository import Repository
 from tests.faults.powercut import Image, Model, Op, Recorder, Stop, laid_out, taken
+from tests.faults.pure import computed_once
 from tests.support.bases import base
 from tests.support.fleet import PASSPHRASE, Fleet, made, payload_bytes, release
 
@@ -41,6 +48,13 @@ DEVICE = "device"
 
 class Violation(AssertionError):
     """A promise that an image breaks."""
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A report that has left the device: its number is used."""
+
+    counter: int
 
 
 @dataclass
@@ -65,6 +79,8 @@ class World:
     def __init__(self) -> None:
         shm = Path("/dev/shm")
         self.at = Path(tempfile.mkdtemp(prefix="lrcompress-cuts-", dir=shm if shm.is_dir() else None))
+        self._pure = contextlib.ExitStack()
+        self._pure.enter_context(computed_once())
         self.pool, self.live = self.at / "pool", self.at / "live"
         self.pool.mkdir()
         fleet = self.fleet = self._fleet()
@@ -88,6 +104,9 @@ class World:
         same = fleet.payload(self.shas["second"]).read_bytes()
         release(fleet, same, seq=5)
         self._keep("same")
+        self._restore("r2")
+        self.shas["delta"] = self._nudged("second")
+        self._keep("delta")
         self._restore("r3")
         self.shas["fourth"] = fleet.add("first", encoding="int8")["sha256"]
         self._keep("r4")
@@ -110,6 +129,16 @@ class World:
 
     def _keep(self, name: str) -> None:
         shutil.copytree(self.fleet.repo, self.at / f"repo-{name}")
+
+    def _nudged(self, name: str) -> str:
+        """Publish a release that those who have the one before fetch as a delta; return its hash."""
+        rng = np.random.default_rng(0)
+        data = payload_bytes(name, change=lambda k, v: v + 0.01 * rng.standard_normal(v.shape).astype(np.float32))
+        path = self.at / "nudged.safetensors"
+        path.write_bytes(data)
+        found = publish.add(self.fleet.repo, path, passphrase=PASSPHRASE, encoding="delta")
+        assert found["encoding"] == "delta" and found["sha256"] not in self.shas.values()
+        return str(found["sha256"])
 
     def _restore(self, name: str) -> None:
         shutil.rmtree(self.fleet.repo)
@@ -178,6 +207,11 @@ class World:
             assert self.open(at, Recorder(self.live)).update()["to_seq"] == seq
             self.folders[str(seq)] = taken(self.live)
         shutil.rmtree(self.live)
+        laid_out(with_settings(self.folders["2"], emit="onnx-adapter"), self.live, self.pool)
+        self.use("r2")
+        self.open(at, Recorder(self.live)).update()
+        self.folders["2, emitted"] = taken(self.live)
+        shutil.rmtree(self.live)
         laid_out(self.folders["2"], self.live, self.pool)
         for seq, name in ((3, "B"), (4, "C")):
             self.use(f"r{name}")
@@ -186,6 +220,7 @@ class World:
         shutil.rmtree(self.live)
 
     def close(self) -> None:
+        self._pure.close()
         shutil.rmtree(self.at, ignore_errors=True)
 
     # recording ----------------------------------------------------------------------------------------------------
@@ -237,6 +272,7 @@ class World:
             device = self.open(at, disk, **options)
         ends = {scene.ends} if promised or scene.unless_promised is None else {scene.ends, scene.unless_promised}
         self._serves(device)
+        self._emits(at)
         self._remembers(device, at, promised)
         with _marking(disk):
             for _ in range(BOOTS):
@@ -273,11 +309,30 @@ class World:
         self._need(device.manifest.base_id in payload.base_ids, "a payload is served on another base than its own")
         Manifest.load(device._base.folder)  # every file as its manifest says, and its id
 
+    def _emits(self, at: Path) -> dict[str, Any] | None:
+        """See that applications in C++ find a whole adapter of a payload that passed its trial, or none; return what they are told."""
+        if not (at / EMITTED / "current.json").exists():
+            return None
+        try:
+            said: dict[str, Any] = strict_json((at / EMITTED / "current.json").read_bytes())
+            whole = (
+                said["adapter"] is None
+                or sha256_bytes((at / EMITTED / said["adapter"]).read_bytes()) == said["adapter_sha256"]
+            )
+        except (OSError, ValueError, KeyError) as e:
+            raise Violation(f"current.json leads nowhere: {e}") from e
+        self._need(whole, "current.json names an adapter that is not whole")
+        self._need(
+            said["sha256"] in {None, *self.shas.values()} - {self.shas["bad"]}, "an adapter that passed no trial"
+        )
+        return said
+
     def _remembers(self, device: Device, at: Path, promised: list[Any]) -> None:
         state = StateFiles(at, Disk()).read()
         for what in promised:
             if what == "a device":
                 self._need(state.readable, "a device that was made does not know its state")
+                self._need(_knows_itself(at), "a device that was made cannot sign as itself")
             elif isinstance(what, State):
                 self._need(
                     state.generation >= what.generation, f"generation {state.generation} after {what.generation}"
@@ -290,6 +345,9 @@ class World:
             elif isinstance(what, dict):
                 for name, version in what.items():
                     self._need(_version(at / name) >= version, f"{name}: version {version} is forgotten")
+            elif isinstance(what, Sent):
+                counter = Identity(at)._next()
+                self._need(counter > what.counter, f"report {counter} after {what.counter}")
             elif isinstance(what, tuple):
                 name, size = what
                 there = [p.stat().st_size for p in (at / "dl" / f"{name}.part", at / "store" / name) if p.exists()]
@@ -307,15 +365,29 @@ class World:
         named = {s["sha256"] for s in (status["serving"], status["previous"], status["pending"]) if s and s["sha256"]}
         staged = {n for n in there if n.startswith(("store/", "dl/"))}
         self._need({Path(n).name.removesuffix(".part") for n in staged} == named, f"left over: {sorted(staged)}")
+        known = ("factory/", "metadata/", "store/", "bases/", "dl/", "log.", f"{EMITTED}/")
+        rest = {n for n in there if not n.startswith(known)} - {COUNTER}
+        self._need(
+            (said := self._emits(at)) is None or said["sha256"] == status["serving"]["sha256"], f"emitted: {said}"
+        )
+        self._need(len([n for n in there if n.startswith(f"{EMITTED}/")]) <= 3, "more than two adapters are left")
         bases = {n.split("/")[1] for n in there if n.startswith("bases/")} | {p.name for p in (at / "bases").glob("*")}
         self._need(bases == StateFiles(at, Disk()).read().bases, f"left over: bases {sorted(bases)}")
-        known = ("factory/", "metadata/", "store/", "bases/", "dl/", "log.")
-        rest = {n for n in there if not n.startswith(known)}
         always = {"config.json", "root.json", "state.0", "state.1", "device.key", "identity.json"}
         self._need(rest - {"device.json"} == always, f"left over: {sorted(rest)}")
         self._need(not [n for n in there if n.endswith(".tmp")], "unfinished files are left")
         beside = {p.name for p in at.parent.iterdir()}
         self._need(beside == {DEVICE}, f"left over beside the device: {sorted(beside)}")
+
+
+def _knows_itself(at: Path) -> bool:
+    """Tell whether a device has an identity and the key that belongs to it."""
+    try:
+        key = load_pem_private_key((at / KEY).read_bytes(), None)
+        assert isinstance(key, Ed25519PrivateKey)
+        return key.public_key().public_bytes_raw().hex() == Identity(at).public
+    except (OSError, ValueError, DeviceStateError):
+        return False
 
 
 def _version(path: Path) -> int:
@@ -398,6 +470,11 @@ def scenes(world: World) -> list[Scene]:
         Scene("a log that is full", {**f["2"], f"{DEVICE}/log.jsonl": b'{"state": "old"}\n' * 15_420}, "r3", update, s["loha"]),
         Scene("no verdict, then one", f["2"], "r3", no_verdict_first, s["loha"]),
         Scene("a newer release while one waits", f["2"], "r4", overtaken(world), s["fourth"]),
+        Scene("a delta", f["2"], "delta", update, s["delta"]),
+        Scene("a delta that is broken", f["2"], "delta", broken_delta, s["delta"]),
+        Scene("what C++ loads, for the first time", with_settings(f["2"], emit="onnx-adapter"), "r3", update, s["loha"]),
+        Scene("what C++ loads, again", f["2, emitted"], "r3", update, s["loha"]),
+        Scene("two reports", f["2"], "r3", reports, s["loha"]),
         Scene("on probation, and well", with_settings(f["2"], **healthy), "r3", update, s["loha"]),
         Scene("on probation, and ill", with_settings(f["2"], **ill), "r3", update, s["second"], ("rejected",), (s["loha"],)),
         Scene("a new base", f["2"], "rB", update, s["B"]),
@@ -410,6 +487,29 @@ def scenes(world: World) -> list[Scene]:
         Scene("no verdict on a new base, then one", f["2"], "rB", no_verdict_first, s["B"]),
         Scene("a new base on probation, and ill", with_settings(f["2"], **ill_on_b), "rB", update, s["second"], ("rejected",), (s["B"],)),
     ]  # fmt: skip
+
+
+def broken_delta(device: Device) -> None:
+    """Update from a server whose delta is of the right length and holds something else."""
+    real = FolderTransport.get
+
+    def get(self: FolderTransport, path: str, start: int = 0) -> Body:
+        body = real(self, path, start)
+        return Body(body.start, body.total, (bytes(len(b)) for b in body.blocks)) if path.endswith(".delta") else body
+
+    FolderTransport.get = get  # type: ignore[method-assign]
+    try:
+        device.update()
+    finally:
+        FolderTransport.get = real  # type: ignore[method-assign]
+
+
+def reports(device: Device) -> None:
+    """Tell the publisher what an update came to, and once more."""
+    identity, disk = Identity(device.folder, device._disk), device._disk
+    assert isinstance(disk, Recorder)
+    for said in (device.update(), None):
+        disk.mark(Sent(identity.record(device.status(), said)["record"]["counter"]))
 
 
 def with_cuts(device: Device) -> None:
