@@ -231,6 +231,24 @@ def test_a_base_that_rots_is_fetched_again_and_nothing_of_it_is_served(fleet: Fl
     np.testing.assert_array_equal(answers(fleet.device()), expected(base("B"), fleet))
 
 
+def test_a_pack_from_a_base_that_has_rotted_is_no_way(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base that waits for its trial again lies among those in use; the state goes on naming it when it rots."""
+    (fleet.at / "device.json").write_text(
+        json.dumps({"schema": 1, "health_command": ["/bin/true"], "probation_s": 0.1})
+    )
+    add_base(fleet, "B")
+
+    def gone(seconds: float) -> None:
+        raise KeyboardInterrupt  # the process ends in its probation
+
+    with pytest.raises(KeyboardInterrupt):
+        fleet.device(sleep=gone).update()
+    (path,) = (fleet.at / "bases").glob(f"*/{DATA}")
+    path.write_bytes(bytes(len(path.read_bytes())))
+    add_base(fleet, "C")
+    assert fleet.device().update()["to_seq"] == 3 and stored(fleet) == ids("C")
+
+
 def test_a_session_in_another_process_follows_base_and_payload(fleet: Fleet) -> None:
     with EdgeSession(fleet.at) as session:
         add_base(fleet, "B")
