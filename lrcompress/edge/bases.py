@@ -32,6 +32,10 @@ class Base(NamedTuple):
     manifest: Manifest
 
 
+class NotHere(HostError):
+    """The base that a pack starts from has rotted since it was looked at: another pack may do."""
+
+
 class Bases:
     """The bases of one device folder."""
 
@@ -121,14 +125,16 @@ class Bases:
         self._disk.sync_folder(self.downloads)  # it is long to fetch: its name is to outlive the pack's
 
     def _start(self, way: Way, names: Collection[str]) -> Base | None:
-        """Return the base that a pack starts from. Raises `HostError` if it has rotted since it was looked at."""
+        """Return the base that a pack starts from. Raises `NotHere`."""
         if way.start is None:
             return None
         for name in (None, *sorted(names)):
             found = self.find(name)
             if found is not None and found.manifest.base_id == way.start:
                 return found
-        raise HostError(self.folder, f"the base {way.start[:16]}", "none", "it is fetched whole with the next update")
+        raise NotHere(
+            self.folder, f"the base {way.start[:16]}", "none any more", "it is tried again with the next update"
+        )
 
     def _range(self, start: Base | None, name: str, offset: int, length: int) -> Iterator[bytes]:
         assert start is not None

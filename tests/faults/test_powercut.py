@@ -58,7 +58,8 @@ def test_every_scene_is_listed(world: World) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_power_cut(world: World, name: str) -> None:
     one = scene(world, name)
-    assert cut(world, one, world.record(one), most=6, sample=40) >= 12
+    # A new base takes the same calls as a payload and many more: a few images of them, and all in the long run.
+    assert cut(world, one, world.record(one), most=6, sample=15 if "base" in name else 40) >= 12
 
 
 @pytest.mark.parametrize("call", [6, 14, 22, 28])
