@@ -124,8 +124,8 @@ class Device:
         for _ in range(5):
             state = self._files.read()
             entry, payload = self._chosen(state)
-            # Another process may have moved on between the two reads, and deleted what the older state names.
-            if self._files.read().generation == state.generation:
+            # Where what the state names is not here, another process may have moved on between the two reads.
+            if entry == state.active or self._files.read().generation == state.generation:
                 break
         with self._lock:
             if self._session is not None and (payload is None or entry != self._serving):

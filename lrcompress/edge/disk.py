@@ -133,11 +133,12 @@ class Disk:
     def read(self, path: Path, most: int = 1 << 30) -> bytes:
         """Return the content of a regular file of at most `most` bytes. Raises `OSError`, also for a link."""
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(fd, "rb") as f:
+        # Unbuffered, and one read for all of it: every further call may have to wait for the interpreter's lock.
+        with open(fd, "rb", buffering=0) as f:
             found = os.fstat(fd)
             if not stat.S_ISREG(found.st_mode) or found.st_size > most:
                 raise OSError(errno.EINVAL, f"not a regular file of at most {most} bytes", str(path))
-            return f.read(most)
+            return f.read(found.st_size)
 
     def size(self, path: Path) -> int:
         """Return the bytes of a regular file; 0 if there is none."""

@@ -10,6 +10,7 @@ it is one reference assignment. No request waits for that, and none fails of it.
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -19,14 +20,16 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import HostError, LrcompressError
+from ..errors import HostError
 from .device import Device
 from .disk import Disk
 from .state import COPIES
 from .updater import describe_serving
 
 #: How often a watcher looks at two file names; it costs microseconds.
-POLL_S = 0.04
+POLL_S = 0.02
+#: How long what could not be taken is left alone.
+RETRY_S = 0.5
 
 
 class _Reader(Disk):
@@ -48,8 +51,10 @@ class EdgeSession:
     def __init__(self, folder: str | Path | None = None, *, poll_s: float = POLL_S) -> None:
         self._device = Device(folder, disk=_Reader())
         self._device._loaded()
+        self._copies = [str(self._device.folder / name) for name in COPIES]  # no Path is made at every look
         self._poll_s, self._stop = poll_s, threading.Event()
         self._seen = self._signature()
+        self._ended: datetime | None = None
         self._device.refresh()  # whatever was committed while the model loaded
         self._watcher = threading.Thread(target=self._watch, name="lrcompress-session", daemon=True)
         self._watcher.start()
@@ -77,19 +82,28 @@ class EdgeSession:
         self.close()
 
     def _watch(self) -> None:
-        while not self._stop.wait(self._poll_s):
-            now = self._signature()
+        pause = self._poll_s
+        while not self._stop.wait(pause):
+            pause, now = self._poll_s, self._signature()
             over = self._device.serves_until
-            if now != self._seen or (over is not None and datetime.now(UTC) > over):
-                # A folder that cannot be read just now keeps what is in memory: it was verified.
-                with contextlib.suppress(LrcompressError, OSError):
-                    self._device.refresh()
-                    self._seen = now
+            ended = over is not None and over != self._ended and datetime.now(UTC) > over
+            if now == self._seen and not ended:
+                continue
+            try:
+                self._device.refresh()
+            except (
+                Exception
+            ):  # memory, a disk, the runtime: what serves was verified and goes on; this thread must, too
+                pause = RETRY_S
+                continue
+            self._seen = now
+            if ended:  # told once: the state says so until the agent has been there
+                self._ended = over
 
     def _signature(self) -> tuple[object, ...]:
         found: list[object] = []
-        for name in COPIES:
+        for path in self._copies:
             with contextlib.suppress(OSError):
-                s = (self._device.folder / name).lstat()
-                found.append((name, s.st_ino, s.st_mtime_ns, s.st_size))
+                s = os.lstat(path)
+                found.append((path, s.st_ino, s.st_mtime_ns, s.st_size))
         return tuple(found)

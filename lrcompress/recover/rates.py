@@ -1,6 +1,7 @@
 """Find a learning rate: short runs from the start on the same batches, judged on held-out samples.
 
 Uphill and downhill, for adapters: a rate is compared with its neighbours, a factor √10 apart, until both are worse.
+Where no rate gains anything in a trial, the loss says only that less was done: then the highest one that did no harm.
 
 Downhill only, for factors (`descending`): the first rate from the centre down whose trial gains anything. A trial
 prefers rates that are too low for a long run, which has the time to settle, so that the highest one which does no harm
@@ -30,6 +31,8 @@ _SHARE, _TRIED = 0.2, 6
 _FEWEST, _MOST, _TELLING = 5, 40, 24
 #: Part of a run that one of those may take.
 _EACH = 0.2
+#: What a trial may lose before that is harm.
+_HARM = 1.05
 #: Held-out samples that trials are judged on.
 _PROBED = 256
 
@@ -56,6 +59,8 @@ def find_rate(training: Training, centre: float, *, descending: bool) -> None:
     chosen = min(scores, key=lambda k: (scores[k], k)) if scores else 0
     if descending and scores and not scores[chosen] < start:  # the time was up before a rate did no harm
         chosen = min(scores) - 1
+    elif not descending and scores and not scores[chosen] < start:
+        chosen = max((k for k in scores if scores[k] <= _HARM * start), default=min(scores))
     state.rate = rate_at(centre, chosen)
     state.rates = [(rate_at(centre, k), v) for k, v in sorted(scores.items())]
 

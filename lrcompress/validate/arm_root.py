@@ -49,10 +49,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lrcompress"
 
 
-def arm_root(progress: Progress | None = None) -> Path:
-    """Return the tree, building it if there is none for these versions. Raises `HostError` where that cannot be."""
+#: What answers golden inputs, see `golden_runner`.
+RUNTIME = ("onnxruntime", "numpy")
+
+
+def arm_root(progress: Progress | None = None, packages: Sequence[str] = RUNTIME) -> Path:
+    """Return the tree, building it if there is none for these versions. Raises `HostError` where that cannot be.
+
+    `packages`, extras in brackets, are those of this environment in their versions here, with what they need.
+    """
     cache = (cache_folder() / "arm-root").resolve()
-    pins = [f"{name}=={metadata.version(name)}" for name in ("onnxruntime", "numpy")]
+    pins = [f"{name}=={metadata.version(name.partition('[')[0])}" for name in packages]
     key = sha256_json([pins, *((_HERE / name).read_text() for name in _SOURCES)])[:16]
     tree = cache / f"tree-{key}"
     if (tree / "made").is_file():

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tuf.api.metadata import MetaFile
 
 from lrcompress import publish
-from lrcompress.publish import repository as publisher
-from lrcompress.publish.keys import KeyStore
-from lrcompress.publish.repository import Repository, put_metadata
+from lrcompress.errors import UpdateError
+from lrcompress.publish import releases, repository, upkeep
+from lrcompress.publish.repository import Repository
 from tests.support.fleet import PASSPHRASE, Fleet, answers
 
 START = datetime.now(UTC).replace(microsecond=0)
@@ -25,7 +24,8 @@ class Time:
 
     def __init__(self, fleet: Fleet, patch: pytest.MonkeyPatch) -> None:
         self.there = self.here = START
-        patch.setattr(publisher, "now", lambda: self.there)
+        for module in (repository, upkeep, releases):
+            patch.setattr(module, "now", lambda: self.there)
         fleet.options["clock"] = lambda: self.here
 
     def passes(self, **length: float) -> None:
@@ -46,44 +46,67 @@ def clock(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> Iterator[Time]:
     yield time
 
 
-def signed_anew(fleet: Fleet, *roles: str) -> None:
-    """Sign the next version of roles with the keys that they have."""
-    repository = Repository(fleet.repo)
-    keys, snapshot = KeyStore(repository.keys_folder, PASSPHRASE), repository.read("snapshot").signed
-    for role in roles:
-        signed = repository.read(role).signed
-        signed.version += 1
-        put_metadata(repository.metadata, role, signed, [keys.load(role)], repository.lifetime(role))
-        if role != "root":
-            snapshot.meta[f"{role}.json"] = MetaFile(version=signed.version)
-    repository.seal(keys, snapshot)
+def refused_then_set_right(fleet: Fleet, clock: Time, wrong: datetime) -> None:
+    """A clock that lost its battery stops updates with its remedy, and serving never."""
+    before, now, clock.here = answers(fleet.device()), clock.here, wrong
+    device = fleet.device()
+    np.testing.assert_array_equal(answers(device), before)
+    d = device.update()
+    assert (d["state"], d["error"]["code"], d["error"]["remedy"]) == ("failed", 10, "set this device's clock")
+    clock.here = now
 
 
 def test_four_hundred_days_away(fleet: Fleet, clock: Time) -> None:
-    """Off in a drawer while releases, roots and signatures came and went: switched on, it serves; with its clock set, it updates.
+    """In a drawer while its publisher went on: releases, roots and signatures came and went, old ones were pruned.
 
-    Where the publisher, too, had gone to sleep, a new root and new signatures bring the whole fleet back.
+    Switched on, it serves; with its clock set, one update brings it to the newest release, whatever it missed.
     """
+    before, drawer = answers(fleet.device()), clock.here
+    for day in range(0, 400, 10):  # cron
+        clock.passes(days=10)
+        if day in (100, 390):
+            fleet.add("second" if day == 390 else "loha")
+        publish.refresh(fleet.repo, passphrase=PASSPHRASE)
+    publish.prune(fleet.repo, keep=1)
+    assert Repository(fleet.repo).roots() == [1, 2, 3]
+    refused_then_set_right(fleet, clock, datetime(1970, 1, 3, tzinfo=UTC))
+    refused_then_set_right(fleet, clock, drawer)  # a clock that stood still: what it is shown is of its future
+    np.testing.assert_array_equal(answers(fleet.device()), before)
+    d = fleet.device().update()
+    assert (d["state"], d["from_seq"], d["to_seq"]) == ("updated", 1, 3)
+    assert fleet.device().status()["last_trusted_time"] == clock.there.isoformat()
+    assert sorted(p.name for p in (fleet.at / "metadata" / "root_history").iterdir()) == ["2.root.json", "3.root.json"]
+    assert fleet.device().update()["state"] == "up_to_date"
+
+
+def test_four_hundred_days_away_of_both(fleet: Fleet, clock: Time) -> None:
+    """The publisher slept, too, and every signature of it expired: one `publish refresh` brings the whole fleet back."""
     before = answers(fleet.device())
     clock.passes(days=400)
     d = fleet.device().update()
     assert (d["state"], d["error"]["code"], d["serving"]["seq"]) == ("rejected", 6, 1) and "expired" in d["reason"]
     assert "publish refresh" in d["error"]["remedy"]
     np.testing.assert_array_equal(answers(fleet.device()), before)
-    signed_anew(fleet, "root")
-    signed_anew(fleet, "root", "targets")
+    with pytest.raises(UpdateError, match="publish refresh"):  # a release alone would bring nobody back
+        fleet.add("second")
+    d = publish.refresh(fleet.repo, passphrase=PASSPHRASE)
+    assert d["renewed"] == ["root", "targets", "default", "snapshot", "timestamp"] and not d["keys_missing"]
+    refused_then_set_right(fleet, clock, datetime(1970, 1, 3, tzinfo=UTC))
+    d = fleet.device().update()
+    assert (d["state"], d["serving"]["seq"]) == ("up_to_date", 1)
     fleet.add("second")
-    now = clock.here
-    clock.here = datetime(1970, 1, 3, tzinfo=UTC)  # no battery
-    device = fleet.device()
-    np.testing.assert_array_equal(answers(device), before)
-    d = device.update()
-    assert (d["state"], d["error"]["code"], d["error"]["remedy"]) == ("failed", 10, "set this device's clock")
-    clock.here = now
+    assert fleet.device().update()["to_seq"] == 2
+
+
+def test_four_hundred_days_and_other_keys(fleet: Fleet, clock: Time) -> None:
+    """Every key of the publisher was replaced meanwhile, the root's own among them: the chain of roots leads there."""
+    for role in ("root", "timestamp", "targets", "root"):
+        clock.passes(days=100)
+        publish.refresh(fleet.repo, passphrase=PASSPHRASE)
+        publish.rotate_keys(fleet.repo, [role], passphrase=PASSPHRASE)
+    fleet.add("second")
     d = fleet.device().update()
     assert (d["state"], d["to_seq"]) == ("updated", 2)
-    assert fleet.device().status()["last_trusted_time"] == clock.there.isoformat()
-    assert sorted(p.name for p in (fleet.at / "metadata" / "root_history").iterdir()) == ["2.root.json", "3.root.json"]
 
 
 def test_the_trusted_time_only_grows_and_survives(fleet: Fleet, clock: Time) -> None:

@@ -84,6 +84,7 @@ def _first(world: World, one: Scene, disk: Recorder, most: int, drop: Callable[[
             world.judge(one, image, promised, Recorder(world.live, drop=drop))
         except Exception as e:
             text = re.sub(r"[0-9a-f]{64}", "SHA", f"{one.name}, call {call} of {len(disk.ops)}: {e}")
+            text = re.sub(r"/\S*/live/", "", text)
             return " ".join(text.split())[:150]
     return ""
 

@@ -17,10 +17,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
 from lrcompress import publish
 from lrcompress.edge import Device
 from lrcompress.edge.disk import Disk
 from lrcompress.edge.fetch import _Part
+from lrcompress.edge.folder import KEY
+from lrcompress.edge.identity import Identity
 from lrcompress.edge.state import State, StateFiles
 from lrcompress.edge.transport import Body, Broken, FolderTransport
 from lrcompress.edge.trial import NoVerdict
@@ -31,6 +36,7 @@ from lrcompress.publish.keys import KeyStore
 from lrcompress.publish.memory import FILE as PUBLISHED
 from lrcompress.publish.repository import Repository
 from tests.faults.powercut import Image, Model, Op, Recorder, Stop, laid_out, taken
+from tests.faults.pure import computed_once
 from tests.support.fleet import PASSPHRASE, Fleet, made, payload_bytes, release
 
 BOOTS = 3
@@ -63,6 +69,8 @@ class World:
     def __init__(self) -> None:
         shm = Path("/dev/shm")
         self.at = Path(tempfile.mkdtemp(prefix="lrcompress-cuts-", dir=shm if shm.is_dir() else None))
+        self._pure = contextlib.ExitStack()
+        self._pure.enter_context(computed_once())
         self.pool, self.live = self.at / "pool", self.at / "live"
         self.pool.mkdir()
         fleet = self.fleet = self._fleet()
@@ -157,6 +165,7 @@ class World:
         shutil.rmtree(self.live)
 
     def close(self) -> None:
+        self._pure.close()
         shutil.rmtree(self.at, ignore_errors=True)
 
     # recording ----------------------------------------------------------------------------------------------------
@@ -244,6 +253,7 @@ class World:
         for what in promised:
             if what == "a device":
                 self._need(state.readable, "a device that was made does not know its state")
+                self._need(_knows_itself(at), "a device that was made cannot sign as itself")
             elif isinstance(what, State):
                 self._need(
                     state.generation >= what.generation, f"generation {state.generation} after {what.generation}"
@@ -276,6 +286,16 @@ class World:
         self._need(not [n for n in there if n.endswith(".tmp")], "unfinished files are left")
         beside = {p.name for p in at.parent.iterdir()}
         self._need(beside == {DEVICE}, f"left over beside the device: {sorted(beside)}")
+
+
+def _knows_itself(at: Path) -> bool:
+    """Tell whether a device has an identity and the key that belongs to it."""
+    try:
+        key = load_pem_private_key((at / KEY).read_bytes(), None)
+        assert isinstance(key, Ed25519PrivateKey)
+        return key.public_key().public_bytes_raw().hex() == Identity(at).public
+    except (OSError, ValueError, DeviceStateError):
+        return False
 
 
 def _version(path: Path) -> int:

@@ -38,7 +38,7 @@ class Faulty(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     folder: Path | None = None
     fault: Any = None
-    sent = 0
+    sent = dripped = 0
     seen: list[tuple[str, dict[str, str]]] = []
 
     def log_message(self, *a: object) -> None: ...
@@ -72,11 +72,15 @@ class Faulty(http.server.BaseHTTPRequestHandler):
         if cut is not None and start + cut < len(data):
             self.hang_up()
 
-    def send(self, data: bytes) -> None:
+    def send(self, data: bytes) -> bool:
+        """Send; return whether somebody is still there."""
         type(self).sent += len(data)
-        with contextlib.suppress(OSError):
+        try:
             self.wfile.write(data)
             self.wfile.flush()
+        except OSError:
+            return False
+        return True
 
     def status(self, code: int, **headers: str) -> None:
         self.send_response(code)
@@ -93,7 +97,9 @@ class Faulty(http.server.BaseHTTPRequestHandler):
 
 def handler(fault: Any = None, folder: Path | None = None) -> type[Faulty]:
     made = type(
-        "F", (Faulty,), {"fault": staticmethod(fault) if fault else None, "folder": folder, "sent": 0, "seen": []}
+        "F",
+        (Faulty,),
+        {"fault": staticmethod(fault) if fault else None, "folder": folder, "sent": 0, "dripped": 0, "seen": []},
     )
     return made
 
@@ -177,11 +183,22 @@ def stall(self: Faulty, path: str, n: int) -> None:
     self.hang_up()
 
 
-def drip_head(self: Faulty, path: str, n: int) -> None:
-    for c in b"HTTP/1.1 200 OK\r\nX-Wait: " + b"a" * 100:
-        self.send(bytes([c]))
+#: Bytes of a drip, one every tenth of a second: several times what is waited for.
+DRIPS = 100
+
+
+def drip(self: Faulty, data: bytes) -> None:
+    """Send byte by byte until nobody is there any more."""
+    for c in data:
+        if not self.send(bytes([c])):
+            break
+        type(self).dripped += 1
         time.sleep(0.1)
     self.hang_up()
+
+
+def drip_head(self: Faulty, path: str, n: int) -> None:
+    drip(self, b"HTTP/1.1 200 OK\r\nX-Wait: " + b"a" * DRIPS)
 
 
 def drip_body(self: Faulty, path: str, n: int) -> None:
@@ -189,10 +206,7 @@ def drip_body(self: Faulty, path: str, n: int) -> None:
     self.send_response(200)
     self.send_header("Content-Length", str(len(data)))
     self.end_headers()
-    for i in range(min(100, len(data) - 1)):
-        self.send(data[i : i + 1])
-        time.sleep(0.1)
-    self.hang_up()
+    drip(self, data[: min(DRIPS, len(data) - 1)])
 
 
 def wrong_range(first: int, total: str) -> Any:
@@ -251,8 +265,18 @@ def test_a_fault_that_stays_ends_in_one_line_and_keeps_what_came(
 
 def test_a_head_that_never_ends_is_no_answer() -> None:
     """When its time is up the connection is closed, and what came of the head must not count as an answer of no bytes."""
-    with serving(handler(lambda s, p, n: (drip_head(s, p, n), True)[1])) as url, pytest.raises(transports.Broken):
+    kind = handler(lambda s, p, n: (drip_head(s, p, n), True)[1])
+    with serving(kind) as url, pytest.raises(transports.Broken):
         list(HttpTransport(url).get("a").blocks)
+    assert kind.dripped < DRIPS / 2
+
+
+def test_a_body_that_drips_is_given_up() -> None:
+    """Every byte resets the timeout of the socket: only what comes in all tells a slow link from one that holds us."""
+    kind = handler(lambda s, p, n: (drip_body(s, p, n), True)[1])
+    with serving(kind) as url, pytest.raises(transports.Broken, match="bytes in 1 s"):
+        list(HttpTransport(url).get("a").blocks)
+    assert kind.dripped < DRIPS / 2
 
 
 def test_a_server_without_range_is_used_as_it_is(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from lrcompress.edge import device as device_module
 from lrcompress.edge import updater as updater_module
 from lrcompress.edge.device import Device
 from lrcompress.edge.health import check_health
-from lrcompress.edge.trial import ChildTrial, Limits, NoVerdict
+from lrcompress.edge.trial import ChildTrial, Limits, NoVerdict, judge
 from lrcompress.errors import PayloadError
+from lrcompress.golden import load_golden
+from lrcompress.runtime import Session
 from tests.support.fleet import Fleet, answers, made, payload_bytes
 
 LIMITS = Limits(1 << 20, 1000.0, None)
@@ -44,6 +47,14 @@ def test_a_good_payload_passes_and_a_bad_one_fails_with_its_reason() -> None:
         child()(payload_bytes("first", golden={"output": np.ones((8, 5), np.float32)}))
     with pytest.raises(PayloadError, match="at most 10 bytes"):
         child(max_payload_bytes=10)(payload_bytes("first"))
+
+
+def test_a_payload_that_is_larger_than_allowed_is_not_read() -> None:
+    session, golden = Session(made() / "exported"), load_golden(made() / "exported" / "golden.npz")
+    data = payload_bytes("first")
+    judge(data, session, golden, replace(LIMITS, max_payload_bytes=len(data)))
+    with pytest.raises(PayloadError, match=f"at most {len(data) - 1} bytes"):
+        judge(data, session, golden, replace(LIMITS, max_payload_bytes=len(data) - 1))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 Shifts: `noise`, CIFAR-10 images with Gaussian noise (σ 0.08) on ResNet-20 at half its numbers; `speaker`, spoken digits of
 a voice that a small network never heard; `reviews`, MiniLM at half of its encoder with a head that learnt film sentences, on
 IMDB's reviews. Adapters are rounded to float16, as they are shipped, before they are judged on
-test data that nothing else saw. *Regained*: of what the full fine-tune regains.
+test data that nothing else saw. *Regained*: of what the full fine-tune regains; nothing is said of that where the full
+fine-tune gains less than two standard errors.
 """
 
 from __future__ import annotations
@@ -77,6 +78,8 @@ def _measured(shift: Shift, options: argparse.Namespace, tell: Callable[[str], N
     full = recover(shift.compressed, data=shift.train, train="factors", loss="labels", **training)
     ceiling = accuracy(full.model, shift.test)
     tell(f"before {before:.4f}, full fine-tune {ceiling:.4f} ({full.data['trainable_params']:,} numbers)")
+    n = len(shift.test)
+    stderr = math.sqrt(ceiling * (1 - ceiling) / n)
     rows = []
     for budget in map(float, options.budgets.split(",")):
         for kind in options.adapters.split(","):
@@ -92,20 +95,31 @@ def _measured(shift: Shift, options: argparse.Namespace, tell: Callable[[str], N
             rows.append(
                 {
                     "kind": kind, "budget_bytes": round(budget * 1000), "bytes": row["bytes"], "layers": len(row["ranks"]),
-                    "accuracy": after, "regained": (after - before) / (ceiling - before), "seconds": row["seconds"],
+                    "accuracy": after, "regained": regained(before, after, ceiling, stderr), "seconds": row["seconds"],
                     "learning_rate": row["learning_rate"],
                 }
             )  # fmt: skip
-            tell(f"{kind} at {budget:g} kB: {after:.4f}, {rows[-1]['regained']:.0%} regained ({row['seconds']:.0f} s)")
-    n = len(shift.test)
+            tell(
+                f"{kind} at {budget:g} kB: {after:.4f}, {percent(rows[-1]['regained'])} regained ({row['seconds']:.0f} s)"
+            )
     return {
         "before": before,
         "full": ceiling,
         "steps": training["steps"],
         "n": n,
-        "stderr": math.sqrt(ceiling * (1 - ceiling) / n),
+        "stderr": stderr,
         "rows": rows,
     }
+
+
+def regained(before: float, after: float, ceiling: float, stderr: float) -> float | None:
+    """Return what share of the full fine-tune's gain is there; None where that gain is within two standard errors."""
+    return (after - before) / (ceiling - before) if ceiling - before > 2 * stderr else None
+
+
+def percent(share: float | None) -> str:
+    """Return a share as a person reads it."""
+    return "–" if share is None else f"{share:.0%}"
 
 
 def text(found: dict[str, Any]) -> str:
@@ -124,7 +138,9 @@ def text(found: dict[str, Any]) -> str:
             cells = []
             for b in budgets:
                 row = next((r for r in one["rows"] if r["kind"] == kind and r["budget_bytes"] == b), None)
-                cells.append(" " * 20 + "–" if row is None else f"{row['accuracy']:>13.3f} ({row['regained']:>4.0%})")
+                cells.append(
+                    " " * 20 + "–" if row is None else f"{row['accuracy']:>13.3f} ({percent(row['regained']):>4})"
+                )
             lines.append(f"{kind:<8}" + "".join(f"{c:>21}" for c in cells))
         lines.append("")
     return "\n".join(lines).rstrip()
