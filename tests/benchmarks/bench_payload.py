@@ -1,6 +1,6 @@
 """Bytes of an update, by kind and encoding, as a share of the model, with the accuracy each carries: `make bench-payload`.
 
-A network meets data that moved (noise for ResNet-20, little contrast for MobileNetV1, reviews for MiniLM). Full fine-tune
+A network meets data that moved (noise for ResNet-20, little contrast for MobileNetV1, a new task for MiniLM). Full fine-tune
 and adapters of each kind learn from the same samples; every payload is built as `publish add` builds it, with its golden
 outputs, and its accuracy is that of what a device decodes, in ONNX Runtime, on test data that nothing else saw. Deltas are from the payload of half as many steps to the final one. Beside them stand
 bsdiff4 and zstd of the whole fine-tuned model against the one before, where those packages are there.
@@ -64,7 +64,7 @@ def dusk(place: Path) -> Shift:
 
 MODELS: dict[str, Callable[[Path], Shift]] = {
     "resnet20": SHIFTS["noise"],
-    "minilm": SHIFTS["reviews"],
+    "minilm": SHIFTS["sentences"],
     "mobilenet": dusk,
 }
 

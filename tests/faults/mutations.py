@@ -30,6 +30,7 @@ def kind(op: Op) -> str:
     text = re.sub(r"state\.[01]", "state.N", text)
     text = re.sub(r"\d+\.root", "N.root", text)
     text = re.sub(r"(metadata/)(default|snapshot|targets|timestamp)", r"\1ROLE", text)
+    text = re.sub(r"(dl/SHA\.base(?:\.tmp)?|bases/SHA)/\S+", r"\1/FILE", text)
     return re.sub(r"(NEW/factory)/\S+", r"\1/FILE", text).rstrip(" ") or "."
 
 

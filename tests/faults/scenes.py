@@ -17,26 +17,29 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from lrcompress import publish
 from lrcompress.edge import Device
+from lrcompress.edge.bases import Bases
 from lrcompress.edge.disk import Disk
 from lrcompress.edge.fetch import _Part
-from lrcompress.edge.folder import KEY
+from lrcompress.edge.folder import COUNTER, EMITTED, KEY
 from lrcompress.edge.identity import Identity
 from lrcompress.edge.state import State, StateFiles
 from lrcompress.edge.transport import Body, Broken, FolderTransport
 from lrcompress.edge.trial import NoVerdict
 from lrcompress.errors import DeviceStateError, PayloadError
 from lrcompress.files import sha256_bytes
-from lrcompress.manifest import strict_json
+from lrcompress.manifest import MANIFEST, Manifest, strict_json
 from lrcompress.publish.keys import KeyStore
 from lrcompress.publish.memory import FILE as PUBLISHED
 from lrcompress.publish.repository import Repository
 from tests.faults.powercut import Image, Model, Op, Recorder, Stop, laid_out, taken
 from tests.faults.pure import computed_once
+from tests.support.bases import base
 from tests.support.fleet import PASSPHRASE, Fleet, made, payload_bytes, release
 
 BOOTS = 3
@@ -45,6 +48,13 @@ DEVICE = "device"
 
 class Violation(AssertionError):
     """A promise that an image breaks."""
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A report that has left the device: its number is used."""
+
+    counter: int
 
 
 @dataclass
@@ -94,12 +104,16 @@ class World:
         same = fleet.payload(self.shas["second"]).read_bytes()
         release(fleet, same, seq=5)
         self._keep("same")
+        self._restore("r2")
+        self.shas["delta"] = self._nudged("second")
+        self._keep("delta")
         self._restore("r3")
         self.shas["fourth"] = fleet.add("first", encoding="int8")["sha256"]
         self._keep("r4")
         self._restore("r4")
         self._rotate_root()
         self._keep("rotated")
+        self._publish_bases()
         self.folders: dict[str, Image] = {}
         self._grow_up()
 
@@ -116,11 +130,41 @@ class World:
     def _keep(self, name: str) -> None:
         shutil.copytree(self.fleet.repo, self.at / f"repo-{name}")
 
+    def _nudged(self, name: str) -> str:
+        """Publish a release that those who have the one before fetch as a delta; return its hash."""
+        rng = np.random.default_rng(0)
+        data = payload_bytes(name, change=lambda k, v: v + 0.01 * rng.standard_normal(v.shape).astype(np.float32))
+        path = self.at / "nudged.safetensors"
+        path.write_bytes(data)
+        found = publish.add(self.fleet.repo, path, passphrase=PASSPHRASE, encoding="delta")
+        assert found["encoding"] == "delta" and found["sha256"] not in self.shas.values()
+        return str(found["sha256"])
+
     def _restore(self, name: str) -> None:
         shutil.rmtree(self.fleet.repo)
         shutil.copytree(self.at / f"repo-{name}", self.fleet.repo)
         # The history forks here on purpose: what the publisher remembers of the other one goes.
         (Repository(self.fleet.repo).keys_folder / PUBLISHED).unlink(missing_ok=True)
+
+    def _publish_bases(self) -> None:
+        """Publish bases B, C and D after release 2; B with a bad payload; and everything back to release 2 after B."""
+        #: The hash of a base's manifest by the hash of each pack that leads to it.
+        self.packs: dict[str, str] = {}
+        for start, name, adapter, key in (
+            ("r2", "B", "first", "B"), ("rB", "C", "first", "C"), ("rC", "D", "first", "D"), ("r2", "B", "loha", "badB"),
+        ):  # fmt: skip
+            self._restore(start)
+            source = made() / "adapters" / adapter
+            said = publish.base(self.fleet.repo, base(name), source, encoding="f32", passphrase=PASSPHRASE)
+            self.shas[key] = said["sha256"]
+            self._keep(key if key == "badB" else f"r{key}")
+            tail, manifest = f"{said['base']['base_id'][:16]}.base", (base(name) / MANIFEST).read_bytes()
+            for file in (self.fleet.repo / "targets").rglob(f"*{tail}"):
+                self.packs[file.name.partition(".")[0]] = sha256_bytes(manifest)
+        self.verdicts[self.shas["badB"]] = PayloadError("payload: golden output y", "an answer", "another")
+        self._restore("rB")
+        publish.rollback(self.fleet.repo, 2, passphrase=PASSPHRASE)
+        self._keep("backB")
 
     def use(self, name: str) -> None:
         """Have the address that devices know lead to a repository."""
@@ -162,6 +206,17 @@ class World:
             self.use(f"r{seq}")
             assert self.open(at, Recorder(self.live)).update()["to_seq"] == seq
             self.folders[str(seq)] = taken(self.live)
+        shutil.rmtree(self.live)
+        laid_out(with_settings(self.folders["2"], emit="onnx-adapter"), self.live, self.pool)
+        self.use("r2")
+        self.open(at, Recorder(self.live)).update()
+        self.folders["2, emitted"] = taken(self.live)
+        shutil.rmtree(self.live)
+        laid_out(self.folders["2"], self.live, self.pool)
+        for seq, name in ((3, "B"), (4, "C")):
+            self.use(f"r{name}")
+            assert self.open(at, Recorder(self.live)).update()["to_seq"] == seq
+            self.folders[name] = taken(self.live)
         shutil.rmtree(self.live)
 
     def close(self) -> None:
@@ -217,6 +272,7 @@ class World:
             device = self.open(at, disk, **options)
         ends = {scene.ends} if promised or scene.unless_promised is None else {scene.ends, scene.unless_promised}
         self._serves(device)
+        self._emits(at)
         self._remembers(device, at, promised)
         with _marking(disk):
             for _ in range(BOOTS):
@@ -239,14 +295,37 @@ class World:
         sha = device.status()["serving"]["sha256"]
         stored = list((device.folder / "store").iterdir())
         self._need(len(stored) <= 2, f"{len(stored)} payloads are stored")
+        beside = list((device.folder / "bases").glob("*"))
+        self._need(len(beside) <= 2, f"{len(beside)} bases are stored")
         if sha is None:
             return
-        good = set(self.shas.values()) - {self.shas["bad"]}
+        good = set(self.shas.values()) - {self.shas["bad"], self.shas["badB"]}
         self._need(sha in good, f"{sha} never passed a trial")
         payload = device._payload
         self._need(
             payload is not None and sha256_bytes(payload.raw) == sha, "bytes that were never verified are served"
         )
+        assert payload is not None
+        self._need(device.manifest.base_id in payload.base_ids, "a payload is served on another base than its own")
+        Manifest.load(device._base.folder)  # every file as its manifest says, and its id
+
+    def _emits(self, at: Path) -> dict[str, Any] | None:
+        """See that applications in C++ find a whole adapter of a payload that passed its trial, or none; return what they are told."""
+        if not (at / EMITTED / "current.json").exists():
+            return None
+        try:
+            said: dict[str, Any] = strict_json((at / EMITTED / "current.json").read_bytes())
+            whole = (
+                said["adapter"] is None
+                or sha256_bytes((at / EMITTED / said["adapter"]).read_bytes()) == said["adapter_sha256"]
+            )
+        except (OSError, ValueError, KeyError) as e:
+            raise Violation(f"current.json leads nowhere: {e}") from e
+        self._need(whole, "current.json names an adapter that is not whole")
+        self._need(
+            said["sha256"] in {None, *self.shas.values()} - {self.shas["bad"]}, "an adapter that passed no trial"
+        )
+        return said
 
     def _remembers(self, device: Device, at: Path, promised: list[Any]) -> None:
         state = StateFiles(at, Disk()).read()
@@ -266,11 +345,18 @@ class World:
             elif isinstance(what, dict):
                 for name, version in what.items():
                     self._need(_version(at / name) >= version, f"{name}: version {version} is forgotten")
+            elif isinstance(what, Sent):
+                counter = Identity(at)._next()
+                self._need(counter > what.counter, f"report {counter} after {what.counter}")
             elif isinstance(what, tuple):
                 name, size = what
                 there = [p.stat().st_size for p in (at / "dl" / f"{name}.part", at / "store" / name) if p.exists()]
                 # A rename from one folder to another may lose both names, and is begun after the trial only.
                 done = state.refusal(name) is not None or (state.pending is not None and state.pending.sha256 == name)
+                made = name if size == 0 else self.packs.get(name)  # a base that was unpacked, or is to come of a pack
+                if made is not None:
+                    done = any(r.base == made for r in state.refused) or made in state.bases
+                    done = done or Bases(at, Disk(), device.manifest).find(made, staged=True) is not None
                 self._need(done or (there and max(there) >= size), f"{size} bytes that were durable are gone")
 
     def _tidy(self, at: Path, status: dict[str, Any]) -> None:
@@ -279,8 +365,14 @@ class World:
         named = {s["sha256"] for s in (status["serving"], status["previous"], status["pending"]) if s and s["sha256"]}
         staged = {n for n in there if n.startswith(("store/", "dl/"))}
         self._need({Path(n).name.removesuffix(".part") for n in staged} == named, f"left over: {sorted(staged)}")
-        known = ("factory/", "metadata/", "store/", "dl/", "log.")
-        rest = {n for n in there if not n.startswith(known)}
+        known = ("factory/", "metadata/", "store/", "bases/", "dl/", "log.", f"{EMITTED}/")
+        rest = {n for n in there if not n.startswith(known)} - {COUNTER}
+        self._need(
+            (said := self._emits(at)) is None or said["sha256"] == status["serving"]["sha256"], f"emitted: {said}"
+        )
+        self._need(len([n for n in there if n.startswith(f"{EMITTED}/")]) <= 3, "more than two adapters are left")
+        bases = {n.split("/")[1] for n in there if n.startswith("bases/")} | {p.name for p in (at / "bases").glob("*")}
+        self._need(bases == StateFiles(at, Disk()).read().bases, f"left over: bases {sorted(bases)}")
         always = {"config.json", "root.json", "state.0", "state.1", "device.key", "identity.json"}
         self._need(rest - {"device.json"} == always, f"left over: {sorted(rest)}")
         self._need(not [n for n in there if n.endswith(".tmp")], "unfinished files are left")
@@ -312,8 +404,8 @@ def _versions(folder: Path) -> dict[str, int]:
 
 @contextlib.contextmanager
 def _marking(disk: Recorder) -> Iterator[None]:
-    """While this lasts, note in `disk` what its users are promised: states that were written, metadata, parts of downloads."""
-    write, keep = StateFiles.write, _Part.keep
+    """While this lasts, note in `disk` what its users are promised: states that were written, metadata, parts of downloads, bases."""
+    write, keep, unpack = StateFiles.write, _Part.keep, Bases.unpack
 
     def written(self: StateFiles, state: State) -> State:
         out = write(self, state)
@@ -326,11 +418,15 @@ def _marking(disk: Recorder) -> Iterator[None]:
         if self.size:
             disk.mark((self.path.name.removesuffix(".part"), self.size))
 
-    StateFiles.write, _Part.keep = written, kept  # type: ignore[method-assign]
+    def unpacked(self: Bases, pack: Path, brought: Any, *about: Any) -> None:
+        unpack(self, pack, brought, *about)
+        disk.mark((brought.manifest, 0))
+
+    StateFiles.write, _Part.keep, Bases.unpack = written, kept, unpacked  # type: ignore[method-assign]
     try:
         yield
     finally:
-        StateFiles.write, _Part.keep = write, keep  # type: ignore[method-assign]
+        StateFiles.write, _Part.keep, Bases.unpack = write, keep, unpack  # type: ignore[method-assign]
 
 
 # the scenes -----------------------------------------------------------------------------------------------------------
@@ -351,6 +447,9 @@ def scenes(world: World) -> list[Scene]:
     payload = next((world.at / "repo-r3" / "targets").rglob(f"{s['loha']}.*")).read_bytes()
     stored = f"{DEVICE}/store/{s['second']}"
     rotted = {**f["2"], stored: bytes(len(f["2"][stored] or b""))}
+    data = next(p for p in f["B"] if p.startswith(f"{DEVICE}/bases/") and p.endswith("/base.data"))
+    rotted_base = {**f["B"], data: bytes(len(f["B"][data] or b""))}
+    ill_on_b = {"health_command": ["/bin/sh", "-c", f'test "$LRCOMPRESS_SHA256" != {s["B"]}'], "probation_s": 20}
     healthy = {"health_command": ["/bin/true"], "probation_s": 20}
     ill = {"health_command": ["/bin/sh", "-c", f'test "$LRCOMPRESS_SHA256" != {s["loha"]}'], "probation_s": 20}
     return [
@@ -371,9 +470,46 @@ def scenes(world: World) -> list[Scene]:
         Scene("a log that is full", {**f["2"], f"{DEVICE}/log.jsonl": b'{"state": "old"}\n' * 15_420}, "r3", update, s["loha"]),
         Scene("no verdict, then one", f["2"], "r3", no_verdict_first, s["loha"]),
         Scene("a newer release while one waits", f["2"], "r4", overtaken(world), s["fourth"]),
+        Scene("a delta", f["2"], "delta", update, s["delta"]),
+        Scene("a delta that is broken", f["2"], "delta", broken_delta, s["delta"]),
+        Scene("what C++ loads, for the first time", with_settings(f["2"], emit="onnx-adapter"), "r3", update, s["loha"]),
+        Scene("what C++ loads, again", f["2, emitted"], "r3", update, s["loha"]),
+        Scene("two reports", f["2"], "r3", reports, s["loha"]),
         Scene("on probation, and well", with_settings(f["2"], **healthy), "r3", update, s["loha"]),
         Scene("on probation, and ill", with_settings(f["2"], **ill), "r3", update, s["second"], ("rejected",), (s["loha"],)),
+        Scene("a new base", f["2"], "rB", update, s["B"]),
+        Scene("a third base, the oldest goes", f["C"], "rD", update, s["D"]),
+        Scene("a new base whose payload fails its trial", f["2"], "badB", update, s["second"], ("rejected",), (s["badB"],)),
+        Scene("rolled back here from a new base", f["B"], "rB", lambda d: d.rollback(), s["second"], unless_promised=s["B"]),
+        Scene("rolled back from a new base by the publisher", f["B"], "backB", update, s["second"]),
+        Scene("a link that is cut while a base comes", f["2"], "rB", with_cuts, s["B"]),
+        Scene("a base that rotted", rotted_base, "rB", update, s["B"]),
+        Scene("no verdict on a new base, then one", f["2"], "rB", no_verdict_first, s["B"]),
+        Scene("a new base on probation, and ill", with_settings(f["2"], **ill_on_b), "rB", update, s["second"], ("rejected",), (s["B"],)),
     ]  # fmt: skip
+
+
+def broken_delta(device: Device) -> None:
+    """Update from a server whose delta is of the right length and holds something else."""
+    real = FolderTransport.get
+
+    def get(self: FolderTransport, path: str, start: int = 0) -> Body:
+        body = real(self, path, start)
+        return Body(body.start, body.total, (bytes(len(b)) for b in body.blocks)) if path.endswith(".delta") else body
+
+    FolderTransport.get = get  # type: ignore[method-assign]
+    try:
+        device.update()
+    finally:
+        FolderTransport.get = real  # type: ignore[method-assign]
+
+
+def reports(device: Device) -> None:
+    """Tell the publisher what an update came to, and once more."""
+    identity, disk = Identity(device.folder, device._disk), device._disk
+    assert isinstance(disk, Recorder)
+    for said in (device.update(), None):
+        disk.mark(Sent(identity.record(device.status(), said)["record"]["counter"]))
 
 
 def with_cuts(device: Device) -> None:

@@ -18,7 +18,11 @@ NAMES = [
     "rolled back here", "rolled back by the publisher", "the same bytes, signed again", "a download that goes on",
     "a download that was poisoned", "a link that is cut", "a payload that rotted", "a state copy that rotted",
     "a root that was rotated, and a release", "a log that is full", "no verdict, then one", "a newer release while one waits",
+    "a delta", "a delta that is broken", "what C++ loads, for the first time", "what C++ loads, again", "two reports",
     "on probation, and well", "on probation, and ill",
+    "a new base", "a third base, the oldest goes", "a new base whose payload fails its trial", "rolled back here from a new base",
+    "rolled back from a new base by the publisher", "a link that is cut while a base comes", "a base that rotted",
+    "no verdict on a new base, then one", "a new base on probation, and ill",
 ]  # fmt: skip
 
 
@@ -102,6 +106,9 @@ def test_ten_thousand_images() -> None:
             "third update, the oldest goes",
             "a payload that fails its trial",
             "on probation, and ill",
+            "a new base",
+            "a third base, the oldest goes",
+            "a new base on probation, and ill",
         ):
             one, n = scene(world, name), 0
             for call in range(len(world.record(one).ops)):
