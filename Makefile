@@ -42,6 +42,7 @@ bench-forms: $(STAMP) ## what statistics are worth, form by form, on layers of r
 	$(BIN)/python -m tests.benchmarks.bench_forms
 
 bench-payload: $(STAMP) ## bytes of an update by kind and encoding, against bsdiff4 and zstd of the model: ARGS="--only resnet20"
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[deltas]' -c constraints.txt
 	$(BIN)/python -m tests.benchmarks.bench_payload $(ARGS)
 
 bench-stream: $(STAMP) ## memory and time on layers as large as those of a 7B model

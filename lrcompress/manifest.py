@@ -49,6 +49,11 @@ def is_safe_name(value: object) -> bool:
     return isinstance(value, str) and _NAME.fullmatch(value) is not None and ".." not in value
 
 
+def is_file_name(value: object) -> bool:
+    """Tell whether `value` may be the name of a file of an artifact: no separators, no leading dot, no `..`."""
+    return isinstance(value, str) and _FILE.fullmatch(value) is not None and ".." not in value
+
+
 def strict_json(data: bytes | str) -> Any:
     """Parse JSON; raise `ValueError` for duplicate keys, NaN, or nesting beyond reason."""
 
@@ -183,6 +188,15 @@ class Manifest:
         return list(self.raw["outputs"])
 
     @property
+    def ports(self) -> dict[str, list[tuple[Any, ...]]]:
+        """Names, dtypes and shapes of inputs and outputs: what an application knows. A free axis is '?', whatever it is called."""
+        sides = {"inputs": self.inputs, "outputs": self.outputs}
+        return {
+            side: [(p["name"], p["dtype"], *("?" if isinstance(d, str) else d for d in p["shape"])) for p in ports]
+            for side, ports in sides.items()
+        }
+
+    @property
     def slots(self) -> list[dict[str, Any]]:
         return list(self.raw["slots"])
 
@@ -291,8 +305,7 @@ def _check_files(raw: dict[str, Any], need: Any) -> None:
     files: Any = raw.get("files")
     need(isinstance(files, dict) and set(REQUIRED) <= files.keys(), "files", f"entries for {', '.join(REQUIRED)}")
     for name, entry in files.items():
-        safe = _FILE.fullmatch(name) is not None and ".." not in name and name != MANIFEST
-        need(safe, "files", f"plain file names, not {name[:80]!r}")
+        need(is_file_name(name) and name != MANIFEST, "files", f"plain file names, not {name[:80]!r}")
         good = isinstance(entry, dict) and is_sha256(entry.get("sha256")) and _count(entry.get("bytes"))
         need(good, f"files.{name}", "{sha256, bytes}")
 

@@ -14,6 +14,8 @@ CHANNELS = ("stable", "canary")
 PLACES = 10_000
 #: Names of the targets of a group, below <model>/<group>/: what everybody gets, and what some already get.
 STABLE, CANDIDATE = "payload.safetensors", "candidate.safetensors"
+#: What the names of packs end with (see `packs`).
+PACK = ".base"
 
 
 def place(device: str, sha256: str) -> int:
@@ -32,3 +34,8 @@ def takes_candidate(device: str | None, channel: str, sha256: str, places: int) 
 def delta_name(base: str, result: str) -> str:
     """Return the name, below <model>/<group>/, of what turns the payload `base` into the payload `result`."""
     return f"{base[:16]}-{result[:16]}.delta"
+
+
+def pack_name(start: str | None, result: str) -> str:
+    """Return the name, below <model>/<group>/, of what brings the base `result` to a device with the base `start` (None: any)."""
+    return f"{'' if start is None else f'{start[:16]}-'}{result[:16]}{PACK}"

@@ -28,8 +28,8 @@ def device() -> None:
 
     DIR is $LRCOMPRESS_STATE, or /var/lib/lrcompress, where it is left out. What an operator may set stands in
     DIR/device.json: {"schema": 1, "proxy": ..., "health_command": [...]}. The way to updates: url, proxy, ca_file,
-    cert_file, key_file, bearer_token, bearer_token_file, max_bytes_per_s. Room: max_disk_bytes, min_free_bytes. One
-    payload: max_payload_bytes, latency_factor, max_distance, trial_timeout_s. In use: threads, health_command,
+    cert_file, key_file, bearer_token, bearer_token_file, max_bytes_per_s. Room: max_disk_bytes, min_free_bytes,
+    max_update_bytes. One payload: max_payload_bytes, latency_factor, max_distance, trial_timeout_s. In use: threads, health_command,
     probation_s, health_interval_s, health_timeout_s, poll_s, emit.
     """
 
@@ -195,6 +195,7 @@ def status(shell: Shell, folder: str | None) -> Result:
     d = Device(folder).status()
     rows = [
         ["model", f"{d['model']} (base {d['base_id'][:16]})"],
+        *([["factory", f"base {d['factory_base_id'][:16]}"]] if d["factory_base_id"] != d["base_id"] else []),
         ["serving", describe_serving(d["serving"])],
         ["previous", describe_serving(d["previous"]) if d["previous"] else "none"],
         ["pending", _pending(d["pending"])],

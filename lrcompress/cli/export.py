@@ -30,7 +30,7 @@ from .output import Result, Shell, common, human_bytes
 @click.option(
     "--calib", metavar="DATA", help="Inputs to quantize by (needed for int8 convolutions) and for the golden set."
 )
-@click.option("--block", type=int, default=32, show_default=True, help="Inputs that share a scale at 4 bits: 16…256.")
+@click.option("--block", type=int, help="Inputs that share a scale at 4 bits: 16…256.  [default: 32, or the plan's]")
 @click.option("--merge", metavar="NAME", help="Bake this adapter in instead of shipping it.")
 @click.option(
     "--adapter",

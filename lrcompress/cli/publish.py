@@ -145,6 +145,53 @@ def add(
     return Result(d, text=f"{text}, {human_bytes(d['metadata_bytes'])} of metadata\n{d['sha256']}")
 
 
+@publish.command(epilog="Example: lrcompress publish base repo adapters/second --exported exported2")
+@click.argument("repo", type=click.Path())
+@click.argument("source", required=False, type=click.Path())
+@click.option("--exported", required=True, type=click.Path(), help="The new exported model.")
+@click.option("--group", default="default", show_default=True, help="Devices that get it.")
+@click.option("--encoding", default="auto", show_default=True, help="Of the payload: auto, f32, f16, int8 or delta.")
+@click.option(
+    "--channel",
+    default="stable",
+    show_default=True,
+    help="canary: for canary devices only, until 'publish rollout' widens it.",
+)
+@signing
+@common
+def base(
+    shell: Shell,
+    repo: str,
+    source: str | None,
+    exported: str,
+    group: str,
+    encoding: str,
+    channel: str,
+    keys: tuple[Path, ...],
+) -> Result:
+    """Publish a new base model to a group of devices, with SOURCE (an adapter folder or a payload file) as its payload.
+
+    A device fetches the tensors that changed since the base it has, or all of it where it has none of the bases known
+    here, and takes base and payload as one update; what 'add' publishes from then on is for this base. Devices keep
+    the limits that they were made with.
+    """
+    from ..publish import base as verb
+
+    d = verb(
+        repo, exported, source, group=group, encoding=encoding, channel=channel, passphrase=passphrase(), keys=keys
+    )
+    b = d["base"]
+    text = (
+        f"{group} seq {d['seq']}: base {b['base_id'][:16]}, {human_bytes(b['bytes'])} of {human_bytes(b['whole_bytes'])} "
+        f"({b['tensors_changed']} of {b['tensors']} tensors changed), and {human_bytes(d['payload_bytes'])} as {d['encoding']}"
+    )
+    if not b["from"]:
+        text += "\nnothing that devices have is of use for it: all of them fetch the whole base"
+    if channel == "canary":
+        text += "\nfor canary devices only; go on with 'lrcompress publish rollout'"
+    return Result(d, text=f"{text}, {human_bytes(d['metadata_bytes'])} of metadata\n{d['sha256']}")
+
+
 @publish.command(epilog="Example: lrcompress publish rollback repo --to 1 --group default")
 @click.argument("repo", type=click.Path())
 @click.option(

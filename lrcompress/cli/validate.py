@@ -80,19 +80,28 @@ def _bare(exported: str, on: tuple[str, ...], threads: int, options: dict[str, A
 
 def describe(d: dict[str, Any]) -> str:
     """Return the report as a person reads it."""
-    rows = [
-        [
-            t["target"], t["against"], o["name"], _number(o["max_abs_diff"], ".2e"), _number(o["tolerance"], ".2e"),
-            _number(t["p50_ms"], ".3f"), _number(t["p95_ms"], ".3f"), human_bytes(t["bytes"]), _verdict(o),
-        ]
-        for t in d["targets"]
-        for o in t["outputs"]
-    ]  # fmt: skip
+    rows = [r for t in d["targets"] for r in _rows(t)]
     header = ["target", "against", "output", "max |diff|", "allowed", "p50 ms", "p95 ms", "bytes", ""]
     metrics = [_metric(t["metric"]) for t in d["targets"] if t["metric"]]
     metrics += [_latency(t["latency"]) for t in d["targets"] if t["latency"]]
     end = ["passed"] if d["passed"] else ["missed:", *(f"  {line}" for line in d["misses"])]
     return "\n".join([table(header, rows, left=3), *metrics, *end])
+
+
+def _rows(t: dict[str, Any]) -> list[list[str]]:
+    """Return the lines of one comparison, and of the distance to the original where that is known."""
+    found = [
+        [
+            t["target"], t["against"], o["name"], _number(o["max_abs_diff"], ".2e"), _number(o["tolerance"], ".2e"),
+            _number(t["p50_ms"], ".3f"), _number(t["p95_ms"], ".3f"), human_bytes(t["bytes"]), _verdict(o),
+        ]
+        for o in t["outputs"]
+    ]  # fmt: skip
+    for o in (t["original"] or {"outputs": []})["outputs"]:
+        found.append(
+            [t["target"], "original", o["name"], _number(o["max_abs_diff"], ".2e"), *["–"] * 3, "", "reported"]
+        )
+    return found
 
 
 def _latency(m: dict[str, Any]) -> str:
@@ -110,8 +119,6 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _verdict(output: dict[str, Any]) -> str:
-    if output["tolerance"] is None:
-        return "reported"
     return "ok" if output["passed"] else "MISS"
 
 

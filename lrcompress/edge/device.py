@@ -27,17 +27,20 @@ from ..golden import compare, load_golden
 from ..manifest import GOLDEN, MANIFEST, Manifest
 from ..payload import Payload, parse
 from ..runtime.session import Session
+from .bases import Base, Bases
 from .disk import Disk
 from .folder import FACTORY, ROOT, check_folder, locked, state_folder
 from .health import boot_id
 from .install import check_hash, install, read_config, read_root
 from .log import StatusLog
+from .mending import mend
 from .settings import exported_settings, load_settings
+from .staging import tidy
 from .state import Entry, State, StateFiles
 from .store import Store
 from .transport import Traffic, open_transport
 from .trial import ChildTrial, Trial, check_golden
-from .updater import Outcome, Updater, describe_serving, mend
+from .updater import Outcome, Updater, describe_serving
 
 if TYPE_CHECKING:
     from .identity import Identity
@@ -59,7 +62,7 @@ class Device:
         self._disk, self._clock, self._sleep = disk or Disk(), clock or (lambda: datetime.now(UTC)), sleep
         check_folder(self.folder)
         self._config = read_config(self.folder, self._disk)
-        self.manifest = Manifest.load(self.folder / FACTORY)
+        factory = Manifest.load(self.folder / FACTORY)
         raw = self._disk.read(self.folder / FACTORY / MANIFEST)
         check_hash(self.folder, f"{FACTORY}/{MANIFEST}", raw, self._config)
         self.settings = exported_settings(self.folder)
@@ -68,15 +71,15 @@ class Device:
             self.settings = load_settings(self.folder, self._disk)
         except DeviceStateError as e:  # a slip of the operator stops updates, never serving
             self._wrong_settings = e
-        self._trial = trial or ChildTrial(
-            self.folder / FACTORY, self.settings.limits, int(self.settings.threads), self.settings.trial_timeout_s
-        )
+        self._trial = trial
         self._files, self._store = StateFiles(self.folder, self._disk), Store(self.folder, self._disk)
+        self._bases = Bases(self.folder, self._disk, factory)
         self._log = StatusLog(self.folder, self._disk)
         self._lock = threading.Lock()
         self._session: Session | None = None
         self._serving: Entry | None = None
         self._payload: Payload | None = None
+        self._base: Base = self._bases.factory
         #: When a payload on probation stops to be served, unless somebody sees it through.
         self.serves_until: datetime | None = None
         self.refresh()
@@ -117,37 +120,52 @@ class Device:
         """The payload that the next request will see; None is the factory's model."""
         return self._serving
 
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest of the base that the next request will see."""
+        return self._base.manifest
+
     # serving ------------------------------------------------------------------------------------------------------
 
     def refresh(self) -> None:
-        """Serve what the folder names: its active payload, else the one before, else the factory's model."""
+        """Serve what the folder names: its active payload, else the one before, else the factory's model; each on its base.
+
+        Raises `ManifestError` or `HostError` for a base that cannot be loaded now: what was served still is.
+        """
         for _ in range(5):
             state = self._files.read()
-            entry, payload = self._chosen(state)
+            entry, payload, base = self._chosen(state)
             # Where what the state names is not here, another process may have moved on between the two reads.
             if entry == state.active or self._files.read().generation == state.generation:
                 break
         with self._lock:
-            if self._session is not None and (payload is None or entry != self._serving):
+            if self._session is not None and base.name != self._base.name:
+                session = self._load(base)
+                session.swap(payload)
+                self._session = session  # a request has the one or the other, with its payload
+            elif self._session is not None and (payload is None or entry != self._serving):
                 self._session.swap(payload)
-            self._serving, self._payload = entry, payload
+            self._serving, self._payload, self._base = entry, payload, base
             tried = state.probation
             self.serves_until = None if tried is None else datetime.fromisoformat(tried.until)
 
-    def _chosen(self, state: State) -> tuple[Entry | None, Payload | None]:
-        """Return the first payload of the state that is whole and fits; none at all is the factory's model."""
+    def _load(self, base: Base) -> Session:
+        return Session(base.folder, threads=int(self.settings.threads), manifest=base.manifest, verify=False)
+
+    def _chosen(self, state: State) -> tuple[Entry | None, Payload | None, Base]:
+        """Return the first payload of the state that is whole and fits, with its base; none at all is the factory's model."""
         candidates = [state.active, state.previous]
         if state.probation is not None and not self._in_probation(state):
             candidates = [state.previous]  # nobody has seen it through, and nobody watches over it
         for entry in filter(None, candidates):
-            data = self._store.read(entry.sha256)
-            if data is not None:
+            data, base = self._store.read(entry.sha256), self._bases.find(entry.base)
+            if data is not None and base is not None:
                 with contextlib.suppress(PayloadError):
                     payload = parse(data)
-                    payload.verify(self.manifest)
-                    return entry, payload
+                    payload.verify(base.manifest)
+                    return entry, payload, base
             self._log.write(self._clock(), "rotted", sha256=entry.sha256, seq=entry.seq)
-        return None, None
+        return None, None, self._bases.factory
 
     def _in_probation(self, state: State) -> bool:
         tried = state.probation
@@ -157,9 +175,7 @@ class Device:
         """Return the model, loaded once."""
         with self._lock:
             if self._session is None:
-                session = Session(
-                    self.folder / FACTORY, threads=int(self.settings.threads), manifest=self.manifest, verify=False
-                )
+                session = self._load(self._base)
                 session.swap(self._payload)
                 self._session = session
             return self._session
@@ -179,7 +195,7 @@ class Device:
             "probation": None if state.probation is None else {"until": state.probation.until},
             "refused": [{"sha256": r.sha256, "seq": r.seq, "reason": r.reason} for r in state.refused],
             "model": self.manifest.model, "group": self.group, "url": self.url,
-            "base_id": self.manifest.base_id, "seq": state.seq, "state_readable": state.readable,
+            "base_id": self.manifest.base_id, "factory_base_id": self._bases.factory.manifest.base_id, "seq": state.seq, "state_readable": state.readable,
             "last_trusted_time": state.trusted_time, "free_bytes": self._disk.free_bytes(self.folder),
         }  # fmt: skip
 
@@ -189,9 +205,9 @@ class Device:
         Raises nothing for a miss: `passed` says so.
         """
         session = self._loaded()
-        golden = load_golden(self.folder / FACTORY / GOLDEN)
-        factory = session.run_with(session.prepare(None), golden.inputs)
-        base = compare(golden.compressed, factory, self.manifest.tolerance)
+        golden = load_golden(self._base.folder / GOLDEN)
+        alone = session.run_with(session.prepare(None), golden.inputs)
+        base = compare(golden.compressed, alone, session.manifest.tolerance)
         found: dict[str, Any] = {
             "serving": describe_serving(self._serving),
             "base": base.as_dict(),
@@ -227,8 +243,9 @@ class Device:
                 outcome = Outcome("failed", str(e), e)
             after = self._files.read()
             if after.active != self._serving:  # what rotted was mended, or what was on probation went back
-                self.refresh()
-            self._emit()
+                self._switched()
+            else:
+                self._emit()
         wear = self._disk.tally.since(before_disk)
         return {
             "state": outcome.state, "serving": describe_serving(self._serving), "from_seq": before.seq, "to_seq": after.seq,
@@ -243,12 +260,17 @@ class Device:
         root = check_hash(self.folder, ROOT, read_root(self.folder / ROOT), self._config)
         transport = open_transport(self.url, self.settings, sleep=self._sleep)
         updater = Updater(
-            folder=self.folder, files=self._files, store=self._store, log=self._log, disk=self._disk,
-            manifest=self.manifest, settings=self.settings, trial=self._trial, transport=transport,
+            folder=self.folder, files=self._files, store=self._store, bases=self._bases, log=self._log,
+            disk=self._disk, settings=self.settings, trial=self._trial_on, transport=transport,
             root=root, group=self.group, clock=self._clock, sleep=self._sleep, switched=self._switched,
             identity=self._identity(),
         )  # fmt: skip
         return updater.run(), transport.traffic
+
+    def _trial_on(self, base: Base, before: Base | None) -> Trial:
+        """Return the trial of a payload on a base; `before` is the one that serves, where that is another."""
+        told, other = self.settings, None if before is None else before.folder
+        return self._trial or ChildTrial(base.folder, told.limits, int(told.threads), told.trial_timeout_s, other)
 
     def _identity(self) -> Identity | None:
         """Return who this device is; one that has rotted keeps no update from it: it is then anybody's turn."""
@@ -261,7 +283,11 @@ class Device:
             return None
 
     def _switched(self) -> None:
-        self.refresh()
+        """Serve what was committed. A base that cannot be loaded now (it needs memory beside the old one) is tried again later."""
+        try:
+            self.refresh()
+        except LrcompressError as e:
+            self._log.write(self._clock(), "not_loaded", reason=str(e))
         self._emit()
 
     def _emit(self) -> None:
@@ -271,17 +297,18 @@ class Device:
         from .emit import emit
 
         try:
-            emit(self.folder, self.manifest, self._serving, self._payload, self._disk)
+            emit(self.folder, self._base, self._serving, self._payload, self._disk)
         except LrcompressError as e:
             self._log.write(self._clock(), "not_emitted", reason=str(e))
 
     def rollback(self) -> dict[str, Any]:
-        """Serve the payload before this one (else the factory's model) until the next release; return the new state.
+        """Serve the payload before this one, on its base (else the factory's model), until the next release; return the new state.
 
         Raises `DeviceStateError` if the factory's model is served already.
         """
         with locked(self.folder):
-            state = mend(self._files, self._store, self._log, self._disk, self._clock(), self.folder)
+            now = self._clock()
+            state = mend(self._files, self._store, self._bases, self._log, self._disk, now, self.folder)
             if state.active is None:
                 raise DeviceStateError(
                     self.folder, "a payload to roll back from", "the factory's model", "there is nothing before it"
@@ -292,7 +319,7 @@ class Device:
                 replace(state, active=back, previous=None, pending=None, declined=state.seq_sha256)
             )
             self._log.write(self._clock(), "rolled_back", seq=undone.seq, sha256=undone.sha256)
-            self._store.clean(state.named)
+            tidy(self._store, self._bases, state)
             self._switched()
         return {
             "state": "rolled_back",

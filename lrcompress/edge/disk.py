@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import shutil
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 from ..errors import HostError
@@ -21,6 +23,8 @@ from ..files import fsync_folder
 
 #: What a file is called until it is whole. Whatever bears it after a restart was never finished.
 UNFINISHED = ".tmp"
+#: What is read or written of a large file at once.
+BLOCK_BYTES = 1 << 20
 
 _REMEDY = {
     errno.ENOSPC: "free some space on the device",
@@ -132,13 +136,34 @@ class Disk:
 
     def read(self, path: Path, most: int = 1 << 30) -> bytes:
         """Return the content of a regular file of at most `most` bytes. Raises `OSError`, also for a link."""
+        with self._opened(path, most) as (f, size):
+            return f.read(size)
+
+    def blocks(self, path: Path, offset: int = 0, length: int | None = None) -> Iterator[bytes]:
+        """Yield a range of a regular file (to its end, without a length), a piece at a time. Raises `OSError`."""
+        with self._opened(path) as (f, _):
+            f.seek(offset)
+            while block := f.read(BLOCK_BYTES if length is None else min(BLOCK_BYTES, length)):
+                length = None if length is None else length - len(block)
+                yield block
+        if length:
+            raise OSError(errno.EIO, f"{length} bytes too few", str(path))
+
+    def digest(self, path: Path) -> str:
+        """Return the hex SHA-256 of a regular file, however large. Raises `OSError`."""
+        with self._opened(path) as (f, _):
+            return hashlib.file_digest(f, "sha256").hexdigest()
+
+    @contextlib.contextmanager
+    def _opened(self, path: Path, most: int | None = None) -> Iterator[tuple[FileIO, int]]:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         # Unbuffered, and one read for all of it: every further call may have to wait for the interpreter's lock.
         with open(fd, "rb", buffering=0) as f:
             found = os.fstat(fd)
-            if not stat.S_ISREG(found.st_mode) or found.st_size > most:
-                raise OSError(errno.EINVAL, f"not a regular file of at most {most} bytes", str(path))
-            return f.read(found.st_size)
+            if not stat.S_ISREG(found.st_mode) or (most is not None and found.st_size > most):
+                at_most = "" if most is None else f" of at most {most} bytes"
+                raise OSError(errno.EINVAL, f"not a regular file{at_most}", str(path))
+            yield f, found.st_size
 
     def size(self, path: Path) -> int:
         """Return the bytes of a regular file; 0 if there is none."""

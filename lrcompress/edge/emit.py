@@ -4,7 +4,7 @@ Both are only ever replaced by rename: the runtime maps an adapter into memory, 
 process. An application reads current.json, loads what it names, and keeps adapter and run options alive together. The
 adapter before the current one stays until the next change.
 
-    {"schema": 1, "base_id": …, "seq": 3, "sha256": …, "adapter": "<sha256>.onnx_adapter" | null, "adapter_sha256": … | null}
+    {"schema": 1, "base": "factory", "base_id": …, "seq": 3, "sha256": …, "adapter": "<sha256>.onnx_adapter" | null, "adapter_sha256": … | null}
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import onnxruntime as ort
 
 from ..errors import HostError
 from ..files import canonical_json, sha256_bytes
-from ..manifest import Manifest, strict_json
+from ..manifest import strict_json
 from ..payload import Payload
+from .bases import Base
 from .disk import Disk
 from .folder import EMITTED
 from .state import Entry
@@ -29,14 +30,19 @@ CURRENT = "current.json"
 SUFFIX = ".onnx_adapter"
 
 
-def emit(folder: Path, manifest: Manifest, entry: Entry | None, payload: Payload | None, disk: Disk) -> None:
-    """Have `folder/emit` name the payload that is served; null is the factory's model. Writes nothing if it does already."""
+def emit(folder: Path, base: Base, entry: Entry | None, payload: Payload | None, disk: Disk) -> None:
+    """Have `folder/emit` name the payload that is served; null is the factory's model. Writes nothing if it does already.
+
+    `base` is the folder of the model that the adapter is for, below `folder`.
+    """
+    manifest = base.manifest
     place = folder / EMITTED
     if place.is_dir():  # names that a process gave which was killed before it could make them last are built upon below
         disk.sync_folder(place)
     said = _read(place, disk)
     wanted = {
         "schema": 1,
+        "base": base.folder.relative_to(folder).as_posix(),
         "base_id": manifest.base_id,
         "seq": 0,
         "sha256": None,

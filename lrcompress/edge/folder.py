@@ -4,7 +4,9 @@ DIR/config.json, root.json   model, address, group; whom updates are signed by; 
 DIR/device.json              the operator's settings, if there are any (see `settings`)
 DIR/factory/                 the exported model; always there to fall back to
 DIR/store/<sha256>           at most two payloads that passed their trial
-DIR/dl/<sha256>.part         at most one that is on its way, or whole and waiting for its verdict
+DIR/bases/<sha256>/          at most two further models, for these payloads; named by their manifest (see `bases`)
+DIR/dl/<sha256>.part         a payload or a pack that is on its way, or a payload that waits for its verdict
+DIR/dl/<sha256>.base/        a model that waits for its verdict
 DIR/state.0, state.1, metadata/, log.jsonl
 DIR/device.key, identity.json, report.counter   who it is, and the number of its last report
 DIR/emit/                    what applications in C and C++ load, where the operator wants that (see `emit`)
@@ -23,7 +25,7 @@ from ..errors import DeviceStateError
 
 CONFIG, ROOT, FACTORY, SETTINGS = "config.json", "root.json", "factory", "device.json"
 STORE, DOWNLOADS, METADATA, ROOTS = "store", "dl", "metadata", "metadata/root_history"
-EMITTED = "emit"
+EMITTED, BASES = "emit", "bases"
 KEY, IDENTITY, COUNTER = "device.key", "identity.json", "report.counter"
 #: Folders that a device has, each a real one.
 FOLDERS = (FACTORY, STORE, DOWNLOADS, METADATA, ROOTS)
@@ -45,8 +47,9 @@ def check_folder(folder: Path) -> None:
         _check(folder, stat.S_ISDIR, "folder")
         for name in FOLDERS:
             _check(folder / name, stat.S_ISDIR, "folder")
-        if os.path.lexists(folder / EMITTED):
-            _check(folder / EMITTED, stat.S_ISDIR, "folder")
+        for name in (EMITTED, BASES):  # made when they are needed
+            if os.path.lexists(folder / name):
+                _check(folder / name, stat.S_ISDIR, "folder")
         for name in (CONFIG, ROOT, SETTINGS, KEY, IDENTITY, "state.0", "state.1"):
             if os.path.lexists(folder / name):
                 _check(folder / name, stat.S_ISREG, "file")

@@ -1,13 +1,14 @@
 """What a group offers to this device: the release for everybody, or the candidate if its turn has come; and shortcuts to it.
 
-`choose` and `shortcut` ask a python-tuf client that has refreshed: no further request is made. `bring` fetches a shortcut
-and turns it into the payload itself.
+`choose`, `shortcut` and `ways` ask a python-tuf client that has refreshed: no further request is made. `bring` fetches a
+shortcut and turns it into the payload itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from tuf.api.metadata import TargetFile
 from tuf.ngclient import Updater
@@ -15,7 +16,8 @@ from tuf.ngclient import Updater
 from .. import deltas
 from ..errors import DownloadError, PayloadError
 from ..files import sha256_bytes
-from ..phases import CANDIDATE, STABLE, delta_name, takes_candidate
+from ..manifest import is_sha256
+from ..phases import CANDIDATE, STABLE, delta_name, pack_name, takes_candidate
 from .disk import Disk
 from .fetch import fetch
 from .store import Store
@@ -23,6 +25,36 @@ from .transport import Transport
 
 if TYPE_CHECKING:
     from .trust import Offer
+
+
+@dataclass(frozen=True)
+class Way:
+    """A pack that leads to a base: from `start`, or from nothing."""
+
+    start: str | None
+    sha256: str
+    path: str
+    length: int
+
+
+@dataclass(frozen=True)
+class NewBase:
+    """The base that a release is for, as it was signed: its id, the hash of its manifest, the bytes of its files, ways to it."""
+
+    base_id: str
+    manifest: str
+    length: int
+    ways: tuple[Way, ...] = ()
+
+    @classmethod
+    def of(cls, value: Any) -> NewBase | None:
+        """Return what stands under `base` in a release; None if that is no base."""
+        if not isinstance(value, dict) or not all(is_sha256(value.get(k)) for k in ("base_id", "manifest")):
+            return None
+        length = value.get("bytes")
+        if type(length) is not int or not 0 < length < 1 << 40:
+            return None
+        return cls(value["base_id"], value["manifest"], length)
 
 
 def choose(
@@ -54,6 +86,18 @@ def shortcut(
         return None
     length, base, sha256, path = min(found)
     return base, sha256, path, length
+
+
+def ways(client: Updater, *, model: str, group: str, result: str, have: Collection[str]) -> tuple[Way, ...]:
+    """Return the packs that lead to the base `result` from a base that is here or from nothing, the shortest first."""
+    found = []
+    for start in (None, *have):
+        name = pack_name(start, result)
+        info = client.get_targetinfo(f"{model}/{group}/{name}")
+        if info is not None and info.custom == {"from": start, "to": result}:
+            sha256 = str(info.hashes["sha256"])
+            found.append(Way(start, sha256, f"targets/{model}/{group}/{sha256}.{name}", info.length))
+    return tuple(sorted(found, key=lambda w: w.length))
 
 
 def bring(offer: Offer, store: Store, transport: Transport, disk: Disk, sleep: Callable[[float], None]) -> bool:

@@ -11,7 +11,7 @@ from ..errors import PayloadError
 from ..golden import load_golden
 from ..manifest import GOLDEN, Manifest, strict_json
 from ..runtime.session import Session
-from .trial import Limits, judge
+from .trial import Limits, judge, judge_base
 
 
 def main() -> int:
@@ -24,9 +24,11 @@ def main() -> int:
     try:
         task = strict_json(sys.stdin.buffer.readline())
         data = sys.stdin.buffer.read()
-        factory = Path(task["factory"])
-        session = Session(factory, threads=int(task["threads"]), manifest=Manifest.load(factory), verify=False)
-        ms, base_ms = judge(data, session, load_golden(factory / GOLDEN), Limits(**task["limits"]))
+        base, threads, limits = Path(task["base"]), int(task["threads"]), Limits(**task["limits"])
+        if task["before"] is not None:
+            judge_base(base, Path(task["before"]), limits, threads)
+        session = Session(base, threads=threads, manifest=Manifest.load(base), verify=False)
+        ms, base_ms = judge(data, session, load_golden(base / GOLDEN), limits)
     except PayloadError as e:
         said.write(json.dumps({"passed": False, "error": e.as_dict()}).encode())
         return 0

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import HostError
+from ..errors import HostError, LrcompressError
 from .device import Device
 from .disk import Disk
 from .state import COPIES
@@ -50,8 +50,12 @@ class EdgeSession:
 
     def __init__(self, folder: str | Path | None = None, *, poll_s: float = POLL_S) -> None:
         self._device = Device(folder, disk=_Reader())
-        self._device._loaded()
         self._copies = [str(self._device.folder / name) for name in COPIES]  # no Path is made at every look
+        try:
+            self._device._loaded()
+        except LrcompressError:  # the agent has moved on to another base meanwhile
+            self._device.refresh()
+            self._device._loaded()
         self._poll_s, self._stop = poll_s, threading.Event()
         self._seen = self._signature()
         self._ended: datetime | None = None

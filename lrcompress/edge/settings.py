@@ -50,8 +50,10 @@ class Settings:
     bearer_token_file: str | None = None
     max_bytes_per_s: float | None = None
 
-    #: What payloads may take together, and what must stay free on the disk beside them.
+    #: What payloads and the bases that came with them may take together, what must stay free on the disk beside them,
+    #: and what may be fetched for a base and its payload.
     max_disk_bytes: float | None = None
+    max_update_bytes: float | None = None
     min_free_bytes: float | None = None
 
     #: Exit code 0 says that the device is well with the payload that was just activated; run until the window ends.

@@ -7,6 +7,7 @@ A reader takes the valid copy of the highest generation, so a write that was cut
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
@@ -27,10 +28,11 @@ MAX_STATE_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Entry:
-    """A payload in the store and the release that brought it."""
+    """A payload in the store, the release that brought it, and the base that it is served on: None is the factory's."""
 
     sha256: str
     seq: int
+    base: str | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class Pending:
     trials: int = 0
     retry_at: str | None = None
     rollback_of: int | None = None
+    base: str | None = None
+
+    @property
+    def entry(self) -> Entry:
+        return Entry(self.sha256, self.seq, self.base)
 
 
 @dataclass(frozen=True)
@@ -56,11 +63,12 @@ class Probation:
 
 @dataclass(frozen=True)
 class Refused:
-    """A payload that failed a check: never tried again."""
+    """A payload that failed a check, on a base or with a pack: never tried again with that."""
 
     sha256: str
     seq: int
     reason: str
+    base: str | None = None
 
 
 @dataclass(frozen=True)
@@ -80,20 +88,26 @@ class State:
     #: False for the empty state that stands in when both copies are destroyed: then nothing may be deleted.
     readable: bool = field(default=True, compare=False)
 
-    def refuse(self, sha256: str, seq: int, reason: str) -> State:
-        """Return this state with a payload refused for good."""
-        kept = [r for r in self.refused if r.sha256 != sha256]
+    def refuse(self, sha256: str, seq: int, reason: str, base: str | None = None) -> State:
+        """Return this state with a payload refused for good; `base`: what it was refused with, if not the factory's."""
+        kept = [r for r in self.refused if (r.sha256, r.base) != (sha256, base)]
         pending = None if self.pending is not None and self.pending.sha256 == sha256 else self.pending
-        refused = (*kept, Refused(sha256, seq, reason[:MAX_REASON]))[-MAX_REFUSED:]
+        refused = (*kept, Refused(sha256, seq, reason[:MAX_REASON], base))[-MAX_REFUSED:]
         return replace(self, refused=refused, pending=pending)
 
-    def refusal(self, sha256: str) -> Refused | None:
-        return next((r for r in self.refused if r.sha256 == sha256), None)
+    def refusal(self, sha256: str, bases: Collection[str] = ()) -> Refused | None:
+        """Return how a payload was refused, with the factory's base or one of `bases` (bases or packs)."""
+        return next((r for r in self.refused if r.sha256 == sha256 and (r.base is None or r.base in bases)), None)
 
     @property
     def named(self) -> set[str]:
         """Every payload that must stay in the store."""
         return {e.sha256 for e in (self.active, self.previous, self.pending) if e is not None}
+
+    @property
+    def bases(self) -> set[str]:
+        """Every base beside the factory's that must stay."""
+        return {e.base for e in (self.active, self.previous, self.pending) if e is not None and e.base is not None}
 
 
 def encode(state: State) -> bytes:
@@ -137,6 +151,8 @@ def _record(kind: type[Any], value: Any) -> Any:
         v = getattr(made, f.name)
         if f.name == "sha256":
             _need(is_sha256(v))
+        elif f.name == "base":
+            _need(v is None or is_sha256(v))
         elif f.name in ("retry_at", "until"):
             _need(_time(v))
         elif f.type == "str":

@@ -48,21 +48,28 @@ class Store:
             return None
         return data if sha256_bytes(data) == sha256 else None
 
-    def need_room(self, sha256: str, length: int, *, keep_free: int = 0, most: int | None = None) -> None:
-        """Raise `HostError` unless what is missing of a payload fits twice, and all of it under `most` bytes."""
+    def need_room(
+        self, sha256: str, length: int, *, beside: int = 0, used: int = 0, keep_free: int = 0, most: int | None = None
+    ) -> None:
+        """Raise `HostError` unless what is missing of a payload fits twice, and all of it under `most` bytes.
+
+        `beside`: bytes that the update needs as well; `used`: what lies elsewhere and counts too.
+        """
         have = self._disk.size(self.part(sha256))
-        used = sum(self._disk.size(p) for f in (self.folder, self.downloads) for p in self._disk.names(f)) - have
+        used += sum(self._disk.size(p) for f in (self.folder, self.downloads) for p in self._disk.names(f)) - have
+        length += beside
         if most is not None and used + length > most:
             raise HostError(
                 self.folder, f"at most {most} bytes of payloads, as device.json says", used + length, "raise max_disk_bytes, or publish a smaller payload"
             )  # fmt: skip
-        need, free = max(0, 2 * length - have) + RESERVE_BYTES + keep_free, self._disk.free_bytes(self.folder)
+        need = max(0, 2 * length - have - beside) + RESERVE_BYTES + keep_free
+        free = self._disk.free_bytes(self.folder)
         if free < need:
             raise HostError(
                 self.folder, f"{need} bytes free for an update of {length}", f"{free}", "free some space on the device"
             )
 
-    def verify_download(self, sha256: str) -> None:
+    def verify_download(self, sha256: str, what: str = "payload") -> None:
         """Make a complete download durable. Raises `UpdateError`, and deletes it, if its hash is another.
 
         Its name among the downloads may be lost in a power cut: then it is downloaded again, and nothing else is.
@@ -73,11 +80,11 @@ class Store:
         except HostError:
             self._disk.unlink(part)  # after a sync that failed nobody knows what is on the disk, whatever reads say
             raise
-        if self._whole(part, sha256) is None:
-            found = sha256_bytes(self._disk.read(part))
+        found = self._disk.digest(part)
+        if found != sha256:
             self._disk.unlink(part)
             raise UpdateError(
-                "payload",
+                what,
                 f"sha256 {sha256}, as signed",
                 found,
                 "what the server holds is not what was signed: publish it again",
@@ -96,14 +103,15 @@ class Store:
         # The old name among the downloads may come back, and is swept then.
         self._disk.sync_folder(self.folder)
 
-    def clean(self, keep: Collection[str], downloading: str | None = None) -> None:
-        """Delete every payload outside `keep`, and every download but one of `keep` or `downloading`."""
-        parts = {f"{sha}{PART}" for sha in {*keep, downloading} if sha is not None and not self.path(sha).exists()}
+    def clean(self, keep: Collection[str], downloading: Collection[str] = (), staged: Collection[str] = ()) -> None:
+        """Delete every payload outside `keep`, and every download but those of `keep`, `downloading` and folders `staged`."""
+        parts = {f"{sha}{PART}" for sha in {*keep, *downloading} if not self.path(sha).exists()}
         for path in self._disk.names(self.folder):
             if path.name not in keep or not _is_file(path):
                 self._disk.clear(path)
         for path in self._disk.names(self.downloads):
-            if path.name not in parts or not _is_file(path):
+            known = path.name in parts if _is_file(path) else path.name in staged and not path.is_symlink()
+            if not known:
                 self._disk.clear(path)
 
 

@@ -5,6 +5,9 @@ takes nobody with it. A check that failed is final; a process that ended without
 
     trial = ChildTrial(folder / "factory", limits)
     trial(data)                     # returns, or raises PayloadError (final) or NoVerdict (again, later)
+
+A payload that comes with a base of its own is tried on that, once the base has answered its own golden inputs as its
+publisher saw it answer them, and in reasonable time.
 """
 
 from __future__ import annotations
@@ -22,10 +25,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 
-from ..errors import DataError, PayloadError
-from ..golden import GoldenSet, ParityReport, compare, compare_projected
-from ..manifest import strict_json
+from ..errors import DataError, ManifestError, PayloadError
+from ..golden import GoldenSet, ParityReport, compare, compare_projected, load_golden
+from ..manifest import GOLDEN, Manifest, strict_json
 from ..payload import Payload, parse
 from ..runtime.session import Session
 
@@ -53,16 +57,23 @@ class Limits:
 
 @dataclass(frozen=True)
 class ChildTrial:
-    """A trial in a process of its own; `threads` as a request has them."""
+    """A trial in a process of its own; `threads` as a request has them. `before`: the base that serves, where `base` is new."""
 
-    factory: Path
+    base: Path
     limits: Limits
     threads: int = 1
     timeout_s: float = 600.0
+    before: Path | None = None
 
     def __call__(self, data: bytes) -> None:
+        before = None if self.before is None else str(self.before.absolute())
         task = json.dumps(
-            {"factory": str(self.factory.absolute()), "limits": asdict(self.limits), "threads": self.threads}
+            {
+                "base": str(self.base.absolute()),
+                "before": before,
+                "limits": asdict(self.limits),
+                "threads": self.threads,
+            }
         )
         command = [sys.executable, "-P", "-m", "lrcompress.edge.probe"]
         path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
@@ -105,6 +116,45 @@ def _conclude(answer: bytes, code: int) -> None:
 
 
 # in the child, see `probe` ---------------------------------------------------------------------------------------------
+
+
+def judge_base(base: Path, before: Path, limits: Limits, threads: int) -> None:
+    """Raise `PayloadError` unless a new base answers its own golden inputs as it should, within the latency that is allowed.
+
+    Anything else that it raises is no verdict.
+    """
+    manifest = Manifest.load(base)
+    manifest.check_runtime(ort.__version__)
+    serving = Session(before, threads=threads, verify=False)
+    try:
+        golden = load_golden(base / GOLDEN)
+        _, before_ms = _fastest(serving, golden)
+        del serving  # one model at a time in memory
+        outputs, ms = _fastest(Session(base, threads=threads, manifest=manifest, verify=False), golden)
+    except (ManifestError, DataError) as e:
+        if "alloc" in e.got.lower():
+            raise MemoryError(e.got) from e
+        raise PayloadError("base: trial", "a model that loads, and answers its golden inputs", e.got) from e
+    report = compare(golden.compressed, outputs, manifest.tolerance)
+    if not report.passed:
+        worst = report.worst
+        raise PayloadError(
+            f"base: golden output {worst.name}", f"a difference of at most {worst.tolerance:.3g}", f"{worst.max_abs_diff:.3g}"
+        )  # fmt: skip
+    if ms > limits.latency_factor * before_ms:
+        raise PayloadError(
+            "base: latency", f"at most {limits.latency_factor:g} times the {before_ms:.2f} ms of the base before", f"{ms:.2f} ms"
+        )  # fmt: skip
+
+
+def _fastest(session: Session, golden: GoldenSet) -> tuple[dict[str, np.ndarray], float]:
+    """Return the outputs of a base alone, and the fastest of some runs in ms."""
+    base, outputs, best = session.prepare(None), dict[str, np.ndarray](), math.inf
+    for _ in range(_RUNS):
+        started = time.perf_counter()
+        outputs = session.run_with(base, golden.inputs)
+        best = min(best, (time.perf_counter() - started) * 1000)
+    return outputs, best
 
 
 def judge(data: bytes, session: Session, golden: GoldenSet, limits: Limits) -> tuple[float, float]:

@@ -19,7 +19,7 @@ from tuf.ngclient import FetcherInterface, Updater
 from ..errors import DownloadError, UpdateError
 from ..manifest import is_sha256
 from .disk import Disk
-from .offers import choose, shortcut
+from .offers import NewBase, choose, shortcut, ways
 from .transport import Broken, Transport, Unavailable
 
 _PREFIX = "repository:///"
@@ -40,6 +40,13 @@ class Offer:
     rollback_of: int | None
     #: (base, sha256, path, length) of a delta from a payload that is here.
     shortcut: tuple[str, str, str, int] | None = None
+    #: The base that it is for, where the publisher brings that along.
+    base: NewBase | None = None
+
+    @property
+    def tried_with(self) -> set[str]:
+        """The base and the packs that a refusal of this release may name."""
+        return set() if self.base is None else {self.base.manifest, *(w.sha256 for w in self.base.ways)}
 
 
 class _Fetcher(FetcherInterface):
@@ -137,12 +144,14 @@ def newest(
     device: str | None = None,
     channel: str = "stable",
     have: Collection[str] = (),
+    bases: Collection[str] = (),
 ) -> tuple[Offer | None, datetime | None]:
     """Return the newest release of a group (None: there is none) and when the metadata were issued.
 
+    `have`: payloads that are here, `bases`: ids of bases; what is offered from them is offered too.
     Raises `DownloadError` where bytes did not arrive, `UpdateError` where they cannot be trusted.
     """
-    shorter = None
+    shorter, base = None, None
     where = f"update metadata of group {group}"
     try:
         client = _Client(metadata, root, _Fetcher(transport, sleep), disk, now)
@@ -152,6 +161,10 @@ def newest(
             if info is not None:
                 result = str(info.hashes.get("sha256"))
                 shorter = shortcut(client, model=model, group=group, result=result, have=have)
+                base = NewBase.of(info.custom.get("base")) if isinstance(info.custom, dict) else None
+                if base is not None:
+                    found = ways(client, model=model, group=group, result=base.base_id, have=bases)
+                    base = replace(base, ways=found)
         finally:
             client.keep()
         issued = _issued(client.timestamp.unrecognized_fields.get("issued"))
@@ -173,7 +186,7 @@ def newest(
         raise UpdateError(where, "metadata in TUF's form", f"{type(e).__name__}: {e}") from e
     if info is None:
         return None, issued
-    return replace(_offer(info.custom, info.length, info.hashes, target_path), shortcut=shorter), issued
+    return replace(_offer(info.custom, info.length, info.hashes, target_path), shortcut=shorter, base=base), issued
 
 
 def _issued(value: Any) -> datetime | None:
@@ -200,6 +213,9 @@ def _offer(custom: Any, length: int, hashes: dict[str, str], target_path: str) -
     need(isinstance(ids, list) and ids and all(map(is_sha256, ids)), "base_ids", "a list of hex sha256")
     need(isinstance(custom.get("min_version"), str), "min_version", "a version")
     need(undone is None or (type(undone) is int and 0 < undone < seq), "rollback_of", "an earlier seq")
+    base = NewBase.of(custom.get("base"))
+    good = custom.get("base") is None or (base is not None and base.base_id in ids)
+    need(good, "base", "one of base_ids with base_id, manifest and bytes")
     folder, _, name = target_path.rpartition("/")
     return Offer(
         seq, str(sha256), length, f"targets/{folder}/{sha256}.{name}", tuple(ids), custom["min_version"], undone

@@ -5,7 +5,9 @@
 
 Every arrow can be cut by a loss of power: the state files name only what is durable, and the next call goes on. What a
 payload must be before it serves is spread over the arrows: signature and `seq` (CHECK), length and hash (VERIFY),
-slots, shapes, numbers, answers and latency (TRIAL), the operator's own program (PROBATION). One machine, one file.
+slots, shapes, numbers, answers and latency (TRIAL), the operator's own program (PROBATION). A base that a release brings
+goes the same way beside its payload, and the two are served, kept and given up together. One machine, one file; how bytes
+come is in `staging`, what a killed process left in `mending`.
 """
 
 from __future__ import annotations
@@ -19,13 +21,15 @@ from typing import TYPE_CHECKING, Any
 
 from .._version import RELEASED, __version__
 from ..errors import DownloadError, HostError, LrcompressError, PayloadError, UpdateError
-from ..manifest import Manifest, version_key
+from ..manifest import version_key
+from .bases import Base, Bases, Wanted
 from .disk import Disk
-from .fetch import fetch
-from .folder import METADATA, ROOTS
+from .folder import METADATA
 from .health import boot_id, check_health
 from .log import StatusLog
+from .mending import back_from_probation, mend
 from .settings import Settings
+from .staging import BadPack, Staging, tidy
 from .state import Entry, Pending, Probation, State, StateFiles
 from .store import Store
 from .transport import Transport
@@ -58,11 +62,12 @@ class Updater:
     folder: Path
     files: StateFiles
     store: Store
+    bases: Bases
     log: StatusLog
     disk: Disk
-    manifest: Manifest
     settings: Settings
-    trial: Trial
+    #: Returns the trial of a payload on a base; the second one serves now, where that is another.
+    trial: Callable[[Base, Base | None], Trial]
     transport: Transport
     root: bytes
     group: str
@@ -74,7 +79,8 @@ class Updater:
     def run(self) -> Outcome:
         """Bring the device to the newest healthy release; return how far it got. Raises nothing that an update may meet."""
         try:
-            return self._run(mend(self.files, self.store, self.log, self.disk, self.clock(), self.folder))
+            now = self.clock()
+            return self._run(mend(self.files, self.store, self.bases, self.log, self.disk, now, self.folder))
         except (UpdateError, PayloadError) as e:
             return self._end("rejected", e)
         except LrcompressError as e:
@@ -92,15 +98,17 @@ class Updater:
 
         try:
             offer, issued = newest(
-                self.folder / METADATA, self.root, self.transport, model=self.manifest.model, group=self.group,
-                disk=self.disk, now=self.clock(), sleep=self.sleep, have=state.named,
+                self.folder / METADATA, self.root, self.transport, model=self.bases.factory.manifest.model,
+                group=self.group, disk=self.disk, now=self.clock(), sleep=self.sleep, have=state.named,
+                bases=self.bases.ids(state.bases),
                 device=None if self.identity is None else self.identity.id,
                 channel="stable" if self.identity is None else self.identity.channel,
             )  # fmt: skip
         except DownloadError:
-            if state.pending is None or self.store.staged(state.pending.sha256) is None:
+            waits = state.pending
+            if waits is None or self.store.staged(waits.sha256) is None or self._base(waits.base) is None:
                 raise
-            return self._try(state, state.pending)  # staged and trusted already: needs no network
+            return self._try(state, waits)  # staged and trusted already: needs no network
         return self._take(self._trust_time(state, issued), offer)
 
     def _check_clock(self, state: State) -> None:
@@ -131,8 +139,8 @@ class Updater:
 
     def _take(self, state: State, offer: Offer | None) -> Outcome:
         """Decide about the release that is offered."""
-        wanted = offer is not None and state.refusal(offer.sha256) is None
-        self._clean(state, offer.sha256 if offer is not None and wanted else None)
+        refusal = None if offer is None else state.refusal(offer.sha256, offer.tried_with)
+        tidy(self.store, self.bases, state, None if refusal else offer)
         if offer is None:
             self._save_time(state)
             return Outcome("up_to_date", f"group {self.group} has no release yet")
@@ -143,36 +151,51 @@ class Updater:
                 f"{offer.seq} again, with other bytes" if offer.seq == state.seq else offer.seq,
                 "an old release was signed anew: the publisher signs one with a higher seq",
             )
-        if (refusal := state.refusal(offer.sha256)) is not None:
+        if refusal is not None:
             self._save_time(state)
-            raise PayloadError(
-                f"release seq {offer.seq}",
-                "a payload that passes its checks",
-                refusal.reason,
-                "the publisher repairs it and publishes again",
-            )
+            raise _refused(offer, refusal.reason)
         serving = state.active
         if offer.seq == state.seq and (
             state.declined == offer.sha256 or (serving is not None and serving.sha256 == offer.sha256)
         ):
             self._save_time(state)
-            self._clean(state)
+            tidy(self.store, self.bases, state)
             declined = serving is None or serving.sha256 != offer.sha256
             return Outcome("up_to_date", "rolled back here; the next release will be taken" if declined else "")
         self._check_offer(offer)
-        if serving is not None and serving.sha256 == offer.sha256:  # the same bytes under a new seq
-            self._confirm(state, Entry(offer.sha256, offer.seq), offer.rollback_of)
+        base = self.bases.choose(offer.base_ids, state.bases, offer.base)
+        if base is None or (isinstance(base, Wanted) and not (offer.base and offer.base.ways)):
+            return self._wait_for_base(state, offer)
+        if base.name is not None and (refusal := state.refusal(offer.sha256, [base.name])) is not None:
+            raise _refused(offer, refusal.reason)
+        entry = Entry(offer.sha256, offer.seq, base.name)
+        if serving is not None and (serving.sha256, serving.base) == (entry.sha256, entry.base):
+            self._confirm(state, entry, offer.rollback_of)  # the same bytes under a new seq
             return Outcome("updated", "the same payload, signed again")
-        self._stage(offer)
+        try:
+            Staging(
+                self.store, self.bases, self.disk, self.log, self.settings, self.transport, self.clock, self.sleep
+            ).bring(offer, base, state)
+        except BadPack as e:
+            self._refuse(state, Pending(offer.sha256, offer.seq, base=e.pack), e)
+            raise
         pending = state.pending
-        if pending is None or pending.sha256 != offer.sha256:
-            pending = Pending(offer.sha256, offer.seq)
+        if pending is None or (pending.sha256, pending.base) != (entry.sha256, entry.base):
+            pending = Pending(offer.sha256, offer.seq, base=entry.base)
         return self._try(state, replace(pending, seq=offer.seq, rollback_of=offer.rollback_of))
 
-    def _clean(self, state: State, downloading: str | None = None) -> None:
-        """Delete what neither the state nor the release at hand needs; nothing, where the state could not be read."""
-        if state.readable:
-            self.store.clean(state.named, downloading)
+    def _wait_for_base(self, state: State, offer: Offer) -> Outcome:
+        """Leave a release alone that is for a base to which nothing leads from here: it is not bad, and may get its turn."""
+        self._save_time(state)
+        here = ", ".join(i[:16] for i in self.bases.ids(state.bases))
+        reason = (
+            f"waiting: release seq {offer.seq} is for base {', '.join(i[:16] for i in offer.base_ids)}, here is {here}"
+        )
+        self.log.write(self.clock(), "waiting", seq=offer.seq, sha256=offer.sha256, base_ids=list(offer.base_ids))
+        return Outcome("pending", reason)
+
+    def _base(self, name: str | None) -> Base | None:
+        return self.bases.find(name, staged=True)
 
     def _save_time(self, state: State) -> None:
         """Write a newer trusted time, but no more than once a day: flash wears."""
@@ -185,13 +208,6 @@ class Updater:
 
     def _check_offer(self, offer: Offer) -> None:
         where = f"release seq {offer.seq}"
-        if self.manifest.base_id not in offer.base_ids:
-            raise UpdateError(
-                where,
-                f"base {self.manifest.base_id[:16]}",
-                ", ".join(b[:16] for b in offer.base_ids),
-                "publish a payload for this base",
-            )
         if version_key(offer.min_version) > version_key(__version__):
             raise UpdateError(
                 where,
@@ -206,46 +222,6 @@ class Updater:
             )
 
     # how ----------------------------------------------------------------------------------------------------------
-
-    def _stage(self, offer: Offer) -> None:
-        """Have the offered payload here, whole and durable, whatever was there before."""
-        if self.store.read(offer.sha256) is not None or self._waits(offer.sha256):
-            return
-        if self._patch(offer):
-            return
-        part = self.store.part(offer.sha256)
-        for left in (1, 0):
-            self._need_room(offer.sha256, offer.length)
-            self.log.write(self.clock(), "download", seq=offer.seq, sha256=offer.sha256, bytes=offer.length)
-            resumed = fetch(
-                self.transport, offer.path, length=offer.length, part=part, disk=self.disk, sleep=self.sleep
-            )
-            try:
-                self.store.verify_download(offer.sha256)
-                return
-            except UpdateError:
-                if not (resumed and left):  # what lay here from before may be what is wrong: once more from the start
-                    raise
-
-    def _waits(self, sha256: str) -> bool:
-        """Tell whether a payload is here that the state names: it was made durable before it was named."""
-        pending = self.files.read().pending
-        return pending is not None and pending.sha256 == sha256 and self.store.staged(sha256) is not None
-
-    def _patch(self, offer: Offer) -> bool:
-        """Make the offered payload from one that is here and a shorter download; tell whether that worked."""
-        if offer.shortcut is None:
-            return False
-        from .offers import bring
-
-        base, sha256, _, length = offer.shortcut
-        self._need_room(offer.sha256, offer.length + length)
-        self.log.write(self.clock(), "download", seq=offer.seq, sha256=sha256, bytes=length, base=base)
-        return bring(offer, self.store, self.transport, self.disk, self.sleep)
-
-    def _need_room(self, sha256: str, length: int) -> None:
-        most = None if self.settings.max_disk_bytes is None else int(self.settings.max_disk_bytes)
-        self.store.need_room(sha256, length, keep_free=int(self.settings.min_free_bytes or 0), most=most)
 
     def _try(self, state: State, pending: Pending) -> Outcome:
         """Give a staged payload its trial, counted on disk before it is loaded."""
@@ -263,12 +239,14 @@ class Updater:
         pending = replace(pending, trials=pending.trials + 1, retry_at=None)
         state = self.files.write(replace(state, pending=pending))
         self.log.write(now, "trial", seq=pending.seq, sha256=pending.sha256, trials=pending.trials)
-        data = self.store.staged(pending.sha256)
-        if data is None:
+        data, base = self.store.staged(pending.sha256), self._base(pending.base)
+        if data is None or base is None:
             path = self.store.part(pending.sha256)
             raise HostError(path, "the payload that was just verified", "other bytes", "check this device's storage")
         try:
-            self.trial(data)
+            serving = None if state.active is None else state.active.base
+            before = None if base.name in (None, serving) else self.bases.find(serving) or self.bases.factory
+            self.trial(base, before)(data)
             if self.settings.health_command:
                 self._check_before(state.active)
         except PayloadError as e:
@@ -285,15 +263,16 @@ class Updater:
         return HostError("trial", "a verdict on the payload", why, "it is tried again with the next update")
 
     def _refuse(self, state: State, pending: Pending, error: PayloadError) -> None:
-        state = self.files.write(state.refuse(pending.sha256, pending.seq, str(error)))
+        state = self.files.write(state.refuse(pending.sha256, pending.seq, str(error), pending.base))
         self.log.write(self.clock(), "refused", seq=pending.seq, sha256=pending.sha256, reason=str(error))
-        self.store.clean(state.named)
+        tidy(self.store, self.bases, state)
 
     def _commit(self, state: State, pending: Pending) -> Outcome:
         """Serve a payload that passed its trial: for good, or on probation first."""
-        kept = {pending.sha256} | ({state.active.sha256} if state.active is not None else set())
-        self.store.admit(pending.sha256, kept)
-        entry = Entry(pending.sha256, pending.seq)
+        entry, serving = pending.entry, state.active
+        if entry.base is not None and entry.base not in [e.base for e in (serving, state.previous) if e is not None]:
+            self.bases.admit(entry.base, {serving.base} if serving is not None and serving.base is not None else set())
+        self.store.admit(entry.sha256, {entry.sha256} | ({serving.sha256} if serving is not None else set()))
         if self.settings.health_command:
             return self._prove(state, entry, pending)
         self._confirm(state, entry, pending.rollback_of)
@@ -301,9 +280,11 @@ class Updater:
 
     def _confirm(self, state: State, entry: Entry, rollback_of: int | None) -> None:
         """Make a payload the active one. After this returns, the update is acknowledged and survives."""
-        previous = state.active if state.active is not None and state.active.sha256 != entry.sha256 else state.previous
-        if previous is not None and previous.sha256 == entry.sha256:
-            previous = None
+        same = [
+            state.active is None or _same(state.active, entry),
+            state.previous is None or _same(state.previous, entry),
+        ]
+        previous = state.active if not same[0] else state.previous if not same[1] else None
         state = self.files.write(
             replace(
                 state, active=entry, previous=previous, pending=None, probation=None, declined=None,
@@ -311,7 +292,7 @@ class Updater:
             )
         )  # fmt: skip
         self.log.write(self.clock(), "active", seq=entry.seq, sha256=entry.sha256, rollback_of=rollback_of)
-        self.store.clean(state.named)
+        tidy(self.store, self.bases, state)
         self.switched()
 
     # on probation -------------------------------------------------------------------------------------------------
@@ -361,44 +342,22 @@ class Updater:
         return _taken(pending.rollback_of)
 
 
+def _same(a: Entry, b: Entry) -> bool:
+    """Tell whether two releases are served alike."""
+    return (a.sha256, a.base) == (b.sha256, b.base)
+
+
+def _refused(offer: Offer, reason: str) -> PayloadError:
+    return PayloadError(
+        f"release seq {offer.seq}",
+        "a payload that passes its checks",
+        reason,
+        "the publisher repairs it and publishes again",
+    )
+
+
 def _taken(rollback_of: int | None) -> Outcome:
     return Outcome("updated" if rollback_of is None else "rolled_back")
-
-
-def back_from_probation(state: State) -> State:
-    """Return the state in which the payload before serves again, and the one on probation waits for another trial."""
-    if state.probation is None or state.active is None:
-        return state
-    tried = state.probation
-    pending = Pending(state.active.sha256, state.active.seq, tried.trials, rollback_of=tried.rollback_of)
-    return replace(state, active=state.previous, previous=None, pending=pending, probation=None)
-
-
-def mend(files: StateFiles, store: Store, log: StatusLog, disk: Disk, now: datetime, folder: Path) -> State:
-    """Take out of the state what is no longer whole and what nobody saw to the end, and delete what was never finished.
-
-    Whatever a process left that was killed before it could sync it is made durable first: it is about to be told.
-    """
-    for place in (folder, folder / METADATA):
-        disk.sync_folder(place)
-    for place in (folder, folder / METADATA, folder / ROOTS):
-        disk.sweep(place)
-    state = files.read()
-    if not state.readable:
-        return state
-    mended = back_from_probation(state)  # whoever watched over it is gone
-    stored = {sha: store.read(sha) is not None for sha in mended.named}
-    if mended.active is not None and not stored[mended.active.sha256]:
-        log.write(now, "rotted", sha256=mended.active.sha256, seq=mended.active.seq)
-        mended = replace(mended, active=mended.previous, previous=None)
-    if mended.active is not None and not stored[mended.active.sha256]:
-        mended = replace(mended, active=None)
-    if mended.previous is not None and not stored[mended.previous.sha256]:
-        mended = replace(mended, previous=None)
-    # One that waits is kept, whole or not: the number of its trials must outlive its bytes.
-    if mended != state:
-        mended = files.write(mended)
-    return mended
 
 
 def describe_serving(entry: Entry | None) -> dict[str, Any]:

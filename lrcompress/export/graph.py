@@ -53,10 +53,13 @@ class _BoundsAlike(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func in _CLAMPS and args and args[0].is_floating_point():
-            alike = lambda v: float(v) if isinstance(v, int) and not isinstance(v, bool) else v  # noqa: E731
-            args = (args[0], *map(alike, args[1:]))
-            kwargs = {k: alike(v) for k, v in kwargs.items()}
+            args = (args[0], *map(_floating, args[1:]))
+            kwargs = {k: _floating(v) for k, v in kwargs.items()}
         return func(*args, **kwargs)
+
+
+def _floating(bound: Any) -> Any:
+    return float(bound) if isinstance(bound, int) and not isinstance(bound, bool) else bound
 
 
 def example_inputs(

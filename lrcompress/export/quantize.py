@@ -26,6 +26,7 @@ import onnx_ir as ir
 from onnx import numpy_helper
 
 from ..errors import LrcompressWarning, ModelError
+from ..plan.bits import BLOCK, row_block
 from .int8 import MIN_TABLE_BYTES, dynamic_matrices, quantize_tables, quiet, static_convs
 from .packing import Packed, constants, halves, nbits, tables
 from .products import Product, products, put
@@ -34,9 +35,6 @@ from .refit.grids import ROW8, Coded, Grid, blocks, signed
 from .refit.moments import lookups, observe
 from .rewrites import Refusal
 
-BITS = (32, 16, 8, 4)
-#: Inputs that share a scale at 4 bits, and how many may.
-BLOCK, BLOCKS = 32, (16, 32, 64, 128, 256)
 #: A constant of 4 bits comes with four nodes: smaller ones stay at 8.
 _MIN_CONSTANT = 1024
 #: What is stored in 16 bits comes with a cast.
@@ -62,12 +60,13 @@ def quantize_int8(
 
 def quantize(
     src_model: onnx.ModelProto, bits: int | Mapping[str, int], *, slots: Sequence[str],
-    calibration: Iterable[dict[str, np.ndarray]] | None, block: int = BLOCK, refits: bool = True,
+    calibration: Iterable[dict[str, np.ndarray]] | None, block: int | Mapping[str, int] = BLOCK, refits: bool = True,
 ) -> Quantized:  # fmt: skip
     """Return `src_model` with weights in `bits`, all alike or by name (others stay); the source is not changed.
 
     `slots` name the inputs whose defaults and branches stay as they are. `calibration`: feeds of the model's own inputs;
-    needed for convolutions in 8 bits, and for the best refits. Factor `name` becomes `name_quantized` (see `renamed`).
+    needed for convolutions in 8 bits, and for the best refits. `block`: inputs that share a scale at 4 bits, of all or by
+    name. Factor `name` becomes `name_quantized` (see `renamed`).
     Raises `ModelError` if a slot did not survive.
     """
     model = onnx.ModelProto()
@@ -166,16 +165,15 @@ def grid_of(p: Product, bits: int, block: int) -> Grid | None:
         return None
     if p.kind == "conv":
         return signed(4, columns)
-    # Short rows are padded to whole blocks: a finer block may be fewer bytes.
-    fine = [b for b in BLOCKS if b <= block]
-    return min((blocks(4, b) for b in fine), key=lambda g: (g.n_bytes(1, columns), g.block))
+    return blocks(4, row_block(columns, block))  # short rows are padded to whole blocks
 
 
 def _fitted(
     model: onnx.ModelProto, found: Sequence[Product], wanted: Sequence[tuple[Product, int]],
-    batches: Sequence[dict[str, np.ndarray]], block: int, refits: bool,
+    batches: Sequence[dict[str, np.ndarray]], block: int | Mapping[str, int], refits: bool,
 ) -> Refit:  # fmt: skip
-    grids = {p.weight: g for p, b in wanted if (g := grid_of(p, b, block)) is not None}
+    widths = {p.weight: block if isinstance(block, int) else block.get(p.weight, BLOCK) for p in found}
+    grids = {p.weight: g for p, b in wanted if (g := grid_of(p, b, widths[p.weight])) is not None}
     if not refits:
         return round_only(model, found, grids)
     seen = observe(model, found, batches)

@@ -7,7 +7,7 @@ output side describe.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from ..calibrate import telling_output
 from ..data import Data
 from ..model import OpenedModel, tensors_of
+
+#: Outputs by name for a batch of inputs by name.
+Answers = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
 class Judge:
@@ -28,18 +31,25 @@ class Judge:
 
     def loss(self, network: nn.Module) -> float:
         """Run `network` on all inputs and return what its answers lose."""
+        return self.loss_of(lambda batch: self._opened.outputs(network, batch))
+
+    def loss_of(self, answers: Answers) -> float:
+        """Return what the answers of anything lose: a function of a batch that returns outputs by name."""
         self.evaluations += 1
         total, count = 0.0, 0
         with torch.no_grad():
             for batch, wanted in zip(self._batches, self._wanted, strict=True):
-                found = self._answer(network, batch)
+                found = self._rows(answers(batch), batch)
                 total += float((found - wanted).double().square().sum())
                 count += len(found)
         return total / max(count, 1)
 
     def _answer(self, network: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        return self._rows(self._opened.outputs(network, batch), batch)
+
+    def _rows(self, outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
         """Return the telling output as rows (samples or tokens, values), centred where they are more than one."""
-        y = telling_output(self._opened.outputs(network, batch))
+        y = telling_output(outputs)
         mask = batch.get("attention_mask")
         if mask is not None and y.dim() == 3 and y.shape[:2] == mask.shape:
             y = y[mask.bool()]

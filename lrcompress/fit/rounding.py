@@ -9,23 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from ..model.layers import FactorizedLayer
-from ..plan.bits import rounded
+from ..plan.bits import BLOCK, Precision, rounded
 
 
 @contextlib.contextmanager
-def with_bits(network: nn.Module, bits: Mapping[str, int], kinds: Mapping[str, str]) -> Iterator[None]:
+def with_bits(network: nn.Module, bits: Mapping[str, Precision], kinds: Mapping[str, str]) -> Iterator[None]:
     """Round the weights (or factors) of the named layers, and where they run in 8 bits their inputs; then put them back."""
     kept: list[tuple[Tensor, Tensor]] = []
     hooks = []
     try:
         for name, own in bits.items():
-            if own == 32:
+            if own.bits == 32:
                 continue
             module = network.get_submodule(name)
             for tensor in _weights(module):
                 kept.append((tensor, tensor.data))
                 tensor.data = _rounded(module, tensor.data, own, kinds[name])
-            if own == 8 and kinds[name] != "embedding":
+            if own.bits == 8 and kinds[name] != "embedding":
                 hooks.append(module.register_forward_pre_hook(_rounded_inputs))
         yield
     finally:
@@ -43,9 +43,9 @@ def _weights(module: nn.Module) -> list[Tensor]:
     return [weight]
 
 
-def _rounded(module: nn.Module, weight: Tensor, bits: int, kind: str) -> Tensor:
+def _rounded(module: nn.Module, weight: Tensor, own: Precision, kind: str) -> Tensor:
     turned = type(module).__name__ == "Conv1D"  # transformers' own, which stores (in, out)
-    found = rounded((weight.T if turned else weight).contiguous(), bits, kind)
+    found = rounded((weight.T if turned else weight).contiguous(), own.bits, kind, own.block or BLOCK)
     return found.T.contiguous() if turned else found
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..errors import BudgetError
 from ..factorize import Rank, Statistics, form
-from .bits import parts, stored_bytes
+from .bits import BLOCK, Precision, parts, precisions, stored_bytes
 from .options import Menu, Option
 from .two_budgets import solve
 
@@ -24,7 +24,10 @@ _THRIFT = 1e-3
 
 @dataclass(frozen=True)
 class Candidate:
-    """One form, rank and precision of one layer. `ms` is 0 where nothing is known of the device's times."""
+    """One form, rank and precision of one layer. `ms` is 0 where nothing is known of the device's times.
+
+    `block`: inputs that share a scale at 4 bits.
+    """
 
     form: str
     rank: Rank
@@ -33,6 +36,11 @@ class Candidate:
     n_bytes: int
     ms: float
     loss: float
+    block: int = 0
+
+    @property
+    def precision(self) -> Precision:
+        return Precision(self.bits, self.block)
 
 
 @dataclass(frozen=True)
@@ -61,16 +69,18 @@ def candidates_of(
     bits: Sequence[int],
     statistics: Statistics | None,
     price: Callable[[str, Rank, int], float | None],
-    noise: Mapping[int, float],
+    noise: Mapping[Precision, float],
     multiple: int = 1,
 ) -> list[Candidate]:
     """Return what a layer can become, none dominated by another in bytes, milliseconds and loss.
 
-    `price`: ms of a form at a rank in so many bits, None where it cannot be told. `noise`: by bits, what rounding the
-    dense weight and its inputs loses; each factor that is rounded adds as much.
+    `price`: ms of a form at a rank in so many bits, None where it cannot be told. `noise`: by precision, what rounding
+    the dense weight and its inputs loses; each factor that is rounded adds as much.
     """
     layer = menu.layer
-    wanted = bits if layer.reason is None else (32,)
+    wanted = precisions(bits if layer.reason is None else (32,))
+    if layer.kind in ("conv", "grouped"):  # whose blocks follow from their own length
+        wanted = [p for p in wanted if p.block <= BLOCK]
     offered: list[Option] = [menu.dense]
     for own in menu.forms.values():
         offered += [o for o in own if _is_multiple(o.rank, layer.shape, o.form, multiple)]
@@ -79,15 +89,14 @@ def candidates_of(
         if not hasattr(form(option.form), "factor_shapes"):
             continue
         count = parts(option.form, layer, option.rank)
-        for b in wanted:
-            ms = price(option.form, option.rank, b)
+        # Rows that others are combinations of: what rounding does to them is amplified.
+        pivoted = hasattr(form(option.form), "PLAIN")
+        for p in (p for p in wanted if p.bits >= 16 or not pivoted):
+            ms = price(option.form, option.rank, p.bits)
             if ms is not None:
-                size = stored_bytes(option.form, layer, option.rank, b, statistics)
-                found.append(
-                    Candidate(
-                        option.form, option.rank, b, option.n_params, size, ms, option.loss + count * noise.get(b, 0.0)
-                    )
-                )
+                size = stored_bytes(option.form, layer, option.rank, p.bits, statistics, p.block or BLOCK)
+                loss = option.loss + count * noise.get(p, 0.0)
+                found.append(Candidate(option.form, option.rank, p.bits, option.n_params, size, ms, loss, p.block))
     return undominated(found)
 
 

@@ -20,13 +20,12 @@ from ..factorize import Rank, form, forms
 from ..files import disk_errors, write_json
 from ..model.surgery import Layer
 from .allocation import Allocation
+from .bits import BITS, BLOCKS
 from .options import Menu, Option, bytes_of, serves
 from .selection import Budget, Choice, dense
 
 SCHEMA = 1
 MAKER = "lrcompress plan"
-#: Bits that a plan may give a layer's weights: those that `export --quantize plan` writes.
-BITS = (32, 16, 8, 4)
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Rejected:
 class Planned:
     """What one layer becomes. Losses are per sample, of the answers; `measured_loss` with this layer alone changed.
 
-    `ms`: the measured time on a device, None where there is none.
+    `ms`: the measured time on a device, None where there is none; `block`: inputs that share a scale, at 4 bits.
     """
 
     choice: Choice
@@ -53,6 +52,7 @@ class Planned:
     measured_loss: float | None = None
     ms: float | None = None
     rejected: tuple[Rejected, ...] = ()
+    block: int = 0
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,8 @@ def _layer_json(p: Planned) -> dict[str, Any]:
         "measured_loss": _rounded(p.measured_loss),
         "rejected": [{"form": r.form, "rank": _plain(r.rank), "bits": r.bits, "why": r.why} for r in p.rejected],
     }
-    return {**found, "reason": p.choice.reason} if p.choice.reason else found
+    extra = {"reason": p.choice.reason, "block": p.block}
+    return found | {k: v for k, v in extra.items() if v}
 
 
 def _plain(rank: Rank) -> Any:
@@ -233,10 +234,26 @@ def read_bits(path: Path) -> dict[str, int]:
     return {name: bits for name, bits in found.items() if bits < 32}
 
 
+def read_blocks(path: Path) -> dict[str, int]:
+    """Return how many inputs share a scale in the layers of a plan that say so. Raises `PlanError` for other widths."""
+    found = {}
+    for i, entry in enumerate(_object(path)["layers"]):
+        block = entry.get("block") if isinstance(entry, dict) else None
+        if block is not None:
+            found[str(entry.get("name"))] = _checked_block(f"{path}: layers[{i}] ({entry.get('name')})", block)
+    return found
+
+
 def _checked_bits(where: str, bits: Any) -> int:
     if type(bits) is not int or bits not in (64, *BITS):  # a double stays what it is
         raise PlanError(where, f"bits {', '.join(map(str, BITS))}", bits, "write one of them, or leave bits out")
     return bits
+
+
+def _checked_block(where: str, block: Any) -> int:
+    if type(block) is not int or block not in BLOCKS:
+        raise PlanError(where, f"block {', '.join(map(str, BLOCKS))}", block, "write one of them, or leave block out")
+    return block
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -265,6 +282,8 @@ def _planned(where: str, entry: Any, known: Mapping[str, Layer]) -> Choice:
     where = f"{where} ({layer.name})"
     if entry.get("bits") is not None:
         _checked_bits(where, entry["bits"])
+    if entry.get("block") is not None:
+        _checked_block(where, entry["block"])
     if entry["form"] == "dense":
         return dense(layer, layer.reason or str(entry.get("reason") or "the plan keeps it dense"))
     if layer.reason is not None:

@@ -14,7 +14,10 @@ reduced costs).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,6 +69,22 @@ def solve(losses: Sequence[Array], costs: Sequence[Array], limits: Sequence[floa
     return Solution(
         found, loss, tuple(map(float, own)), tuple(map(float, worth)), min(bound * task.scale + task.offset, loss)
     )
+
+
+@contextlib.contextmanager
+def _unheard() -> Iterator[None]:
+    """Keep what native code prints off stdout, which is for results: HiGHS has left a line of debugging in."""
+    native = ctypes.CDLL(None)
+    native.fflush(None)
+    kept, sink = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(sink, 1)
+        yield
+    finally:
+        native.fflush(None)  # what waits in the buffers of C would be written later
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(sink)
 
 
 class _Task:
@@ -190,11 +209,12 @@ class _Task:
         k, i = np.nonzero(kept)
         one = np.zeros((len(self.losses), len(k)))
         one[k, np.arange(len(k))] = 1
-        found = milp(
-            self.losses[k, i], integrality=np.ones(len(k)), bounds=Bounds(0, 1),
-            constraints=[LinearConstraint(one, 1, 1), LinearConstraint(self.costs[:, k, i], -np.inf, 1)],
-            options={"node_limit": _NODES, "mip_rel_gap": 1e-6},
-        )  # fmt: skip
+        with _unheard():
+            found = milp(
+                self.losses[k, i], integrality=np.ones(len(k)), bounds=Bounds(0, 1),
+                constraints=[LinearConstraint(one, 1, 1), LinearConstraint(self.costs[:, k, i], -np.inf, 1)],
+                options={"node_limit": _NODES, "mip_rel_gap": 1e-6},
+            )  # fmt: skip
         if found.x is None:
             return best
         chosen = np.zeros(len(self.losses), dtype=np.int64)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from .checking import verify
 from .creating import Setup
-from .releases import add, init_repository, rollback, status
+from .releases import add, base, init_repository, rollback, status
 from .upkeep import prune, refresh, revoke, rotate_keys
 
 __all__ = [
-    "Setup", "add", "init_repository", "prune", "refresh", "revoke", "rollback", "rotate_keys", "status", "verify",
+    "Setup", "add", "base", "init_repository", "prune", "refresh", "revoke", "rollback", "rotate_keys", "status", "verify",
 ]  # fmt: skip

@@ -12,8 +12,10 @@ from tuf.api.exceptions import DownloadError, DownloadHTTPError, RepositoryError
 from tuf.ngclient import FetcherInterface, Updater
 
 from ..errors import UpdateError
-from ..files import contained
-from ..phases import CANDIDATE, PLACES, STABLE
+from ..files import contained, sha256_file
+from ..manifest import MANIFEST, Manifest
+from ..packs import BLOCK_BYTES, Pack
+from ..phases import CANDIDATE, PACK, PLACES, STABLE
 from .repository import Repository
 from .upkeep import expiries
 
@@ -75,7 +77,7 @@ def verify(repo: str | Path, *, within_days: int = 0) -> dict[str, Any]:
 
 def _walk(repository: Repository, updater: Updater, group: str) -> list[dict[str, Any]]:
     """Download every target of a group as a client; return one row for what everybody and what some are offered."""
-    rows, seqs = [], dict[int, str]()
+    rows, seqs, packed, brought = [], dict[int, str](), dict[str, str](), list[dict[str, Any]]()
     for release in repository.history(group):
         if seqs.setdefault(release.seq, release.sha256) != release.sha256:
             raise UpdateError(repository.folder, f"one payload for seq {release.seq} of {group}", "two")
@@ -84,10 +86,34 @@ def _walk(repository: Repository, updater: Updater, group: str) -> list[dict[str
         info = updater.get_targetinfo(path)
         if info is None:
             raise UpdateError(repository.folder, f"the target {path}", "none that a client finds")
-        updater.download_target(info, filepath=str(Path(updater.target_dir or ".") / "file"))
+        file = Path(updater.target_dir or ".") / "file"
+        updater.download_target(info, filepath=str(file))
         name = path.rpartition("/")[2]
+        if name.endswith(PACK) and (info.custom or {}).get("from") is None:
+            packed[str((info.custom or {}).get("to"))] = _unpacked(file)
         if name in (STABLE, CANDIDATE):
             about = info.custom or {}
+            if about.get("base"):
+                brought.append(about["base"])
             row = {"group": group, "seq": about.get("seq"), "bytes": info.length}
             rows.append(row if name == STABLE else {**row, "percent": about.get("places", 0) * 100 / PLACES})
+    for base in brought:
+        if packed.get(base["base_id"]) != base["manifest"]:
+            raise UpdateError(
+                repository.folder, f"a whole pack of base {base['base_id'][:16]}", "none that leads there"
+            )
     return rows
+
+
+def _unpacked(pack: Path) -> str:
+    """Unpack a whole base as a device would; return the hash of its manifest. Raises `TrustError` for one that does not hold."""
+    with tempfile.TemporaryDirectory() as folder, open(pack, "rb") as f:
+        opened = Pack(iter(lambda: f.read(BLOCK_BYTES), b""), most_bytes=1 << 40)
+        opened.check(start=None, result=opened.recipe.result, sizes={})
+        for file, content in opened.files(lambda name, offset, length: iter(())):
+            with open(Path(folder) / file.name, "wb") as out:
+                out.writelines(content)
+        manifest = Manifest.load(Path(folder))
+        if manifest.base_id != opened.recipe.result:
+            raise UpdateError("pack", f"base {opened.recipe.result[:16]}", manifest.base_id[:16])
+        return sha256_file(Path(folder) / MANIFEST)

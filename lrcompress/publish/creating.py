@@ -18,6 +18,7 @@ from tuf.api.metadata import Role, Root, Signed, Snapshot, Targets, Timestamp
 from ..errors import CommandError
 from ..files import disk_errors, fsync_folder, staged_folder, write_atomic, write_json
 from ..manifest import Manifest
+from .bases import Index, index_file
 from .keys import ROLES, KeyStore
 from .repository import CONFIG, EXPIRY, MAKER, Repository, now, put_metadata
 
@@ -80,7 +81,11 @@ def create(folder: Path, exported: Path, keys: Path, *, passphrase: str, setup: 
             n: os.path.relpath(p.resolve(), folder.resolve()) for n, p in (("keys", keys), ("exported", exported))
         }
         about = {"schema": 1, "made_by": MAKER, "model": manifest.model, "expiry_days": dict(setup.expiry_days)}
-        write_json(stage / CONFIG, {**about, **relative})
+        here = {"bases": [{"base_id": manifest.base_id, "exported": relative["exported"]}], "ports": manifest.ports}
+        index = index_file(stage, manifest.base_id)
+        index.parent.mkdir()
+        write_atomic(index, Index.of(exported, manifest).to_bytes())
+        write_json(stage / CONFIG, {**about, **relative, **here})
     with disk_errors(keys):
         (keys / UNUSED).unlink()
     return Repository(folder)

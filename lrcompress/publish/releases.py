@@ -1,6 +1,7 @@
 """Releases: an adapter or payload goes in, a signed record comes out; a rollback is a new record for old bytes.
 
 add(repo, "adapters/first", group="default", passphrase=p)
+base(repo, "exported2", "adapters/second", group="default", passphrase=p)     # a new base model, and its payload
 rollback(repo, 1, group="default", passphrase=p)
 """
 
@@ -16,10 +17,11 @@ from .. import payload as payloads
 from .._version import __version__
 from ..errors import CommandError, PayloadError
 from ..files import sha256_bytes, sha256_file
-from ..manifest import Manifest, load_limits
+from ..manifest import LIMITS, MANIFEST, Manifest, load_limits
 from ..phases import CANDIDATE, CHANNELS, STABLE, delta_name
+from . import bases
 from .creating import Setup, create
-from .encoding import choose
+from .encoding import Encoded, choose
 from .keys import KeyStore
 from .repository import Change, Release, Repository, check_group, now
 
@@ -70,34 +72,112 @@ def add(
     store = KeyStore(repository.keys_folder, passphrase, keys)
     with repository.locked():
         check_not_rolling(repository, group)
-        manifest = load_base(repository)
+        folder, manifest = bases.current(repository, group)
         kind, tensors = _tensors(Path(source), manifest)
-        encoded = choose(repository.exported, manifest, kind, tensors, encoding, earlier(repository, group))
-        limit = load_limits(repository.exported)["max_payload_bytes"]
-        if len(encoded.data) > limit:
-            raise PayloadError(
-                source,
-                f"at most {int(limit)} bytes, as device.json says",
-                len(encoded.data),
-                "use a smaller rank or encoding",
-            )
-        custom = _record(manifest, encoded.sha256, next_seq(repository, group), kind, encoded.encoding)
-        name = STABLE
-        if channel == "canary":
-            name, custom = CANDIDATE, {**custom, "places": 0}
-        change = Change(drop=stale_deltas(repository, group, stable=channel == "stable"))
-        change.add(name, encoded.data, custom)
-        for base, delta in encoded.deltas.items():
-            change.add(delta_name(base, encoded.sha256), delta, {"from": base, "to": encoded.sha256})
+        encoded = choose(folder, manifest, kind, tensors, encoding, earlier(repository, group))
+        _check_size(source, encoded, [folder])
+        latest = repository.latest(group)
+        brought = None if latest is None else latest.custom.get("base")
+        custom = _record(manifest, encoded.sha256, next_seq(repository, group), kind, encoded.encoding, brought)
+        change, custom = _offering(repository, group, encoded, custom, channel)
         repository.apply(store, group, change)
-        # What a device with the payload before this one fetches.
-        shortest = next(iter(encoded.deltas.values()), encoded.data)
-        return report(repository, group, custom, len(shortest)) | {
-            "encoding": encoded.encoding if shortest is encoded.data else "delta",
-            "whole": {"encoding": encoded.encoding, "bytes": len(encoded.data)},
-            "sizes": encoded.sizes,
-            "channel": channel,
-        }
+        return _told(repository, group, encoded, custom, channel)
+
+
+def base(
+    repo: str | Path,
+    exported: str | Path,
+    source: str | Path | None = None,
+    *,
+    group: str = "default",
+    encoding: str = "auto",
+    channel: str = "stable",
+    passphrase: str,
+    keys: Sequence[Path] = (),
+) -> dict[str, Any]:
+    """Publish the exported model `exported` to devices of `group`, as what is new of it, with `source` as its payload.
+
+    Without a source the payload corrects nothing. Devices take both as one update, and go back from both as one; what
+    `add` publishes from then on is for this base. Raises `CommandError` for the base that they have, `PayloadError` for
+    one that their applications could not use.
+    """
+    check_group(group)
+    if channel not in CHANNELS:
+        raise CommandError("lrcompress publish base --channel", " or ".join(CHANNELS), channel)
+    repository, folder = Repository(Path(repo)), Path(exported)
+    store = KeyStore(repository.keys_folder, passphrase, keys)
+    manifest = Manifest.load(folder)
+    with repository.locked():
+        check_not_rolling(repository, group)
+        there = bases.starts(repository, group, manifest.base_id)
+        bases.check_new(repository, group, manifest, folder)
+        kind, tensors = nothing(manifest) if source is None else _tensors(Path(source), manifest)
+        encoded = choose(folder, manifest, kind, tensors, encoding, earlier(repository, group))
+        _check_size(source or folder, encoded, [folder, repository.exported])
+        indexes = [found for b in there if (found := bases.Index.read(repository, b)) is not None]
+        made = bases.make(folder, manifest, indexes)
+        brought = bases.record((folder / MANIFEST).read_bytes(), manifest)
+        custom = _record(manifest, encoded.sha256, next_seq(repository, group), kind, encoded.encoding, brought)
+        bases.remember(repository, folder, bases.Index.of(folder, manifest))
+        change, custom = _offering(repository, group, encoded, custom, channel, packs=made)
+        repository.apply(store, group, change)
+        before = there[0] if there else None
+        pack, old = made.get(before, made[None]), next((i for i in indexes if i.base_id == before), None)
+        constants, known = bases.tensors(folder), {} if old is None else old.known
+        return _told(repository, group, encoded, custom, channel) | {
+            "base": {
+                "base_id": manifest.base_id, "before": before, "bytes": len(pack), "whole_bytes": len(made[None]),
+                "unpacked_bytes": brought["bytes"], "from": [b for b in made if b is not None],
+                "tensors": len(constants), "tensors_changed": sum(t not in known for t in constants),
+            },
+        }  # fmt: skip
+
+
+def _check_size(source: object, encoded: Encoded, folders: Sequence[Path]) -> None:
+    """Raise `PayloadError` for a payload that devices would refuse. They keep the limits that they were made with."""
+    limit = min(load_limits(f)["max_payload_bytes"] for f in folders if (f / LIMITS).is_file())
+    if len(encoded.data) > limit:
+        raise PayloadError(
+            source,
+            f"at most {int(limit)} bytes, as device.json says",
+            len(encoded.data),
+            "use a smaller rank or encoding",
+        )
+
+
+def _offering(
+    repository: Repository,
+    group: str,
+    encoded: Encoded,
+    custom: dict[str, Any],
+    channel: str,
+    packs: Mapping[str | None, bytes] | None = None,
+) -> tuple[Change, dict[str, Any]]:
+    """Return the change that offers a payload, with what leads to it and to its base, and its record."""
+    name, latest, stable = STABLE, repository.latest(group), channel == "stable"
+    if not stable:
+        name, custom = CANDIDATE, {**custom, "places": 0}
+    change = Change(drop=stale_deltas(repository, group, stable=stable))
+    change.add(name, encoded.data, custom)
+    for start, delta in encoded.deltas.items():
+        change.add(delta_name(start, encoded.sha256), delta, {"from": start, "to": encoded.sha256})
+    if packs is not None:
+        bases.add_packs(change, packs, custom["base"]["base_id"])
+    bases.keep_packs(repository, group, change, custom, *([] if stable or latest is None else [latest.custom]))
+    return change, custom
+
+
+def _told(
+    repository: Repository, group: str, encoded: Encoded, custom: Mapping[str, Any], channel: str
+) -> dict[str, Any]:
+    # What a device with the payload before this one fetches.
+    shortest = next(iter(encoded.deltas.values()), encoded.data)
+    return report(repository, group, custom, len(shortest)) | {
+        "encoding": encoded.encoding if shortest is encoded.data else "delta",
+        "whole": {"encoding": encoded.encoding, "bytes": len(encoded.data)},
+        "sizes": encoded.sizes,
+        "channel": channel,
+    }
 
 
 def rollback(
@@ -135,15 +215,17 @@ def back_to(repository: Repository, group: str, old: Release | None, *, undone: 
     seq = next_seq(repository, group)
     about = {"seq": seq, "rollback_of": undone, "issued": now().isoformat(), "min_version": __version__}
     if old is None:
-        manifest = load_base(repository)
-        encoded = choose(repository.exported, manifest, *nothing(manifest), encoding="f32")
+        folder, manifest = bases.load(repository, bases.first(repository))
+        encoded = choose(folder, manifest, *nothing(manifest), encoding="f32")
         custom = {**_record(manifest, encoded.sha256, seq, nothing(manifest)[0], "f32"), **about}
         change.add(STABLE, encoded.data, custom)
+        bases.keep_packs(repository, group, change, custom)
         return change, custom
     custom = {**old.custom, **about}
     custom.pop("places", None)
     change.point(STABLE, old.target.length, old.sha256, custom)
     change.files.update(stable_bytes(repository, group, old))
+    bases.keep_packs(repository, group, change, custom)
     return change, custom
 
 
@@ -165,16 +247,6 @@ def check_not_rolling(repository: Repository, group: str) -> None:
             f"group {group}", "no rollout under way", f"seq {candidate.seq} at {candidate.percent:g} %",
             "finish it ('publish rollout --percent 100') or halt it ('publish rollout --halt')",
         )  # fmt: skip
-
-
-def load_base(repository: Repository) -> Manifest:
-    """Return the manifest of the artifact that this repository serves."""
-    manifest = Manifest.load(repository.exported)
-    if manifest.model != repository.model:
-        raise PayloadError(
-            repository.exported, f"the model {repository.model}", manifest.model, "this repository serves one model"
-        )
-    return manifest
 
 
 def next_seq(repository: Repository, group: str) -> int:
@@ -219,6 +291,7 @@ def status(repo: str | Path) -> dict[str, Any]:
         releases = [
             {
                 **{k: r.custom.get(k) for k in ("seq", "sha256", "kind", "encoding", "issued", "rollback_of")},
+                "base_id": next(iter(r.custom.get("base_ids") or ()), None),
                 "bytes": r.target.length,
                 "percent": r.percent,
             }
@@ -240,11 +313,14 @@ def report(repository: Repository, group: str, custom: Mapping[str, Any], payloa
     }  # fmt: skip
 
 
-def _record(manifest: Manifest, sha256: str, seq: int, kind: str, encoding: str) -> dict[str, Any]:
-    return {
+def _record(
+    manifest: Manifest, sha256: str, seq: int, kind: str, encoding: str, base: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    found = {
         "seq": seq, "sha256": sha256, "base_ids": [manifest.base_id], "kind": kind, "encoding": encoding,
         "min_version": __version__, "issued": now().isoformat(),
     }  # fmt: skip
+    return found if base is None else {**found, "base": dict(base)}
 
 
 def _tensors(source: Path, manifest: Manifest) -> tuple[str, dict[str, np.ndarray]]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from ..errors import CommandError
 from ..phases import CANDIDATE, PLACES, STABLE, takes_candidate
+from .bases import keep_packs
 from .keys import KeyStore
 from .releases import back_to, report, stable_bytes
 from .repository import Change, Release, Repository, check_group
@@ -154,6 +155,7 @@ def rollout(
             change = Change(drop=lambda n: n == CANDIDATE or (n.endswith(".delta") and not n.endswith(tail)))
             change.point(STABLE, candidate.target.length, candidate.sha256, custom)
             change.files.update(stable_bytes(repository, group, candidate))
+            keep_packs(repository, group, change, custom)
         elif places is not None and places <= candidate.custom["places"]:
             raise CommandError(
                 "lrcompress publish rollout --percent",

@@ -12,15 +12,15 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
 from ..data import Data
 from ..errors import CommandError, ModelError
-from ..export.graph import trace
+from ..export.graph import strip, trace
+from ..export.rewrites import simplify
 from ..factorize import Rank
 from ..fit import Bench, Judge, calibrated, sensitivities
 from ..fit.placing import as_feeds, input_steps, one_request, places
@@ -28,7 +28,7 @@ from ..fit.rounding import with_bits
 from ..model.surgery import Layer
 from ..model.views import view_of
 from ..plan import Choice, Menu, Option, RankPlan, menus_of
-from ..plan.bits import BITS, GRAPH_BYTES, input_loss, rounding_loss
+from ..plan.bits import BITS, BLOCK, Precision, graph_bytes, precisions
 from ..plan.candidates import Candidate, Chosen, Fixed, Limits, candidates_of, choose
 from ..plan.form_time import Place, layer_ms, steps_of
 from ..plan.graph_time import request_operators, total_ms
@@ -36,11 +36,15 @@ from ..plan.prices import Prices
 from ..plan.profile import load_profile, table_of
 from ..plan.rankplan import Planned, Rejected
 from ..plan.selection import dense
+from ..plan.told import advice, why
 from ..progress import Progress
 from .planning import Prepared, copy_of, judged
+from .rounding_noise import measured_noise, rounding_noise, won_by_refits
 
-#: How far measured rounding may lie from what is predicted before it is taken for noise.
-_TRUST = 30.0
+#: What files of their own bring beside graph and numbers.
+_SLACK_BYTES = 600
+#: How often choices are checked by measuring, and what share of a loss may be missed before it is raised.
+_CHECKS, _TOLERATED = 40, 1.5
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,11 @@ class ForDevice:
 
 @dataclass(frozen=True)
 class Market:
-    """What every layer can become, with its price; `bench` measures choices, where there are data to measure on."""
+    """What every layer can become, with its price; `bench` measures choices, where there are data to measure on.
+
+    `refitted`: what share of the loss of 4 bits remains after the refits of the export, which measurements here leave out;
+    `known`: losses of single layers that were measured.
+    """
 
     prepared: Prepared
     menus: Sequence[Menu]
@@ -94,6 +102,8 @@ class Market:
     kinds: Mapping[str, str]
     measured: Mapping[str, float]
     method: str
+    refitted: float = 1.0
+    known: dict[tuple[str, str, Rank, Precision], float | None] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of(
@@ -129,9 +139,15 @@ class Market:
             bench = Bench(Judge(prepared.opened, network, batches), network, movable, prepared.priced)
             factors, measured = sensitivities(bench, progress)
             menus = calibrated(menus, factors)
-        noise = _noise(menus, prepared, bits, steps, factors)
+        noise = rounding_noise(menus, prepared, bits, steps, factors)
+        refitted = 1.0
         if bench is not None:
-            noise = _measured_noise(bench, menus, noise, bits, kinds)
+            noise = measured_noise(bench, menus, noise, bits, kinds)
+            if 4 in bits:
+                refitted = won_by_refits(prepared, bench, menus, kinds, data)
+                noise = {
+                    n: {p: v * (refitted if p.bits == 4 else 1.0) for p, v in own.items()} for n, own in noise.items()
+                }
         priced = _Pricing(prepared, where, prices)
         layers = [
             candidates_of(
@@ -140,19 +156,74 @@ class Market:
             )
             for m in menus
         ]  # fmt: skip
-        return cls(
-            prepared, menus, layers, _fixed(prepared, heads, request, priced), prices, bench, kinds, measured, method
-        )
+        fixed = _fixed(prepared, heads, request, priced)
+        return cls(prepared, menus, layers, fixed, prices, bench, kinds, measured, method, refitted)
 
-    def uniform(self, bits: int) -> Chosen | None:
-        """Return the dense network with all layers in so many bits; None where a layer cannot be."""
-        found = [next((c for c in own if c.form == "dense" and c.bits == bits), None) for own in self.layers]
+    def uniform(self, precision: Precision) -> Chosen | None:
+        """Return the dense network with all layers in one precision; None where a layer cannot be."""
+        narrow = precision._replace(block=min(precision.block, BLOCK))  # what convolutions have instead
+        found = [
+            next((c for p in (precision, narrow) for c in own if c.form == "dense" and c.precision == p), None)
+            for own in self.layers
+        ]
         kept = [c or own[-1] for c, own, m in zip(found, self.layers, self.menus, strict=True) if c or m.layer.reason]
         return Chosen.of(kept, self.fixed) if len(kept) == len(found) else None
 
     def chosen(self, limits: Limits) -> Chosen:
-        """Return the best choice whose forms hold their weights: what is refused is crossed out, and chosen anew."""
+        """Return the best choice whose forms hold their weights, each checked by a measurement of its layer alone.
+
+        What is refused is crossed out; what loses more than was predicted is dearer from then on, at every rank; then
+        all is chosen anew, a fixed number of times at most.
+        """
         layers = [list(own) for own in self.layers]
+        known: set[tuple[int, str, Precision]] = set()
+        for _ in range(_CHECKS):
+            found = choose(layers, limits, self.fixed)
+            changed = False
+            for k, c in enumerate(found.candidates):
+                changed |= self._corrected(k, c, layers, known)
+            if not changed:
+                return found
+        return self._held(layers, limits)
+
+    def _corrected(
+        self, k: int, c: Candidate, layers: list[list[Candidate]], known: set[tuple[int, str, Precision]]
+    ) -> bool:
+        """Cross out what a form refuses, or raise the losses of a form and precision to what one of them was measured to lose."""
+        layer = self.menus[k].layer
+        if self.bench is None or layer.name not in self.bench.menus or (c.form == "dense" and c.bits >= 16):
+            return False
+        if self.bench.refuses(layer.name, _option(c)):
+            layers[k] = [o for o in layers[k] if (o.form, o.rank) != (c.form, c.rank)]
+            return True
+        if (k, c.form, c.precision) in known:
+            return False
+        known.add((k, c.form, c.precision))
+        loss = self._alone(layer.name, c)
+        if loss is None or not math.isfinite(loss) or loss <= _TOLERATED * c.loss:
+            return False
+        ratio, more = (loss / c.loss, 0.0) if c.loss > 0 else (1.0, loss)
+        layers[k] = [
+            replace(o, loss=o.loss * ratio + more) if (o.form, o.precision) == (c.form, c.precision) else o
+            for o in layers[k]
+        ]  # fmt: skip
+        return True
+
+    def _alone(self, name: str, c: Candidate) -> float | None:
+        """Measure what the network loses with this layer alone changed; what was measured serves other budgets, too."""
+        assert self.bench is not None
+        key = name, c.form, c.rank, c.precision
+        if key not in self.known:
+            one, changed = {name: _option(c)}, functools.partial(with_bits, bits={name: c.precision}, kinds=self.kinds)
+            loss = self.bench.loss(one, changed=changed)
+            if loss is not None and c.bits == 4:
+                exact = 0.0 if c.form == "dense" else self.bench.loss(one) or 0.0
+                loss = exact + self.refitted * max(loss - exact, 0.0)
+            self.known[key] = loss
+        return self.known[key]
+
+    def _held(self, layers: list[list[Candidate]], limits: Limits) -> Chosen:
+        """Return the best choice in which no form refuses its weight."""
         while True:
             found = choose(layers, limits, self.fixed)
             refused = [
@@ -169,14 +240,18 @@ class Market:
         if self.bench is None:
             return None
         options: dict[str, Option] = {}
-        bits: dict[str, int] = {}
+        bits: dict[str, Precision] = {}
         for m, c in zip(self.menus, chosen.candidates, strict=True):
             if m.layer.name in self.prepared.ties and c.form != "dense":
                 return None  # one set of factors in several places is not measured here
             if m.layer.reason is None:
-                bits[m.layer.name] = c.bits
+                bits[m.layer.name] = c.precision
                 options[m.layer.name] = _option(c)
         found = self.bench.loss(options, changed=functools.partial(with_bits, bits=bits, kinds=self.kinds))
+        if found is not None and self.refitted < 1 and any(p.bits == 4 for p in bits.values()):
+            finer = {n: p if p.bits != 4 else Precision(32) for n, p in bits.items()}
+            exact = self.bench.loss(options, changed=functools.partial(with_bits, bits=finer, kinds=self.kinds)) or 0.0
+            found = exact + self.refitted * max(found - exact, 0.0)
         return found if found is not None and math.isfinite(found) else None
 
 
@@ -210,59 +285,24 @@ class _Pricing:
         return total
 
 
-def _noise(
-    menus: Sequence[Menu], prepared: Prepared, bits: Sequence[int], steps: Mapping[str, float],
-    factors: Mapping[str, float],
-) -> dict[str, dict[int, float]]:  # fmt: skip
-    """Return what rounding loses, by layer and bits, in the unit of the menus."""
-    usual = sorted(factors.values())[len(factors) // 2] if factors else 1.0
-    found: dict[str, dict[int, float]] = {}
-    for m in menus:
-        layer, statistics = m.layer, prepared.priced.get(m.layer.name)
-        if layer.reason is not None:
-            found[layer.name] = {}
-            continue
-        scale = factors.get(layer.name, usual) * (statistics.scale if statistics is not None else 1.0)
-        if statistics is None or statistics.output_gram is None:  # relative losses, as in the menu
-            energy = layer.energy(statistics)
-            scale = factors.get(layer.name, usual) / energy if energy > 0 else 0.0
-        found[layer.name] = {b: scale * rounding_loss(layer, b, statistics) for b in bits if b != 32}
-        if 8 in found[layer.name]:
-            found[layer.name][8] += scale * input_loss(layer, steps.get(layer.name, 0.0), statistics)
-    return found
-
-
-def _measured_noise(
-    bench: Bench, menus: Sequence[Menu], noise: Mapping[str, Mapping[int, float]], bits: Sequence[int],
-    kinds: Mapping[str, str],
-) -> dict[str, dict[int, float]]:  # fmt: skip
-    """Scale what rounding loses by one measurement of the whole network in 8 bits, and one in 4."""
-    scale = {}
-    names = [m.layer.name for m in menus if m.layer.reason is None]
-    for b in (b for b in bits if b in (8, 4)):
-        predicted = sum(noise[n].get(b, 0.0) for n in names)
-        loss = bench.loss({}, changed=functools.partial(with_bits, bits=dict.fromkeys(names, b), kinds=kinds))
-        if loss is not None and math.isfinite(loss) and predicted > 0:
-            scale[b] = min(max(loss / predicted, 1 / _TRUST), _TRUST)
-    return {n: {b: v * scale.get(b, 1.0) for b, v in own.items()} for n, own in noise.items()}
-
-
 def _fixed(prepared: Prepared, heads: Sequence[Layer], request: Mapping[str, Tensor], pricing: _Pricing) -> Fixed:
     """Return what remains of the dense graph without its layers; without a graph, the tensors that are no layer's."""
-    own = sum(layer.weight.numel() * 4 + GRAPH_BYTES[32] for layer in heads)
+    own = sum(layer.weight.numel() * 4 + graph_bytes(layer) for layer in heads)
     opened = replace(prepared.opened, module=prepared.network)
     try:
-        graph = trace(opened, prepared.network, where="lrcompress plan").SerializeToString()
+        model, _ = simplify(trace(opened, prepared.network, where="lrcompress plan"))
+        strip(model)
+        graph = model.SerializeToString()
     except ModelError:
         if pricing.prices is not None:
             raise
         return Fixed(max(_tensor_bytes(prepared.network) - own, 0), 0.0)
     prices = pricing.prices
     if prices is None:
-        return Fixed(max(len(graph) - own, 0), 0.0)
+        return Fixed(max(len(graph) + _SLACK_BYTES - own, 0), 0.0)
     whole = total_ms(request_operators(graph, as_feeds(request), blocked=prices.table.blocked), prices)
     layers = sum(pricing.ms(layer, "dense", 0, 32) or 0.0 for layer in heads)
-    return Fixed(max(len(graph) - own, 0), max(whole - layers, prices.run_ms))
+    return Fixed(max(len(graph) + _SLACK_BYTES - own, 0), max(whole - layers, prices.run_ms))
 
 
 def _tensor_bytes(module: nn.Module) -> int:
@@ -275,14 +315,16 @@ def device_plan(market: Market, limits: Limits) -> RankPlan:
     found = market.chosen(limits)
     measured = market.loss(found)
     rows = []
-    for b in BITS:
-        uniform = market.uniform(b)
-        if uniform is None:
+    seen: list[tuple[Candidate, ...]] = []
+    for p in precisions(BITS):
+        uniform = market.uniform(p)
+        if uniform is None or uniform.candidates in seen:
             continue
-        loss = market.loss(uniform) if b != 32 else 0.0
+        seen.append(uniform.candidates)
+        loss = market.loss(uniform) if p.bits != 32 else 0.0
         fits = uniform.fits(limits)
         rows.append(
-            {"name": f"dense, {b} bits", "bytes": uniform.n_bytes, "ms": _ms(uniform.ms, market), "predicted_loss": _six(uniform.loss), "measured_loss": _six(loss), "fits": fits}
+            {"name": f"dense, {p}", "bytes": uniform.n_bytes, "ms": _ms(uniform.ms, market), "predicted_loss": _six(uniform.loss), "measured_loss": _six(loss), "fits": fits}
         )  # fmt: skip
         if fits and loss is not None and measured is not None and loss <= measured:
             found, measured = replace(uniform, bound=found.bound, prices=found.prices), loss
@@ -298,21 +340,6 @@ def device_plan(market: Market, limits: Limits) -> RankPlan:
         market.prepared.opened.digest, limits.as_json(), tuple(layers), market.method, found.loss, measured,
         min(found.bound, found.loss), about,
     )  # fmt: skip
-
-
-def advice(layers: Sequence[Planned], rows: Sequence[Mapping[str, Any]], limits: Limits) -> str:
-    """Say what the plan comes to: dense where no factors pay, how many layers are factorized elsewhere."""
-    changed = [p for p in layers if p.choice.form != "dense"]
-    used = sorted({p.bits for p in layers})
-    bits = f"{' and '.join(map(str, used))} bits"
-    fitting = [str(r["name"]) for r in rows if r["fits"]]
-    if not changed:
-        return f"stay dense, in {bits}: within this budget no factors lose less"
-    if fitting:
-        return (
-            f"factorize {len(changed)} of {len(layers)} layers, in {bits}; {fitting[-1]} would fit too, and lose more"
-        )
-    return f"factorize {len(changed)} of {len(layers)} layers, in {bits}; no dense network of one precision fits"
 
 
 def _planned(m: Menu, c: Candidate, own: Sequence[Candidate], prices: tuple[float, float], market: Market) -> Planned:
@@ -339,20 +366,7 @@ def _planned(m: Menu, c: Candidate, own: Sequence[Candidate], prices: tuple[floa
     nearest = sorted(best.values(), key=lambda o: (total(o), o.n_bytes))[:6]
     rejected = tuple(Rejected(o.form, o.rank, o.bits, why(o, c, total(o) - total(c))) for o in nearest)
     ms = _ms(c.ms, market)
-    return Planned(choice, c.bits, c.n_bytes, c.loss, market.measured.get(layer.name), ms, rejected)
-
-
-def why(other: Candidate, taken: Candidate, dearer: float) -> str:
-    """Compare an alternative with what was taken: bytes, milliseconds, loss."""
-    size, ms = other.n_bytes - taken.n_bytes, other.ms - taken.ms
-    words = [f"{abs(size):,} bytes {'more' if size > 0 else 'fewer'}"] if size else []
-    if abs(ms) > 5e-5:
-        words.append(f"{abs(ms):.3g} ms {'more' if ms > 0 else 'less'}")
-    words.append(f"a loss of {other.loss:.3g} instead of {taken.loss:.3g}")
-    worth = (
-        "; elsewhere that is worth more" if dearer > 0 and (size < 0 or ms < -5e-5 or other.loss < taken.loss) else ""
-    )
-    return ", ".join(words) + worth
+    return Planned(choice, c.bits, c.n_bytes, c.loss, market.measured.get(layer.name), ms, rejected, c.block)
 
 
 def _ms(value: float, market: Market) -> float | None:

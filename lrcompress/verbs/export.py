@@ -30,7 +30,6 @@ from ..export.gates import outputs_agree
 from ..export.graph import example_inputs
 from ..export.merging import merge_adapter
 from ..export.payloads import check_base, payload_tensors
-from ..export.quantize import BLOCK, BLOCKS
 from ..export.slots import ALL_KINDS as SLOT_KINDS
 from ..export.targets import Request, Written
 from ..export.targets import target as find_target
@@ -43,8 +42,8 @@ from ..model.cache import CachedModel, with_cache
 from ..model.checkpoint import Compressed, load_compressed, module_layers, state_of, tensors_digest
 from ..model.describing import copy_notices
 from ..model.surgery import count_parameters, wrap_dense
+from ..plan.bits import BITS, BLOCK, BLOCKS
 from ..plan.profile import DeviceProfile, load_profile
-from ..plan.rankplan import BITS
 from ..progress import Progress, Silent
 from ..runtime import Session
 from ..validate.tolerances import tolerances
@@ -84,7 +83,7 @@ def export(
     device: str | Path | None = None,
     emit: Sequence[str] = (),
     kv_cache: bool = False,
-    block: int = BLOCK,
+    block: int | None = None,
     output: str | Path = "exported",
     trust_pickle: bool = False,
     trust_remote_code: bool = False,
@@ -96,25 +95,25 @@ def export(
     to it). `merge`: one to bake in instead. `calib`: data for static int8 and for the goldens. `device`: a profile, by
     name or file, whose limits go into `device.json`; a runtime of its that is too old is refused. `emit`: files to write
     beside each payload: onnx_adapter. `kv_cache`: a decoder takes its keys and values as inputs and gives them back. `block`:
-    inputs that share a scale at 4 bits: more are fewer bytes, coarser. An `OpenedModel` gives the plain baseline. Raises
+    inputs that share a scale at 4 bits, 32 or what the plan says: more are fewer bytes, coarser. An `OpenedModel` gives the plain baseline. Raises
     `CommandError`, `ModelError`, `ParityError`.
     """
     progress = progress or Silent()
     dest = Path(output)
-    if block not in BLOCKS:
+    if block not in (None, *BLOCKS):
         raise CommandError("lrcompress export --block", f"one of {', '.join(map(str, BLOCKS))}", block)
     if isinstance(compressed, str | Path) and is_graph_checkpoint(Path(compressed)):
         report, dest = export_graph(
             compressed, target=target, slots=slots, slot_include=slot_include, quantize=quantize, calib=calib, merge=merge,
             adapters=adapters, original=original, name=name, device=device, emit=tuple(emit), kv_cache=kv_cache, output=output,
-            block=block, progress=progress,
+            block=block or BLOCK, progress=progress,
         )  # fmt: skip
         return ExportResult(report, dest)
     exporter = _check(target, slots or ("none",), quantize, emit)
     profile = None if device is None else load_profile(device)
     check_output(dest, maker=MAKER, marker=MARKER)
     source = _source(compressed)
-    bits = _planned_bits(source) if quantize == "plan" else {}
+    bits, blocks = _planned_bits(source) if quantize == "plan" else ({}, {})
     if kv_cache:
         source = replace(source, opened=with_cache(source.opened))
     module = copy.deepcopy(source.module)
@@ -129,9 +128,10 @@ def export(
         trust = {"trust_pickle": trust_pickle, "trust_remote_code": trust_remote_code}
         golden = _golden(source, module, data, original, trust, quantize)
         advance(1, "traced")
-        feeds = None if data is None else _feeds(data)
+        feeds = None if data is None else calibration_feeds(data)
         request = Request(
-            source.opened, module, slots, slot_include, quantize, feeds, golden, advance, bits, profile, block
+            source.opened, module, slots, slot_include, quantize, feeds, golden, advance, bits, profile,
+            block or BLOCK, {} if block else blocks,
         )  # fmt: skip
         with staged_folder(dest, maker=MAKER, marker=MARKER) as stage:
             report = _write(stage, dest, source, module, digest, exporter, request, name, profile)
@@ -179,8 +179,11 @@ def _source(compressed: str | Path | Compressed | OpenedModel) -> _Source:
     )
 
 
-def _planned_bits(source: _Source) -> dict[str, int]:
-    """Return the bits of the plan that the model was factorized by. Raises `CommandError` where it knows of none."""
+def _planned_bits(source: _Source) -> tuple[dict[str, int], dict[str, int]]:
+    """Return bits, and inputs that share a scale, of the plan that the model was factorized by.
+
+    Raises `CommandError` where it knows of no plan, `ModelError` for what no export writes.
+    """
     spec = {} if source.compressed is None else source.compressed.spec
     bits = spec.get("bits")
     if not bits:
@@ -191,7 +194,11 @@ def _planned_bits(source: _Source) -> dict[str, int]:
     unknown = sorted(n for n, b in bits.items() if type(b) is not int or b not in BITS)
     if unknown:
         raise ModelError(f"{source.folder}: bits of {unknown[0]}", ", ".join(map(str, BITS)), bits[unknown[0]])
-    return dict(bits)
+    blocks = spec.get("blocks") or {}
+    odd = sorted(n for n, b in blocks.items() if type(b) is not int or b not in BLOCKS)
+    if odd:
+        raise ModelError(f"{source.folder}: blocks of {odd[0]}", ", ".join(map(str, BLOCKS)), blocks[odd[0]])
+    return dict(bits), dict(blocks)
 
 
 def _model_name(path: Path | None) -> str:
@@ -329,7 +336,8 @@ def fit_tolerance(stage: Path, value: dict[str, Any], golden: Mapping[str, np.nd
     value["tolerances"] = tolerances(precision, distance)
 
 
-def _feeds(data: Data) -> list[dict[str, np.ndarray]]:
+def calibration_feeds(data: Data) -> list[dict[str, np.ndarray]]:
+    """Return what quantization calibrates with."""
     small = data.take(slice(0, min(_CALIBRATION_SAMPLES, len(data))))
     return [{k: np.asarray(v) for k, v in b.inputs.items()} for b in small.batches(8)]
 

@@ -21,7 +21,6 @@ from ..data import Data, open_data
 from ..errors import CommandError, LrcompressError, LrcompressWarning, ModelError
 from ..export.gates import factors_stay_apart
 from ..export.graph import store_external
-from ..export.quantize import BLOCK
 from ..export.quantize import quantize as in_bits
 from ..files import check_output, sha256_file, staged_folder, write_json
 from ..graphs import Feeds, GraphCheckpoint, OnnxGraph, Run, load_graph_checkpoint
@@ -29,6 +28,7 @@ from ..graphs.checkpoint import inline
 from ..graphs.opening import line, needed_runtime
 from ..graphs.running import example_feeds
 from ..manifest import DATA, GRAPH, REQUIRED, base_id, slots_id, version_key
+from ..plan.bits import BLOCK
 from ..plan.profile import DeviceProfile, load_profile
 from ..progress import Progress, Silent
 from ..validate.tolerances import tolerances

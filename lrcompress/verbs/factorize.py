@@ -27,7 +27,7 @@ from ..model import InputSpec, OpenedModel, check_finite, open_model
 from ..model.checkpoint import MAKER, MARKER, state_of, write_compressed
 from ..model.stored import described
 from ..model.surgery import count_parameters
-from ..plan import Choice, read_bits
+from ..plan import Choice, read_bits, read_blocks
 from ..progress import Progress, Silent
 from ..work import Pool, pool
 from .applying import Spread, apply_choices
@@ -143,7 +143,7 @@ def factorize(
         report = _report(opened, made.rows, method, seed, prepared.total, count_parameters(made.module))
         if dest is None or store is None:
             return FactorizeResult(report, made.module)
-        _write(dest, opened, state_of(made.module), made.specs, report, prepared.folded, bits=_bits(plan))
+        _write(dest, opened, state_of(made.module), made.specs, report, prepared.folded, plan=plan)
         store.remove()
     return FactorizeResult({**report, "bytes_after": _bytes(dest), "output": str(dest)}, made.module, dest)
 
@@ -177,7 +177,7 @@ def _of_tensors(
         report = _report(opened, made.rows, asked.method, seed, _total(opened), made.n_params)
         if dest is None or made.tensors is None:
             return FactorizeResult(report)
-        _write(dest, opened, made.tensors, made.specs, report, bits=_bits(asked.plan))
+        _write(dest, opened, made.tensors, made.specs, report, plan=asked.plan)
     return FactorizeResult({**report, "bytes_after": _bytes(dest), "output": str(dest)}, None, dest)
 
 
@@ -202,23 +202,24 @@ def _report(
 
 def _write(
     dest: Path, opened: OpenedModel, tensors: Mapping[str, Tensor], specs: Mapping[str, Any], report: dict[str, Any],
-    folded: Mapping[str, str] | None = None, bits: Mapping[str, int] | None = None,
+    folded: Mapping[str, str] | None = None, plan: str | Path | None = None,
 ) -> None:  # fmt: skip
-    """Write the compressed checkpoint: complete, or not at all. `bits`: what an export is to make of single layers."""
+    """Write the compressed checkpoint: complete, or not at all. `plan`: whose bits an export is to give single layers."""
     packages = {p: importlib.metadata.version(p) for p in ("torch", "tensorly", "numpy")}
     about = {
         "report": {k: report[k] for k in ("method", "seed", "layers", "params_before", "params_after")},
         "threads": torch.get_num_threads(),
         "versions": {"lrcompress": __version__, **packages},
-        **({"bits": dict(bits)} if bits else {}),
+        **_bits(plan),
     }
     with staged_folder(dest, maker=MAKER, marker=MARKER) as stage:
         write_compressed(stage, dest, opened, tensors=tensors, layers=specs, report=about, folded=folded)
 
 
-def _bits(plan: str | Path | None) -> dict[str, int]:
-    """Return the bits that a plan gives its layers; none without a plan."""
-    return {} if plan is None else read_bits(Path(plan))
+def _bits(plan: str | Path | None) -> dict[str, dict[str, int]]:
+    """Return the bits that a plan gives its layers, and how many inputs share a scale; nothing without a plan."""
+    found = {} if plan is None else {"bits": read_bits(Path(plan)), "blocks": read_blocks(Path(plan))}
+    return {k: v for k, v in found.items() if v}
 
 
 def _check_options(

@@ -298,7 +298,6 @@ for _name, _field, _value in (
 ):  # fmt: skip
     CASES[f"release: {_name}"] = recorded(_field, _value)
 
-CASES["release: for another base"] = recorded("base_ids", [sha256_bytes(b"another")])
 CASES["release: for a newer program"] = recorded("min_version", "99.0")
 CASES["release: larger than the device allows"] = lambda f: void(release(f, b"\0" * 10, seq=2, length=65 << 20))
 CASES["release: of no bytes"] = lambda f: void(release(f, b"", seq=2, length=0))

@@ -97,6 +97,12 @@ def test_a_link_in_the_place_of_a_download_is_not_written_through(fleet: Fleet) 
     assert victim.read_bytes() == b"precious" and not part.is_symlink()
 
 
+def test_a_folder_of_bases_that_is_a_link_is_refused(fleet: Fleet) -> None:
+    (fleet.folder / "moved").mkdir()
+    (fleet.at / "bases").symlink_to(fleet.folder / "moved")
+    refused(fleet, "a symbolic link")
+
+
 def test_two_agents_at_once(fleet: Fleet) -> None:
     with locked(fleet.at):
         before = {p: p.read_bytes() for p in fleet.at.rglob("*") if p.is_file()}

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import json
 import struct
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lrcompress import packs
 from lrcompress.edge.disk import Disk
 from lrcompress.edge.install import read_config
 from lrcompress.edge.settings import load_settings
@@ -25,13 +27,13 @@ from lrcompress.edge.state import Entry, Pending, Probation, State, decode, enco
 from lrcompress.edge.trust import _offer
 from lrcompress.errors import LrcompressError, ManifestError, PayloadError
 from lrcompress.files import sha256_bytes, sha256_json
-from lrcompress.manifest import Manifest
+from lrcompress.manifest import Manifest, is_file_name
 from lrcompress.manifest import base_id as identity
 from lrcompress.manifest import slots_id as contract
 from lrcompress.payload import parse
 from tests.support.payloads import base, made, put_together, taken_apart
 
-#: Inputs per parser: in `make test`, and in `make faults` (six parsers: 120,000).
+#: Inputs per parser: in `make test`, and in `make faults` (seven parsers: 140,000).
 SHORT, LONG = 300, 20_000
 
 ODD = st.one_of(
@@ -168,9 +170,9 @@ def manifests(manifest: Manifest, n: int) -> None:
 
 SHA = [sha256_bytes(bytes([i])) for i in range(5)]
 FULL = State(
-    3, 7, SHA[0], Entry(SHA[0], 7), Entry(SHA[1], 6), Pending(SHA[2], 8, 1, "2026-01-01T00:00:00+00:00", 7),
+    3, 7, SHA[0], Entry(SHA[0], 7, SHA[2]), Entry(SHA[1], 6), Pending(SHA[2], 8, 1, "2026-01-01T00:00:00+00:00", 7, SHA[3]),
     Probation("boot", "2026-01-01T00:00:00+00:00", 1), SHA[3], trusted_time="2026-01-01T00:00:00+00:00",
-).refuse(SHA[4], 5, "why")  # fmt: skip
+).refuse(SHA[4], 5, "why").refuse(SHA[4], 6, "why", SHA[1])  # fmt: skip
 
 
 def states(_: Manifest, n: int) -> None:
@@ -199,6 +201,7 @@ def releases(_: Manifest, n: int) -> None:
         "min_version": "0.1.0",
         "rollback_of": 1,
         "issued": "2026-01-01",
+        "base": {"base_id": SHA[1], "manifest": SHA[0], "bytes": 1000},
     }
 
     def body(custom: Any) -> None:
@@ -207,6 +210,7 @@ def releases(_: Manifest, n: int) -> None:
         except LrcompressError as e:
             one_line(e)
             return
+        assert offer.base is None or (offer.base.base_id in offer.base_ids and len(offer.base.manifest) == 64)
         assert offer.seq > 0 and offer.sha256 == SHA[0] and offer.path == f"targets/m/g/{SHA[0]}.payload.safetensors"
 
     run(st.one_of(ODD, changed(record)), body, n)
@@ -254,7 +258,46 @@ def configurations(_: Manifest, n: int, folder: Path) -> None:
     run(st.one_of(st.binary(max_size=200), damaged(text(value)), changed(value).map(text)), body, n)
 
 
-PARSERS = {"payload": payloads, "manifest": manifests, "state": states, "release": releases}
+def bases(_: Manifest, n: int) -> None:
+    """The header of a pack, and whole packs: nothing is made but what the header says, and never more than was signed."""
+    start, sizes = SHA[0], {"base.data": 500, "manifest.json": 50}
+    header = {
+        "start": start, "result": SHA[1],
+        "files": [["base.data", [["base.data", 0, 300], 40, ["base.data", 340, 160]]], ["manifest.json", [30]]],
+    }  # fmt: skip
+    good = packs.build(
+        {"base.data": b"a" * 300 + bytes(40) + b"b" * 160, "manifest.json": b"{}" * 15},
+        {"base.data": [300, 340]}, start=start, result=SHA[1],
+        known={(packs.key(b"a" * 300), 300): [("base.data", 0)], (packs.key(b"b" * 160), 160): [("base.data", 340)]},
+    )  # fmt: skip
+
+    def packed(value: Any) -> bytes:
+        said = json.dumps(value).encode()
+        return packs.MAGIC + zlib.compress(struct.pack("<I", len(said)) + said + bytes(70))
+
+    def source(name: str, offset: int, length: int) -> Iterator[bytes]:
+        assert offset >= 0 and offset + length <= sizes[name]
+        yield bytes(length)
+
+    def body(data: bytes) -> None:
+        try:
+            pack = packs.Pack([data[i : i + 7] for i in range(0, len(data), 7)], most_bytes=600)
+            pack.check(start=start, result=SHA[1], sizes=sizes)
+            made = {file.name: b"".join(content) for file, content in pack.files(source)}
+        except LrcompressError as e:
+            one_line(e)
+            return
+        assert all(is_file_name(name) for name in made) and "manifest.json" in made
+        assert sum(map(len, made.values())) == pack.recipe.length <= 600
+        assert {f.name: f.length for f in pack.recipe.files} == {name: len(made[name]) for name in made}
+
+    inputs = st.one_of(st.binary(max_size=200), damaged(good), changed(header).map(packed))
+    run(inputs, body, n)
+    body(good)
+    body(packed(header))
+
+
+PARSERS = {"payload": payloads, "manifest": manifests, "state": states, "release": releases, "pack": bases}
 IN_A_FOLDER = {"device.json": operators, "config.json": configurations}
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.attacks.hostile import CASES
+from tests.attacks import hostile, hostile_bases
 from tests.support.fleet import Fleet, answers
 
+CASES = {**hostile.CASES, **hostile_bases.CASES}
 EXPECTED: dict[str, str] = json.loads((Path(__file__).parent / "expected.json").read_text())
 #: Cases that are about the way or this device, not about the payload: it is not refused for good.
 FINAL = "signed: "
@@ -38,9 +39,16 @@ def said(text: str, fleet: Fleet) -> str:
 
 def test_every_case_has_its_error_and_every_error_its_case() -> None:
     assert CASES.keys() == EXPECTED.keys() and len(CASES) >= 60
+    assert hostile_bases.CASES.keys() > hostile_bases.SHORT and not hostile.CASES.keys() & hostile_bases.CASES.keys()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[] if n in hostile.CASES or n in hostile_bases.SHORT else [pytest.mark.slow])
+        for n in CASES
+    ],
+)
 def test_it_is_refused_by_its_rule_and_serving_never_changes(fleet: Fleet, name: str) -> None:
     CASES[name](fleet)
     before = answers(fleet.device())
@@ -63,3 +71,5 @@ def test_it_is_refused_by_its_rule_and_serving_never_changes(fleet: Fleet, name:
     assert {p for p in fleet.folder.parent.rglob("*") if not p.is_relative_to(fleet.at)} == outside
     assert fleet.after()  # type: ignore[attr-defined]
     assert len(list((fleet.at / "store").iterdir())) <= 2
+    if name.startswith(FINAL):  # nothing of it is left
+        assert not list((fleet.at / "dl").iterdir()) and not list((fleet.at / "bases").glob("*"))

@@ -207,10 +207,19 @@ def test_a_record_out_of_form_is_refused(fleet, field, value):
     refused(fleet, f"release record: {field}", final=False)
 
 
-def test_a_release_for_another_base_is_not_even_loaded(fleet):
+def test_a_release_for_another_base_waits_and_is_not_even_loaded(fleet):
+    """It is not bad: it is for another device, or something that leads to its base is yet to come."""
     release(fleet, payload_bytes(), seq=2, base_ids=[sha256_bytes(b"another")])
-    d = refused(fleet, "base", final=False)
-    assert d["bytes_downloaded"] < len(payload_bytes())
+    before = answers(fleet.device())
+    d = fleet.device().update()
+    assert (d["state"], d["error"], d["to_seq"], d["serving"]["seq"]) == ("pending", None, 1, 1)
+    assert d["reason"].startswith("waiting: release seq 2 is for base ") and d["bytes_downloaded"] < len(
+        payload_bytes()
+    )
+    assert fleet.device().status()["refused"] == [] and not list((fleet.at / "dl").iterdir())
+    np.testing.assert_array_equal(answers(fleet.device()), before)
+    release(fleet, payload_bytes(), seq=3)
+    assert fleet.device().update()["to_seq"] == 3
 
 
 def test_a_payload_beyond_the_limit_is_not_even_loaded(fleet):

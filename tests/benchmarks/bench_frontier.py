@@ -6,6 +6,8 @@ rounds. Says which row is dominated by which, and ends with exit 1 where a choic
 of ONNX Runtime. Also told: how far predicted times of whole networks are from measured ones on this machine.
 
     python -m tests.benchmarks.bench_frontier --only resnet20 --threads 1,2 --table table.json
+
+Rows are kept in the output folder: the same command again makes those that are missing, and times all of them anew.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import logging
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ from lrcompress.plan.prices import Prices
 from lrcompress.validate.pricing import ALLOWED, SPREADS
 
 from .frontier.comparing import broken_promises, dominated, measure, table
-from .frontier.rows import Row, dense_rows, our_rows, planned_row
+from .frontier.rows import ONE_LINE, OURS, PLANNER, Kept, Planner, Row, dense_rows, our_rows
 from .frontier.subjects import SUBJECTS, Subject, open_subject
 from .peers.runtime import runner
 
@@ -49,7 +52,7 @@ def main() -> int:
     texts, broken = [], []
     for name in options.only:
         subject = open_subject(name, quick=options.quick)
-        rows = compare(subject, prices_at, prices, options)
+        rows = compare(subject, prices, options)
         broken += [f"{name}: {line}" for line in broken_promises(rows, subject.best)]
         told = predictions(subject, rows, prices)
         texts += [table(name, rows, subject.best), "", _told(told), ""]
@@ -71,29 +74,42 @@ def main() -> int:
     return 1 if broken else 0
 
 
-def compare(subject: Subject, prices_at: Path, prices: LatencyTable, options: argparse.Namespace) -> list[Row]:
-    """Make, judge and time every row of one network."""
-    plain = list(dense_rows(subject))
-    request = subject.request()
+def compare(subject: Subject, prices: LatencyTable, options: argparse.Namespace) -> list[Row]:
+    """Make and judge the rows of one network that are not kept yet, and time all of them."""
+    kept = Kept(options.output / subject.name)
+    request, threads = subject.request(), min(options.threads)
+    rows = [_judged(kept.get(r.name) or r, subject, kept) for r in dense_rows(subject)]
+    plain = [r for r in rows if r.graph]
     measure(plain, request, options.threads, 3)  # what the planner is asked to beat
-    rows = [*plain, *our_rows(subject, options.ratio)]
-    threads = min(options.threads)
-    for row in plain[1:]:
-        if row.graph:
-            limits = {"bytes": float(row.n_bytes), "ms": row.ms[threads]}
-            rows.append(planned_row(subject, f"planned as {row.name}", limits, prices_at, threads))
-            rows.append(
-                planned_row(subject, f"planned, bytes of {row.name}", {"bytes": limits["bytes"]}, prices_at, threads)
-            )
-    dense = plain[0]
-    fastest = {"bytes": float(dense.n_bytes), "ms": 0.7 * dense.ms[threads]}
-    rows.append(planned_row(subject, "planned, 0.7 of the dense time", fastest, prices_at, threads))
-    for row in rows:
-        if row.graph:
-            found = subject.judge(runner_of(row))
-            row.value, row.stderr, row.n = float(found["value"]), float(found["stderr"]), int(found["n"])
+    if OURS in options.groups:
+        rows += [_judged(r, subject, kept) for r in our_rows(subject, options.ratio, kept.get)]
+    if PLANNER in options.groups:
+        planner = Planner(subject, prices, threads)
+        for name, n_bytes, ms in budgets(plain, threads, options.budgets.get(subject.name, ())):
+            row = kept.get(name) or planner.row(name, n_bytes=n_bytes, ms=ms)
+            rows.append(_judged(row, subject, kept))
     measure(rows, request, options.threads, options.rounds)
     return rows
+
+
+def budgets(plain: list[Row], threads: int, sizes: Sequence[float]) -> Iterator[tuple[str, float, float | None]]:
+    """Yield name, bytes and milliseconds of the budgets: those of each line of the runtime, less time, and sizes in MB."""
+    for row in plain[1:]:
+        yield f"planned as {row.name}", row.n_bytes, row.ms[threads]
+        yield f"planned, bytes of {row.name}", row.n_bytes, None
+    yield "planned, 0.7 of the dense time", plain[0].n_bytes, 0.7 * plain[0].ms[threads]
+    for size in sizes:
+        yield f"planned, {size:g} MB", size * 1e6, None
+
+
+def _judged(row: Row, subject: Subject, kept: Kept) -> Row:
+    if row.graph and row.value is None:
+        found = subject.judge(runner_of(row))
+        row.value, row.stderr, row.n = float(found["value"]), float(found["stderr"]), int(found["n"])
+    kept.put(row)
+    size = f"{row.n_bytes:,} bytes, {row.value:.4f}" if row.graph and row.value is not None else row.why_not
+    print(f"{subject.name}: {row.name}: {size}", file=sys.stderr, flush=True)
+    return row
 
 
 def runner_of(row: Row) -> Any:
@@ -142,10 +158,23 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--threads", type=lambda t: [int(v) for v in t.split(",")], default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ratio", type=float, default=0.5, help="share of the numbers in the low-rank rows")
+    parser.add_argument(
+        "--groups",
+        type=lambda t: t.split(","),
+        default=[OURS, PLANNER],
+        help=f"of {OURS}, {PLANNER}; {ONE_LINE} is always there",
+    )
+    parser.add_argument(
+        "--budget", action="append", default=[], metavar="NETWORK:MB", help="one more budget of bytes for the planner"
+    )
     parser.add_argument("--table", type=Path, help="a latency table of this machine; made where there is none")
     parser.add_argument("--quick", action="store_true", help="a tenth of the samples")
     parser.add_argument("--output", type=Path, default=Path(tempfile.gettempdir()) / "bench-frontier")
     options = parser.parse_args()
+    options.budgets = {}
+    for text in options.budget:
+        network, _, size = text.partition(":")
+        options.budgets.setdefault(network, []).append(float(size))
     unknown = [n for n in options.only if n not in SUBJECTS]
     if unknown:
         parser.error(f"no network {unknown[0]!r}; there are {', '.join(SUBJECTS)}")

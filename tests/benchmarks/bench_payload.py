@@ -1,8 +1,8 @@
 """Bytes of an update, by kind and encoding, as a share of the model, with the accuracy each carries: `make bench-payload`.
 
-A network meets data that moved (noise for ResNet-20, little contrast for MobileNetV1, reviews for MiniLM). Full fine-tune and adapters of each kind learn from the same samples; every payload is built as
-`publish add` builds it, with its golden outputs, and its accuracy is that of what a device decodes, in ONNX Runtime, on
-test data that nothing else saw. Deltas are from the payload of half as many steps to the final one. Beside them stand
+A network meets data that moved (noise for ResNet-20, little contrast for MobileNetV1, a new task for MiniLM). Full fine-tune
+and adapters of each kind learn from the same samples; every payload is built as `publish add` builds it, with its golden
+outputs, and its accuracy is that of what a device decodes, in ONNX Runtime, on test data that nothing else saw. Deltas are from the payload of half as many steps to the final one. Beside them stand
 bsdiff4 and zstd of the whole fine-tuned model against the one before, where those packages are there.
 
     python -m tests.benchmarks.bench_payload --only resnet20 --steps 200 -o payload.json
@@ -38,7 +38,7 @@ from lrcompress.runtime import Session
 from lrcompress.verbs.recover import recover
 
 from .recovering import photos
-from .recovering.adaptation import ASSETS, SHIFTS, Shift, accuracy
+from .recovering.adaptation import ASSETS, SHIFTS, Shift, accuracy, percent, regained
 
 KINDS = ("lora", "lokr", "core", "loha")
 ENCODINGS = ("f32", "f16", "int8")
@@ -64,7 +64,7 @@ def dusk(place: Path) -> Shift:
 
 MODELS: dict[str, Callable[[Path], Shift]] = {
     "resnet20": SHIFTS["noise"],
-    "minilm": SHIFTS["reviews"],
+    "minilm": SHIFTS["sentences"],
     "mobilenet": dusk,
 }
 
@@ -153,7 +153,7 @@ def _row(
     value = right / len(test)
     return {
         "kind": kind, "budget_bytes": budget, "encoding": encoding, "bytes": sent, "share": sent / fp32, "accuracy": value,
-        "regained": (value - before) / (ceiling - before) if ceiling != before else None, "zlib_bytes": len(zlib.compress(data, 9)),
+        "regained": regained(before, value, ceiling, float(np.sqrt(ceiling * (1 - ceiling) / len(test)))), "zlib_bytes": len(zlib.compress(data, 9)),
     }  # fmt: skip
 
 
@@ -162,7 +162,8 @@ def _whole(compressed: Path, tuned: nn.Module, fp32: int) -> list[dict[str, Any]
     old = _bytes(lrcompress.load(compressed))
     new = _bytes(tuned)
     rows = [{"way": "as it is", "bytes": len(new)}, {"way": "zlib", "bytes": len(zlib.compress(new, 9))}]
-    half = [b.astype(np.float16).tobytes() for b in (np.frombuffer(old, "<f4"), np.frombuffer(new, "<f4"))]
+    with np.errstate(over="ignore"):
+        half = [np.frombuffer(b, "<f4").astype(np.float16).tobytes() for b in (old, new)]
     if importlib.util.find_spec("bsdiff4"):
         import bsdiff4
 
@@ -205,10 +206,6 @@ def _brief(row: dict[str, Any]) -> str:
     )
 
 
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{share:.0%}"
-
-
 def text(found: dict[str, Any]) -> str:
     """Return the tables."""
     lines = []
@@ -224,7 +221,7 @@ def text(found: dict[str, Any]) -> str:
                 continue
             useful = " useful" if (r["regained"] or 0) >= REGAINED and r["share"] <= SHARES[name] else ""
             lines.append(
-                f"{r['kind']:<6}{r['encoding']:<10}{r['bytes']:>9,}{r['share']:>9.2%}{r['accuracy']:>10.3f}{_percent(r['regained']):>10}{useful}"
+                f"{r['kind']:<6}{r['encoding']:<10}{r['bytes']:>9,}{r['share']:>9.2%}{r['accuracy']:>10.3f}{percent(r['regained']):>10}{useful}"
             )
         lines += [
             f"whole model, {w['way']:<22}"

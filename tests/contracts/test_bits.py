@@ -278,7 +278,7 @@ def base(tmp_path_factory):
     names = {"conv1": 8, "conv2": 4, "mix": 16, "fc1": 4, "fc2": 32}
     layers = [{"name": n, "form": "dense", "rank": 0, "bits": b} for n, b in names.items()]
     layers[1] |= {"form": "tucker", "rank": [12, 12]}
-    layers[3] |= {"form": "svd", "rank": 16}
+    layers[3] |= {"form": "svd", "rank": 16, "block": 128}
     plan = folder / "plan.json"
     plan.write_text(json.dumps({"schema": 1, "made_by": "lrcompress plan", "layers": layers}))
     lrcompress.factorize(folder / "model.pt", plan=plan, output=folder / "compressed", **arch)
@@ -288,7 +288,7 @@ def base(tmp_path_factory):
 
 def test_a_plan_carries_its_bits_to_the_export(base, tmp_path):
     spec = json.loads((base / "compressed" / "lrcompress.json").read_text())
-    assert spec["bits"] == {"conv1": 8, "conv2": 4, "mix": 16, "fc1": 4}
+    assert spec["bits"] == {"conv1": 8, "conv2": 4, "mix": 16, "fc1": 4} and spec["blocks"] == {"fc1": 128}
     calib = Data.of_arrays({"x": X})
     found = lrcompress.export(base / "compressed", quantize="plan", calib=calib, output=tmp_path / "e").data
     bits = {w["name"]: w["bits"] for w in found["weights"]}
@@ -298,6 +298,10 @@ def test_a_plan_carries_its_bits_to_the_export(base, tmp_path):
     assert found["slots_id"] == fp32["slots_id"] and found["base_id"] != fp32["base_id"]
     assert found["bytes"]["base"] < 0.5 * fp32["bytes"]["base"]
     manifest = Manifest.load(tmp_path / "e")
+    widths = {
+        a.i for n in onnx.load(tmp_path / "e" / "model.onnx").graph.node for a in n.attribute if a.name == "block_size"
+    }
+    assert widths == {16, 128}  # of U, which has 16 columns, and of V
     assert manifest.precision == "plan" and "conv2" in manifest.raw["dense_at_run_time"]
     one, two = (Session(tmp_path / n).run({"x": X})["output"] for n in "ef")
     assert relative(two, one) < 0.2
@@ -340,6 +344,10 @@ def test_a_plan_without_bits_and_bits_that_are_none_are_refused(base, tmp_path):
     spec["source"]["path"] = str(base / "model.pt")
     path.write_text(json.dumps(spec))
     with pytest.raises(ModelError, match="bits of mix: expected 32, 16, 8, 4, got 5"):
+        lrcompress.export(tmp_path / "compressed", quantize="plan", output=tmp_path / "e")
+    spec["bits"]["mix"], spec["blocks"]["fc1"] = 16, 48
+    path.write_text(json.dumps(spec))
+    with pytest.raises(ModelError, match="blocks of fc1: expected 16, 32, 64, 128, 256, got 48"):
         lrcompress.export(tmp_path / "compressed", quantize="plan", output=tmp_path / "e")
     assert not (tmp_path / "e").exists()
 

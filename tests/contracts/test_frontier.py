@@ -9,9 +9,10 @@ import torch
 
 from lrcompress.data import Data
 from lrcompress.model import InputSpec, open_model
+from tests.benchmarks.bench_frontier import budgets
 from tests.benchmarks.frontier.archs import mobilenet, resnet8
 from tests.benchmarks.frontier.comparing import broken_promises, dominated, dominates, measure, table
-from tests.benchmarks.frontier.rows import ONE_LINE, OURS, PLANNER, Row, dense_rows
+from tests.benchmarks.frontier.rows import ONE_LINE, OURS, PLANNER, Kept, Row, dense_rows
 from tests.benchmarks.frontier.subjects import Subject
 from tests.support.nets import small
 
@@ -92,3 +93,19 @@ def test_the_networks_without_a_recipe_have_the_shapes_of_their_files():
         assert mobilenet()(torch.zeros(1, 3, 160, 160)).shape == (1, 1000)
         assert resnet8()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
     assert sum(p.numel() for p in mobilenet().parameters()) == 1_326_120 - 0
+
+
+def test_rows_that_are_kept_come_back_without_their_times(tmp_path):
+    kept = Kept(tmp_path)
+    assert kept.get("planned, 8 MB") is None
+    kept.put(row("planned, 8 MB", 10, 0.9, 1.0, PLANNER))
+    kept.put(Row("planned as none", PLANNER, why_not="no budget"))
+    back, lost = kept.get("planned, 8 MB"), kept.get("planned as none")
+    assert back is not None and (back.graph, back.value, back.group, back.ms) == (b"x" * 10, 0.9, PLANNER, {})
+    assert lost is not None and not lost.graph and lost.why_not == "no budget"
+
+
+def test_budgets_are_those_of_each_line_and_those_that_were_asked_for():
+    plain = [row("dense fp32", 1000, 0.9, 1.0, ONE_LINE), row("quantize_static", 300, 0.9, 0.8, ONE_LINE)]
+    found = list(budgets(plain, 1, [0.0002]))
+    assert [f[1:] for f in found] == [(300, 0.8), (300, None), (1000, 0.7), (200, None)]

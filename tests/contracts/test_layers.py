@@ -18,7 +18,7 @@ LAYERS: list[set[str]] = [
     {"files", "plugins"},
     {"manifest", "golden", "expansions", "phases"},
     {"payload"},
-    {"deltas"},
+    {"deltas", "packs"},
     {"runtime"},
     {"edge", "latency"},
     # What a device runs ends here; from here on the [build] extra may be imported.
@@ -54,6 +54,7 @@ EDGE = {
     "phases",
     "payload",
     "deltas",
+    "packs",
     "golden",
     "runtime",
     "edge",

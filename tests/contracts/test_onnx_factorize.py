@@ -410,7 +410,7 @@ def test_all_the_way_as_typed(here, capsys):
     assert (
         rows["compressed"]["passed"]
         and rows["compressed"]["metric"]["value"] > 0.9
-        and rows["original"]["max_abs_diff"] > 0
+        and rows["compressed"]["original"]["max_abs_diff"] > 0
     )
     assert command(["export", "--quantize", "int8", "--calib", "x.npz", "-o", "small", "--json"]) == 0
     assert answer(capsys)["bytes"]["base"] < 0.5 * exported["bytes"]["base"]

@@ -121,6 +121,10 @@ def test_an_edited_plan_is_followed_and_checked(tmp_path):
     for wrong in (3, 8.0, "8", True):
         with pytest.raises(PlanError, match="bits 32, 16, 8, 4"):
             ask(rank=3, bits=wrong)
+    for wrong in (8, 32.0, "32", True):
+        with pytest.raises(PlanError, match="block 16, 32, 64, 128, 256"):
+            ask(bits=4, block=wrong)
+    del conv2["block"]
     conv2["bits"], digest = 32, value["model_digest"]
     value["model_digest"] = "0" * 64
     with pytest.raises(PlanError, match="a plan for this model") as e:

@@ -155,9 +155,9 @@ def test_a_search_walks_to_the_lowest_and_looks_at_both_of_its_sides(best):
 
 @pytest.mark.parametrize(
     ("scores", "tried", "chosen"),
-    [((0.9,), 1, 0), ((1.1, 0.9), 2, -1), ((float("inf"), 2.0, 0.5), 3, -2), ((2.0,) * 6, 6, -6)],
+    [((0.9,), 1, 0), ((1.04,), 1, 0), ((1.1, 0.9), 2, -1), ((float("inf"), 2.0, 0.5), 3, -2), ((2.0,) * 6, 6, -6)],
 )
-def test_factors_get_the_highest_rate_that_gains_anything(place, monkeypatch, scores, tried, chosen):
+def test_factors_get_the_highest_rate_that_does_no_harm(place, monkeypatch, scores, tried, chosen):
     """Downhill from the centre, and no further; where every trial did harm, the rate below them all."""
     from lrcompress.recover import rates as module
 
@@ -167,6 +167,24 @@ def test_factors_get_the_highest_rate_that_gains_anything(place, monkeypatch, sc
     monkeypatch.setattr(Training, "step", lambda self, *_, **__: (1.0, 0.0))
     found = recover(place / "small", data=data(), train="factors", steps=120, threads=1).data
     assert found["learning_rate"] == rate_at(3e-3, chosen) and len(found["rates"]) == tried
+
+
+@pytest.mark.parametrize(
+    ("scores", "chosen"),
+    [((0.9, 0.95, 0.97), 0), ((1.04, 1.03, 1.02, 1.01, 1.005, 1.001), 0), ((2.0, 1.04, 1.01, 1.02), -1), ((2.0, 1.9, 1.8, 1.7, 1.6, 1.5), -5)],
+)  # fmt: skip
+def test_adapters_that_gain_nothing_in_a_trial_get_the_highest_rate_that_did_no_harm(
+    place, monkeypatch, scores, chosen
+):
+    """The lowest rate loses least in a few steps, and learns nothing in all of them."""
+    from lrcompress.recover import rates as module
+
+    values = iter(scores)
+    monkeypatch.setattr(module, "_try", lambda *_: next(values))
+    monkeypatch.setattr(module.Held, "mean", lambda self: 1.0)
+    monkeypatch.setattr(Training, "step", lambda self, *_, **__: (1.0, 0.0))
+    found = recover(place / "small", data=data(), steps=40, threads=1).data
+    assert found["learning_rate"] == rate_at(3e-3, chosen)
 
 
 def test_a_run_too_short_for_a_trial_that_tells_takes_the_centre(place, monkeypatch):

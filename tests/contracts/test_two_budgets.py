@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import time
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from lrcompress.errors import BudgetError
+from lrcompress.plan import two_budgets
 from lrcompress.plan.candidates import Candidate, Chosen, Fixed, Limits, choose, undominated
 from lrcompress.plan.two_budgets import solve
 
@@ -152,3 +154,20 @@ def test_of_choices_that_lose_as_much_the_smaller_and_faster_is_taken():
 def test_a_looser_budget_never_loses_more():
     losses = [choose(LAYERS, Limits(b, 20.0), FIXED).loss for b in range(140, 265, 5)]
     assert all(b <= a + 1e-9 for a, b in itertools.pairwise(losses))
+
+
+def test_what_the_solver_prints_by_itself_is_kept_off_stdout(monkeypatch, capfd):
+    """HiGHS calls printf at times; with --json, stdout holds one object and nothing else."""
+    native, asked = ctypes.CDLL(None), []
+
+    def talking(*args, **kwargs):
+        asked.append(native.printf(b"a line of debugging\n"))
+        return milp(*args, **kwargs)
+
+    monkeypatch.setattr(two_budgets, "milp", talking)
+    for seed in range(20):
+        losses, costs = instance(np.random.default_rng(seed), 4, 5, False)
+        solve(losses, costs, (150.0, 150.0))
+    native.fflush(None)
+    print("results")
+    assert asked and capfd.readouterr().out == "results\n"

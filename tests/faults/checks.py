@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 RULES, UPDATES, FOLDER, CLOCK = (f"tests/attacks/test_{n}.py" for n in ("rules", "updates", "folder", "clock"))
-DEVICE = "tests/contracts/test_device.py"
+DEVICE, BASES = "tests/contracts/test_device.py", "tests/contracts/test_base_updates.py"
 CUTS, ROT, DISKS, NETWORK, TRIAL = (
     f"tests/faults/test_{n}.py" for n in ("powercut", "rot", "disk_failures", "network", "trial")
 )
@@ -24,7 +24,7 @@ CUTS, ROT, DISKS, NETWORK, TRIAL = (
 #: (what is taken away, file in lrcompress/edge, text, what it becomes, test file, which of its tests)
 CHECKS: list[tuple[str, str, str, str, str, str]] = [
     ("the hash at every read", "store.py", "return data if sha256_bytes(data) == sha256 else None", "return data", ROT, "every_file"),
-    ("the hash after the download", "store.py", "if self._whole(part, sha256) is None:", "if False:", RULES, "bit and flipped"),
+    ("the hash after the download", "store.py", "if found != sha256:", "if False:", RULES, "bit and flipped"),
     ("deleting a download of another hash", "store.py", "            self._disk.unlink(part)\n            raise UpdateError(", "            raise UpdateError(", UPDATES, "tampered"),
     ("deleting a download that could not be synced", "store.py", "            self._disk.unlink(part)  # after", "            pass  # after", DISKS, "could_not_be_synced"),
     ("room on the disk", "store.py", "if free < need:", "if False:", RULES, "device and full"),
@@ -52,19 +52,18 @@ CHECKS: list[tuple[str, str, str, str, str, str]] = [
     ("seq grows", "updater.py", "if offer.seq < state.seq or (", "if False or (", RULES, "old and one"),
     ("a seq has one payload", "updater.py", "offer.seq == state.seq and offer.sha256 != state.seq_sha256", "False", RULES, "same and seq"),
     ("seq is written", "updater.py", "seq=max(state.seq, entry.seq)", "seq=state.seq", RULES, "old and one"),
-    ("refused payloads are remembered", "updater.py", "if (refusal := state.refusal(offer.sha256)) is not None:", "if (refusal := None) is not None:", UPDATES, "refused_for_good"),
-    ("a refusal is written", "updater.py", "state.refuse(pending.sha256, pending.seq, str(error))", "state", RULES, "signed and NaN"),
-    ("the release is for this base", "updater.py", "if self.manifest.base_id not in offer.base_ids:", "if False:", RULES, "another and base"),
+    ("refused payloads are remembered", "updater.py", "refusal = None if offer is None else state.refusal(offer.sha256, offer.tried_with)", "refusal = None", UPDATES, "refused_for_good"),
+    ("a refusal is written", "updater.py", "state.refuse(pending.sha256, pending.seq, str(error), pending.base)", "state", RULES, "signed and NaN"),
+    ("the release is for this base", "bases.py", "if self.factory.manifest.base_id in base_ids:", "if True:", UPDATES, "another_base_waits"),
     ("the release is for this program", "updater.py", "if version_key(offer.min_version) > version_key(__version__):", "if False:", RULES, "newer and program"),
     ("the length of the release", "updater.py", "if not 0 < offer.length <= most:", "if False:", RULES, "larger or bytes"),
-    ("the trial", "updater.py", "            self.trial(data)\n", "", RULES, "other and answers"),
+    ("the trial", "updater.py", "            self.trial(base, before)(data)\n", "", RULES, "other and answers"),
     ("counting a trial before it", "updater.py", "trials=pending.trials + 1, retry_at=None", "trials=pending.trials, retry_at=None", TRIAL, "crashes_is_survived"),
     ("waiting after trials without a verdict", "updater.py", "elif pending.trials and pending.trials % TRIALS == 0:", "elif False:", DEVICE, "without_a_verdict"),
     ("the wait is kept", "updater.py", "if timedelta(0) < wait <= MAX_BACKOFF:", "if False:", DEVICE, "without_a_verdict"),
     ("the wait is capped", "updater.py", "min(MAX_BACKOFF, BACKOFF", "max(MAX_BACKOFF, BACKOFF", TRIAL, "grows_and_is_capped"),
     ("no verdict is no refusal", "updater.py", "except NoVerdict as e:\n            raise self._no_verdict", "except NoVerdict as e:\n            self._refuse(state, pending, e)\n            raise self._no_verdict", DEVICE, "without_a_verdict"),
-    ("deleting nothing while the state is lost (clean)", "updater.py", "        if state.readable:\n            self.store.clean", "        if True:\n            self.store.clean", DISKS, "both_copies"),
-    ("deleting nothing while the state is lost (mend)", "updater.py", "    if not state.readable:\n        return state\n", "", "tests/faults/test_kill.py", "both_state"),
+    ("deleting nothing while the state is lost (clean)", "staging.py", "    if not state.readable:\n        return\n", "", DISKS, "both_copies"),
     ("a clock that is known to be wrong", "updater.py", "if self.clock() < floor:", "if False:", CLOCK, "set_back"),
     ("the trusted time is a floor", "updater.py", "        if state.trusted_time is not None:\n            floor", "        if False:\n            floor", CLOCK, "set_back"),
     ("a time ahead is not trusted", "updater.py", "if issued - CLOCK_SKEW > self.clock():", "if False:", CLOCK, "ahead_of_this"),
@@ -72,10 +71,10 @@ CHECKS: list[tuple[str, str, str, str, str, str]] = [
     ("the device is well before", "updater.py", "                self._check_before(state.active)\n", "                pass\n", TRIAL, "no_verdict and already"),
     ("the device is well with it", "updater.py", "                self._check_health(entry)\n", "                pass\n", RULES, "ill"),
     ("going back when it is ill", "updater.py", "back = replace(state, active=before.active, previous=None, probation=None)", "back = replace(state, probation=None)", TRIAL, "ill_payload"),
-    ("a probation that nobody saw through", "updater.py", "    if state.probation is None or state.active is None:\n        return state\n", "    return state\n", TRIAL, "after_a_reboot"),
+    ("a probation that nobody saw through", "mending.py", "    if state.probation is None or state.active is None:\n        return state\n", "    return state\n", TRIAL, "after_a_reboot"),
     ("a probation of another boot", "device.py", "tried.boot == boot_id() and ", "", TRIAL, "after_a_reboot"),
     ("a probation that is over", "device.py", " and self._clock() <= datetime.fromisoformat(tried.until)", "", TRIAL, "after_a_reboot"),
-    ("a payload fits before it serves", "device.py", "                    payload.verify(self.manifest)\n", "                    pass\n", DEVICE, "does_not_fit"),
+    ("a payload fits before it serves", "device.py", "                    payload.verify(base.manifest)\n", "                    pass\n", DEVICE, "does_not_fit"),
     ("the manifest is the one that was installed", "device.py", "        check_hash(self.folder, f\"{FACTORY}/{MANIFEST}\", raw, self._config)\n", "", FOLDER, "tolerances"),
     ("the root is the one that was installed", "device.py", "root = check_hash(self.folder, ROOT, read_root(self.folder / ROOT), self._config)", "root = read_root(self.folder / ROOT)", RULES, "another and root and folder"),
     ("wrong settings stop no serving", "device.py", "except DeviceStateError as e:  # a slip", "except ZeroDivisionError as e:  # a slip", FOLDER, "never_serving"),
@@ -105,6 +104,21 @@ CHECKS: list[tuple[str, str, str, str, str, str]] = [
     ("a child that never answers", "trial.py", "answer, _ = child.communicate(task.encode() + b\"\\n\" + data, self.timeout_s)", "answer, _ = child.communicate(task.encode() + b\"\\n\" + data)", TRIAL, "without_an_answer and sleep"),
     ("ending what the operator's program started", "health.py", "os.killpg(child.pid, signal.SIGKILL)", "child.kill()", TRIAL, "all_that_it_started"),
     ("a token that everybody can read", "settings.py", "if found.bearer_token and path.lstat().st_mode & (stat.S_IRGRP | stat.S_IROTH):", "if False:", RULES, "token"),
+    ("a base's manifest is the one that was signed", "bases.py", "        if sha256_bytes(data) != brought.manifest:", "        if False:", RULES, "base and nobody and manifest"),
+    ("a base's files are those of its manifest", "bases.py", "                if found != entry[\"sha256\"]:", "                if False:", RULES, "base and changed and tensor"),
+    ("no file of a base is missing, or too many", "bases.py", "            if names != {MANIFEST, *manifest.files}:", "            if False:", RULES, "base and file and missing"),
+    ("a base has the id that was signed", "bases.py", "        if manifest.base_id != brought.base_id:", "        if False:", RULES, "base and another and id"),
+    ("applications can use a base", "bases.py", "            if new != ours.ports[side]:", "            if False:", RULES, "base and other and inputs"),
+    ("the hash of a base at every use", "bases.py", "return all(self._disk.digest(path / n) == e[\"sha256\"] for n, e in manifest.files.items())", "return True", BASES, "rots"),
+    ("a base's golden outputs", "trial.py", "    report = compare(golden.compressed, outputs, manifest.tolerance)\n    if not report.passed:", "    report = compare(golden.compressed, outputs, manifest.tolerance)\n    if False:", RULES, "base and other and answers"),
+    ("a base's latency", "trial.py", "    if ms > limits.latency_factor * before_ms:", "    if False:", RULES, "base and slower"),
+    ("a new base is tried before its payload", "updater.py", "before = None if base.name in (None, serving) else self.bases.find(serving) or self.bases.factory", "before = None", BASES, "in_the_child"),
+    ("room for a base", "staging.py", "                self._need_room(way.sha256, way.length, beside=brought.length + 2 * offer.length)\n", "", BASES, "without_room"),
+    ("max_update_bytes", "staging.py", "if most is not None and length > most:", "if False:", RULES, "base and fetch and allows"),
+    ("a bad pack is remembered", "updater.py", "            self._refuse(state, Pending(offer.sha256, offer.seq, base=e.pack), e)\n", "", RULES, "base and changed and tensor"),
+    ("a repaired base is another one", "state.py", "r.sha256 == sha256 and (r.base is None or r.base in bases)", "r.sha256 == sha256", BASES, "repaired"),
+    ("base and payload are exchanged together", "device.py", "if self._session is not None and base.name != self._base.name:", "if False:", BASES, "another_process"),
+    ("a folder of bases that is a link", "folder.py", "for name in (EMITTED, BASES):", "for name in (EMITTED,):", FOLDER, "bases"),
     ("settings that exist", "settings.py", "    if key not in kinds:\n", "    if key not in kinds:\n        return value\n    if False:\n", RULES, "nobody and knows and settings"),
 ]  # fmt: skip
 

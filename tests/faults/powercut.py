@@ -251,7 +251,7 @@ class Model:
         The sample has all or nothing written, each single deviation from these two, and chance for the rest.
         """
         nodes = list(self._inodes.values())
-        files = {n: n.contents() for n in nodes if isinstance(n, _File) and n.durable != n.now}
+        files = {n: n.contents() for n in nodes if isinstance(n, _File) and len(n.contents()) > 1}
         folders = {n: len(n.events) for n in nodes if isinstance(n, _Folder) and n.events}
         sizes = [len(c) for c in files.values()] + [2] * sum(folders.values())
         for choice in _choices(sizes, most, seed):

@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from lrcompress import publish
 from lrcompress.edge import Device
 from lrcompress.edge import emit as emitting
+from lrcompress.edge.bases import Bases
 from lrcompress.edge.disk import Disk
 from lrcompress.edge.fetch import _Part
 from lrcompress.edge.folder import COUNTER, EMITTED, KEY
@@ -33,12 +34,13 @@ from lrcompress.edge.transport import Body, Broken, FolderTransport
 from lrcompress.edge.trial import NoVerdict
 from lrcompress.errors import DeviceStateError, PayloadError
 from lrcompress.files import sha256_bytes
-from lrcompress.manifest import Manifest, strict_json
+from lrcompress.manifest import MANIFEST, Manifest, strict_json
 from lrcompress.publish.keys import KeyStore
 from lrcompress.publish.memory import FILE as PUBLISHED
 from lrcompress.publish.repository import Repository
 from tests.faults.powercut import Image, Model, Op, Recorder, Stop, laid_out, taken
 from tests.faults.pure import computed_once
+from tests.support.bases import base
 from tests.support.fleet import PASSPHRASE, Fleet, made, payload_bytes, release
 
 BOOTS = 3
@@ -119,6 +121,7 @@ class World:
         self._restore("r4")
         self._rotate_root()
         self._keep("rotated")
+        self._publish_bases()
         self.folders: dict[str, Image] = {}
         self._grow_up()
 
@@ -150,6 +153,26 @@ class World:
         shutil.copytree(self.at / f"repo-{name}", self.fleet.repo)
         # The history forks here on purpose: what the publisher remembers of the other one goes.
         (Repository(self.fleet.repo).keys_folder / PUBLISHED).unlink(missing_ok=True)
+
+    def _publish_bases(self) -> None:
+        """Publish bases B, C and D after release 2; B with a bad payload; and everything back to release 2 after B."""
+        #: The hash of a base's manifest by the hash of each pack that leads to it.
+        self.packs: dict[str, str] = {}
+        for start, name, adapter, key in (
+            ("r2", "B", "first", "B"), ("rB", "C", "first", "C"), ("rC", "D", "first", "D"), ("r2", "B", "loha", "badB"),
+        ):  # fmt: skip
+            self._restore(start)
+            source = made() / "adapters" / adapter
+            said = publish.base(self.fleet.repo, base(name), source, encoding="f32", passphrase=PASSPHRASE)
+            self.shas[key] = said["sha256"]
+            self._keep(key if key == "badB" else f"r{key}")
+            tail, manifest = f"{said['base']['base_id'][:16]}.base", (base(name) / MANIFEST).read_bytes()
+            for file in (self.fleet.repo / "targets").rglob(f"*{tail}"):
+                self.packs[file.name.partition(".")[0]] = sha256_bytes(manifest)
+        self.verdicts[self.shas["badB"]] = PayloadError("payload: golden output y", "an answer", "another")
+        self._restore("rB")
+        publish.rollback(self.fleet.repo, 2, passphrase=PASSPHRASE)
+        self._keep("backB")
 
     def use(self, name: str) -> None:
         """Have the address that devices know lead to a repository."""
@@ -196,6 +219,12 @@ class World:
         self.use("r2")
         self.open(at, Recorder(self.live)).update()
         self.folders["2, emitted"] = taken(self.live)
+        shutil.rmtree(self.live)
+        laid_out(self.folders["2"], self.live, self.pool)
+        for seq, name in ((3, "B"), (4, "C")):
+            self.use(f"r{name}")
+            assert self.open(at, Recorder(self.live)).update()["to_seq"] == seq
+            self.folders[name] = taken(self.live)
         shutil.rmtree(self.live)
 
     def close(self) -> None:
@@ -274,14 +303,19 @@ class World:
         sha = device.status()["serving"]["sha256"]
         stored = list((device.folder / "store").iterdir())
         self._need(len(stored) <= 2, f"{len(stored)} payloads are stored")
+        beside = list((device.folder / "bases").glob("*"))
+        self._need(len(beside) <= 2, f"{len(beside)} bases are stored")
         if sha is None:
             return
-        good = set(self.shas.values()) - {self.shas["bad"]}
+        good = set(self.shas.values()) - {self.shas["bad"], self.shas["badB"]}
         self._need(sha in good, f"{sha} never passed a trial")
         payload = device._payload
         self._need(
             payload is not None and sha256_bytes(payload.raw) == sha, "bytes that were never verified are served"
         )
+        assert payload is not None
+        self._need(device.manifest.base_id in payload.base_ids, "a payload is served on another base than its own")
+        Manifest.load(device._base.folder)  # every file as its manifest says, and its id
 
     def _emits(self, at: Path) -> dict[str, Any] | None:
         """See that applications in C++ find a whole adapter of a payload that passed its trial, or none; return what they are told."""
@@ -330,6 +364,10 @@ class World:
                 there = [p.stat().st_size for p in (at / "dl" / f"{name}.part", at / "store" / name) if p.exists()]
                 # A rename from one folder to another may lose both names, and is begun after the trial only.
                 done = state.refusal(name) is not None or (state.pending is not None and state.pending.sha256 == name)
+                made = name if size == 0 else self.packs.get(name)  # a base that was unpacked, or is to come of a pack
+                if made is not None:
+                    done = any(r.base == made for r in state.refused) or made in state.bases
+                    done = done or Bases(at, Disk(), device.manifest).find(made, staged=True) is not None
                 self._need(done or (there and max(there) >= size), f"{size} bytes that were durable are gone")
 
     def _tidy(self, at: Path, status: dict[str, Any]) -> None:
@@ -338,12 +376,14 @@ class World:
         named = {s["sha256"] for s in (status["serving"], status["previous"], status["pending"]) if s and s["sha256"]}
         staged = {n for n in there if n.startswith(("store/", "dl/"))}
         self._need({Path(n).name.removesuffix(".part") for n in staged} == named, f"left over: {sorted(staged)}")
-        known = ("factory/", "metadata/", "store/", "dl/", "log.", f"{EMITTED}/")
+        known = ("factory/", "metadata/", "store/", "bases/", "dl/", "log.", f"{EMITTED}/")
         rest = {n for n in there if not n.startswith(known)} - {COUNTER}
         self._need(
             (said := self._emits(at)) is None or said["sha256"] == status["serving"]["sha256"], f"emitted: {said}"
         )
         self._need(len([n for n in there if n.startswith(f"{EMITTED}/")]) <= 3, "more than two adapters are left")
+        bases = {n.split("/")[1] for n in there if n.startswith("bases/")} | {p.name for p in (at / "bases").glob("*")}
+        self._need(bases == StateFiles(at, Disk()).read().bases, f"left over: bases {sorted(bases)}")
         always = {"config.json", "root.json", "state.0", "state.1", "device.key", "identity.json"}
         self._need(rest - {"device.json"} == always, f"left over: {sorted(rest)}")
         self._need(not [n for n in there if n.endswith(".tmp")], "unfinished files are left")
@@ -375,8 +415,8 @@ def _versions(folder: Path) -> dict[str, int]:
 
 @contextlib.contextmanager
 def _marking(disk: Recorder) -> Iterator[None]:
-    """While this lasts, note in `disk` what its users are promised: states, metadata, parts of downloads, what is emitted."""
-    write, keep, emit = StateFiles.write, _Part.keep, emitting.emit
+    """While this lasts, note in `disk` what its users are promised: states, metadata, parts of downloads, bases, what is emitted."""
+    write, keep, unpack, emit = StateFiles.write, _Part.keep, Bases.unpack, emitting.emit
 
     def written(self: StateFiles, state: State) -> State:
         out = write(self, state)
@@ -389,17 +429,21 @@ def _marking(disk: Recorder) -> Iterator[None]:
         if self.size:
             disk.mark((self.path.name.removesuffix(".part"), self.size))
 
-    def emitted(folder: Path, manifest: Manifest, entry: Entry | None, *rest: Any) -> None:
-        emit(folder, manifest, entry, *rest)
+    def unpacked(self: Bases, pack: Path, brought: Any, *about: Any) -> None:
+        unpack(self, pack, brought, *about)
+        disk.mark((brought.manifest, 0))
+
+    def emitted(folder: Path, base: Any, entry: Entry | None, *rest: Any) -> None:
+        emit(folder, base, entry, *rest)
         # What was told before is not told any more.
         disk.marks = [(at, what) for at, what in disk.marks if not isinstance(what, Emitted)]
         disk.mark(Emitted(None if entry is None else entry.sha256))
 
-    StateFiles.write, _Part.keep, emitting.emit = written, kept, emitted  # type: ignore[method-assign]
+    StateFiles.write, _Part.keep, Bases.unpack, emitting.emit = written, kept, unpacked, emitted  # type: ignore[method-assign]
     try:
         yield
     finally:
-        StateFiles.write, _Part.keep, emitting.emit = write, keep, emit  # type: ignore[method-assign]
+        StateFiles.write, _Part.keep, Bases.unpack, emitting.emit = write, keep, unpack, emit  # type: ignore[method-assign]
 
 
 # the scenes -----------------------------------------------------------------------------------------------------------
@@ -420,6 +464,9 @@ def scenes(world: World) -> list[Scene]:
     payload = next((world.at / "repo-r3" / "targets").rglob(f"{s['loha']}.*")).read_bytes()
     stored = f"{DEVICE}/store/{s['second']}"
     rotted = {**f["2"], stored: bytes(len(f["2"][stored] or b""))}
+    data = next(p for p in f["B"] if p.startswith(f"{DEVICE}/bases/") and p.endswith("/base.data"))
+    rotted_base = {**f["B"], data: bytes(len(f["B"][data] or b""))}
+    ill_on_b = {"health_command": ["/bin/sh", "-c", f'test "$LRCOMPRESS_SHA256" != {s["B"]}'], "probation_s": 20}
     healthy = {"health_command": ["/bin/true"], "probation_s": 20}
     ill = {"health_command": ["/bin/sh", "-c", f'test "$LRCOMPRESS_SHA256" != {s["loha"]}'], "probation_s": 20}
     return [
@@ -447,6 +494,15 @@ def scenes(world: World) -> list[Scene]:
         Scene("two reports", {**f["2"], f"{DEVICE}/{COUNTER}": b"41"}, "r3", reports, s["loha"]),
         Scene("on probation, and well", with_settings(f["2"], **healthy), "r3", update, s["loha"]),
         Scene("on probation, and ill", with_settings(f["2"], **ill), "r3", update, s["second"], ("rejected",), (s["loha"],)),
+        Scene("a new base", f["2"], "rB", update, s["B"]),
+        Scene("a third base, the oldest goes", f["C"], "rD", update, s["D"]),
+        Scene("a new base whose payload fails its trial", f["2"], "badB", update, s["second"], ("rejected",), (s["badB"],)),
+        Scene("rolled back here from a new base", f["B"], "rB", lambda d: d.rollback(), s["second"], unless_promised=s["B"]),
+        Scene("rolled back from a new base by the publisher", f["B"], "backB", update, s["second"]),
+        Scene("a link that is cut while a base comes", f["2"], "rB", with_cuts, s["B"]),
+        Scene("a base that rotted", rotted_base, "rB", update, s["B"]),
+        Scene("no verdict on a new base, then one", f["2"], "rB", no_verdict_first, s["B"]),
+        Scene("a new base on probation, and ill", with_settings(f["2"], **ill_on_b), "rB", update, s["second"], ("rejected",), (s["B"],)),
     ]  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from lrcompress.files import sha256_tree
 from lrcompress.publish import releases
 from lrcompress.publish.encoding import Encoded
 from lrcompress.publish.repository import Repository
+from tests.support.bases import base
 from tests.support.fleet import PASSPHRASE, made, payload_bytes
 from tests.support.killing import Killed, stops
 
@@ -51,6 +52,7 @@ ACTS = {
     "new keys": (1, _rotate("targets", "timestamp", "default")),
     "a new root": (1, _rotate("root", "snapshot")),
     "a revoked key": (1, _revoke),
+    "a new base": (1, lambda work: publish.base(work / "repo", base("B"), made() / "adapters" / "second", passphrase=PASSPHRASE)),
     "pruning": (3, lambda work: publish.prune(work / "repo", keep=1)),
 }  # fmt: skip
 

@@ -22,7 +22,8 @@ from lrcompress.adapt._files import write_adapter
 from lrcompress.edge import Device
 from lrcompress.edge.disk import Disk
 from lrcompress.edge.settings import load_settings
-from lrcompress.edge.trial import NoVerdict, Trial, judge
+from lrcompress.edge.state import StateFiles
+from lrcompress.edge.trial import NoVerdict, Trial, judge, judge_base
 from lrcompress.errors import PayloadError
 from lrcompress.export.payloads import payload_tensors
 from lrcompress.files import sha256_bytes
@@ -68,16 +69,26 @@ def trial_here(at: Path) -> Trial:
     """Return the trial of a device folder, in this process: what the child does, without the second that it takes."""
 
     def judged(data: bytes) -> None:
-        factory = at / "factory"
-        session = Session(factory, manifest=Manifest.load(factory), verify=False)
+        base, limits = base_of(at), load_settings(at, Disk()).limits
         try:
-            judge(data, session, load_golden(factory / "golden.npz"), load_settings(at, Disk()).limits)
+            if base.name != "factory":
+                judge_base(base, at / "factory", limits, 1)
+            session = Session(base, manifest=Manifest.load(base), verify=False)
+            judge(data, session, load_golden(base / "golden.npz"), limits)
         except PayloadError:
             raise
         except Exception as e:
             raise NoVerdict(str(e)) from e
 
     return judged
+
+
+def base_of(at: Path) -> Path:
+    """Return the base that the payload on trial is for, as the device's state says."""
+    pending = StateFiles(at, Disk()).read().pending
+    if pending is None or pending.base is None:
+        return at / "factory"
+    return next(p for p in (at / "bases" / pending.base, at / "dl" / f"{pending.base}.base") if p.is_dir())
 
 
 class Fleet:

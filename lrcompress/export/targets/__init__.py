@@ -30,7 +30,7 @@ class Request:
     """What to export. `module` is the live network; `calibration`: feeds to quantize by, None without data.
 
     `bits`: of single layers, for `quantize` "plan"; `profile`: the device that must be able to run it.
-    `block`: inputs that share a scale at 4 bits.
+    `block`: inputs that share a scale at 4 bits; `blocks`: where a layer has its own.
     """
 
     opened: OpenedModel
@@ -44,6 +44,7 @@ class Request:
     bits: Mapping[str, int] = field(default_factory=dict)
     profile: DeviceProfile | None = None
     block: int = 32
+    blocks: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

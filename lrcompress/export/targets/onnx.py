@@ -75,7 +75,8 @@ def write(stage: Path, request: Request) -> Written:
     weights: list[dict[str, Any]] = []
     if request.quantize != "none":
         bits = _of_weights(model, request.quantize, planned)
-        quantized = quantize(model, bits, slots=slot_names, calibration=request.calibration, block=request.block)
+        blocks = {n: request.blocks.get(n.rpartition(".")[0], request.block) for n in bits}
+        quantized = quantize(model, bits, slots=slot_names, calibration=request.calibration, block=blocks)
         model, weights = quantized.model, quantized.rows
     model = finish(model, slot_names)
     strip(model)

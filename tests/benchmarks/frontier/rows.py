@@ -5,8 +5,11 @@ Every way returns the bytes of one ONNX file, or says in one line why it cannot 
 
 from __future__ import annotations
 
+import functools
+import json
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +21,14 @@ from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQua
 
 from lrcompress import api
 from lrcompress.errors import LrcompressError
-from lrcompress.export.graph import trace
+from lrcompress.files import write_json
 from lrcompress.latency import LatencyTable
+from lrcompress.plan import RankPlan, write_plan
+from lrcompress.plan.candidates import Limits
+from lrcompress.plan.prices import Prices
+from lrcompress.progress import Silent
+from lrcompress.verbs.budgeting import Market, device_plan
+from lrcompress.verbs.planning import prepare
 
 from .subjects import Subject
 
@@ -54,6 +63,31 @@ class Row:
         }  # fmt: skip
 
 
+class Kept:
+    """Rows on disk, with what they were judged to be: a run that is repeated makes none of them again, and only times them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def _file(self, name: str, suffix: str) -> Path:
+        return self.folder / f"{re.sub(r'[^a-z0-9.]+', '-', name.lower())}.{suffix}"
+
+    def get(self, name: str) -> Row | None:
+        """Return a row that is there, without times."""
+        about, graph = self._file(name, "json"), self._file(name, "onnx")
+        if not about.is_file():
+            return None
+        kept = json.loads(about.read_text())
+        fields = {k: kept[k] for k in ("group", "value", "stderr", "n", "why_not", "notes")}
+        return Row(name, **fields, graph=graph.read_bytes() if graph.is_file() else b"")
+
+    def put(self, row: Row) -> None:
+        if row.graph:
+            self._file(row.name, "onnx").write_bytes(row.graph)
+        write_json(self._file(row.name, "json"), row.as_json())
+
+
 class _Feeds(CalibrationDataReader):  # type: ignore[misc]
     def __init__(self, subject: Subject) -> None:
         data = subject.calibration.take(slice(0, _SAMPLES))
@@ -64,13 +98,12 @@ class _Feeds(CalibrationDataReader):  # type: ignore[misc]
 
 
 def dense_rows(subject: Subject) -> Iterator[Row]:
-    """Yield the dense network as it is, and after one line of each of the runtime's quantizers."""
-    assert subject.opened.module is not None
-    model = trace(subject.opened, subject.opened.module, where="bench-frontier")
-    yield Row("dense fp32", ONE_LINE, model.SerializeToString())
+    """Yield the dense network as `export` writes it, and what one line of each of the runtime's quantizers makes of that."""
     with tempfile.TemporaryDirectory() as scratch:
         source, dest = Path(scratch) / "dense.onnx", Path(scratch) / "small.onnx"
-        onnx.save(model, source)
+        source.write_bytes(exported(subject, subject.opened, Path(scratch), "none"))
+        model = onnx.load(source)
+        yield Row("dense fp32", ONE_LINE, source.read_bytes())
 
         def dynamic() -> bytes:
             quantize_dynamic(source, dest, weight_type=QuantType.QInt8)
@@ -99,49 +132,78 @@ def dense_rows(subject: Subject) -> Iterator[Row]:
             yield _tried("MatMulNBits, tables too", ONE_LINE, lambda: packed(True))
 
 
-def our_rows(subject: Subject, ratio: float) -> Iterator[Row]:
-    """Yield dense int8, and factors at a share of the numbers in each precision that `export` has."""
+def our_rows(subject: Subject, ratio: float, kept: Callable[[str], Row | None]) -> Iterator[Row]:
+    """Yield dense int8, and factors at a share of the numbers in each precision that `export` has; `kept`: rows by name."""
     from lrcompress.export.targets import target
 
     offered = [q for q in ("int8", "int4") if q in target("onnx").QUANTIZE]
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         for quantize in offered:
-            yield _tried(f"dense {quantize}", OURS, lambda q=quantize: exported(subject, subject.opened, place, q))
+            name = f"dense {quantize}"
+            yield kept(name) or _tried(name, OURS, lambda q=quantize: exported(subject, subject.opened, place, q))
+        names = {q: f"low rank {ratio:g}" + ("" if q == "none" else f" + {q}") for q in ("none", *offered)}
+        found = {q: kept(name) for q, name in names.items()}
         try:
-            api.factorize(
-                subject.opened, ratio=ratio, calib=subject.calibration, compute="cpu", output=place / "compressed"
-            )
+            if not all(found.values()):
+                api.factorize(
+                    subject.opened, ratio=ratio, calib=subject.calibration, compute="cpu", output=place / "compressed"
+                )
         except LrcompressError as e:
-            yield Row(f"low rank {ratio:g}", OURS, why_not=str(e))
+            yield Row(names["none"], OURS, why_not=str(e))
             return
-        for quantize in ("none", *offered):
-            name = f"low rank {ratio:g}" + ("" if quantize == "none" else f" + {quantize}")
-            yield _tried(name, OURS, lambda q=quantize: exported(subject, place / "compressed", place, q))
+        for quantize, name in names.items():
+            yield found[quantize] or _tried(
+                name, OURS, lambda q=quantize: exported(subject, place / "compressed", place, q)
+            )
 
 
-def planned_row(subject: Subject, name: str, limits: dict[str, float], table: LatencyTable | Path, threads: int) -> Row:
-    """Return what the planner chooses within a budget of bytes and milliseconds, applied and exported."""
-    with tempfile.TemporaryDirectory() as scratch:
-        place = Path(scratch)
+class Planner:
+    """What `plan`, `factorize --plan` and `export --quantize plan` make of a network, budget by budget.
+
+    What the layers can become is measured once; budgets that end in the same plan share its file.
+    """
+
+    def __init__(self, subject: Subject, table: LatencyTable, threads: int) -> None:
+        self.subject, self.prices = subject, Prices(table, threads)
+        self.multiple = min(table.rank_multiple.values(), default=1)
+        self._made: dict[str, bytes] = {}
+
+    @functools.cached_property
+    def market(self) -> Market:
+        prepared = prepare(
+            self.subject.opened, include=(), exclude=(), calib=self.subject.calibration, seed=0, compute="cpu", cache=True,
+            progress=Silent(), verb="plan",
+        )  # fmt: skip
+        return Market.of(
+            prepared, method="auto", prices=self.prices, multiple=self.multiple, progress=Silent()
+        )  # fmt: skip
+
+    def row(self, name: str, *, n_bytes: float, ms: float | None = None) -> Row:
+        """Return the best choice within a budget of bytes and milliseconds, applied and exported."""
         row = Row(name, PLANNER)
         try:
-            found = api.plan(
-                subject.opened, max_bytes=int(limits["bytes"]), max_ms=limits.get("ms"), latency=table,
-                calib=subject.calibration, compute="cpu", output=place / "plan.json",
-            )  # fmt: skip
-            row.notes = str(found.data["advice"])
-            api.factorize(
-                subject.opened,
-                plan=place / "plan.json",
-                calib=subject.calibration,
-                compute="cpu",
-                output=place / "compressed",
+            plan = device_plan(self.market, Limits(int(n_bytes), ms))
+            row.notes = str(plan.about["advice"])
+            key = json.dumps(
+                [[p["name"], p["form"], p["rank"], p["bits"], p.get("block")] for p in plan.as_json()["layers"]]
             )
-            row.graph = exported(subject, place / "compressed", place, "plan")
+            if key not in self._made:
+                self._made[key] = self._applied(plan)
+            row.graph = self._made[key]
         except LrcompressError as e:
             row.why_not = str(e)
         return row
+
+    def _applied(self, plan: RankPlan) -> bytes:
+        with tempfile.TemporaryDirectory() as scratch:
+            place = Path(scratch)
+            write_plan(place / "plan.json", plan)
+            api.factorize(
+                self.subject.opened, plan=place / "plan.json", calib=self.subject.calibration, compute="cpu",
+                output=place / "compressed",
+            )  # fmt: skip
+            return exported(self.subject, place / "compressed", place, "plan")
 
 
 def exported(subject: Subject, source: object, place: Path, quantize: str) -> bytes:

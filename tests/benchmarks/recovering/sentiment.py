@@ -1,4 +1,4 @@
-"""MiniLM with a head for sentiment, trained here on film sentences (SST-2); IMDB's reviews are the other domain."""
+"""MiniLM with a head for sentiment, trained here on film sentences (SST-2), the encoder as it came; IMDB's reviews are another domain."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def classifier() -> Classifier:
     return Classifier(BertModel(config, add_pooling_layer=False)).eval()
 
 
-def texts(path: Path) -> Data:
+def texts(path: Path, tokens: int = TOKENS) -> Data:
     """Return a table of texts with their labels."""
-    return open_table(path, INPUTS, {}, None, _home(), TOKENS)
+    return open_table(path, INPUTS, {}, None, _home(), tokens)
 
 
 def trained(data: Data) -> Classifier:
