@@ -69,6 +69,19 @@ def test_a_kill_then_a_power_cut(world: World, call: int) -> None:
     assert cut(world, one, killed_at(world, one, call), most=4, sample=20, seed=call) > 10
 
 
+def test_what_a_killed_process_deleted_does_not_come_back_as_a_third(world: World) -> None:
+    """The oldest payload was deleted, and the process killed before it could make that last; the next one goes on."""
+    one, tried = scene(world, "third update, the oldest goes"), 0
+    ops = world.record(one).ops
+    call = next(i for i, op in enumerate(ops) if op.name == "unlink" and "/store/" in op.path) + 1
+    disk = killed_at(world, one, call)
+    for at, image, promised in list(world.images(one, disk, 24)):
+        if at > call:
+            world.judge(one, image, promised)
+            tried += 1
+    assert tried > 20
+
+
 def test_what_a_killed_process_emitted_is_made_to_last(world: World) -> None:
     """Killed before it could sync the names in emit/: the next process finds all as it should be, and builds on it."""
     one, tried = scene(world, "what C++ loads, again"), 0
