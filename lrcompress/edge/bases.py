@@ -199,9 +199,10 @@ class Bases:
         gone = [p for p in self._disk.names(self.folder) if p.name not in keep and p.name != name]
         for path in gone:
             self._disk.clear(path)
-        if gone:  # or a cut could leave the old one beside the new one
+        missing = self.find(name) is None
+        if gone or missing:  # whoever deleted one may have been killed; a cut could leave it beside the new one
             self._disk.sync_folder(self.folder)
-        if self.find(name) is None:
+        if missing:
             self._disk.clear(self.folder / name)
             self._disk.rename(self.stage(name), self.folder / name)
         self._disk.sync_folder(self.folder)

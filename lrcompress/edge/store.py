@@ -95,9 +95,10 @@ class Store:
         gone = [p for p in self._disk.names(self.folder) if p.name not in keep and p.name != sha256]
         for path in gone:
             self._disk.unlink(path)
-        if gone:  # or a cut could leave the old one beside the new one
+        missing = self.read(sha256) is None
+        if gone or missing:  # whoever deleted one may have been killed; a cut could leave it beside the new one
             self._disk.sync_folder(self.folder)
-        if self.read(sha256) is None:
+        if missing:
             self._disk.rename(self.part(sha256), self.path(sha256))
         # The name in the store must last, also one that a process gave it which was killed before it could see to that.
         # The old name among the downloads may come back, and is swept then.

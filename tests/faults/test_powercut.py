@@ -69,6 +69,22 @@ def test_a_kill_then_a_power_cut(world: World, call: int) -> None:
     assert cut(world, one, killed_at(world, one, call), most=4, sample=20, seed=call) > 10
 
 
+@pytest.mark.parametrize(
+    ("name", "asker"),
+    [("third update, the oldest goes", "Store.admit"), ("a third base, the oldest goes", "Bases.admit")],
+)
+def test_a_kill_between_a_deletion_and_its_sync(world: World, name: str, asker: str) -> None:
+    """The next process sees nothing to delete any more; what is gone for it may come back beside what it puts there."""
+    one, judged = scene(world, name), 0
+    first = next(i for i, op in enumerate(world.record(one).ops) if op.by == asker and op.name == "sync_folder")
+    disk = killed_at(world, one, first)
+    for call, image, promised in list(world.images(one, disk, 64)):
+        if call < len(disk.ops) and disk.ops[call].by == asker and call > first:
+            world.judge(one, image, promised)
+            judged += 1
+    assert judged > 4
+
+
 def test_a_second_cut_while_it_recovers(world: World) -> None:
     one = scene(world, "third update, the oldest goes")
     assert twice(world, one, first=8, second=6, seed=0) > 20
