@@ -132,10 +132,10 @@ _Make = Callable[[str, list[Tensor], list[bool], Tensor, Any], list[Step]]
 def _moved(name: str, tensors: list[Tensor], constant: list[bool], out: Tensor, args: Any) -> list[Step]:
     """Anything that is no product: by the numbers that it writes."""
     if name == "index_select":
-        kind, _, dims, _ = taken(
+        picked, _, dims, _ = taken(
             out.numel(), math.prod(out.shape[int(args[1]) % out.dim() + 1 :]), int(args[2].numel())
         )
-        return [Step(kind, dims)]
+        return [Step(picked, dims)]
     kind = {"cat": "Concat", "index": "gather", "embedding": "gather", "mul": "Mul"}.get(name)
     if kind == "gather":
         width = out.shape[-1]
