@@ -32,6 +32,10 @@ class Base(NamedTuple):
     manifest: Manifest
 
 
+class NotHere(HostError):
+    """The base that a pack starts from has rotted since it was looked at: another pack may do."""
+
+
 class Bases:
     """The bases of one device folder."""
 
@@ -121,14 +125,16 @@ class Bases:
         self._disk.sync_folder(self.downloads)  # it is long to fetch: its name is to outlive the pack's
 
     def _start(self, way: Way, names: Collection[str]) -> Base | None:
-        """Return the base that a pack starts from. Raises `HostError` if it has rotted since it was looked at."""
+        """Return the base that a pack starts from. Raises `NotHere`."""
         if way.start is None:
             return None
         for name in (None, *sorted(names)):
             found = self.find(name)
             if found is not None and found.manifest.base_id == way.start:
                 return found
-        raise HostError(self.folder, f"the base {way.start[:16]}", "none", "it is fetched whole with the next update")
+        raise NotHere(
+            self.folder, f"the base {way.start[:16]}", "none any more", "it is tried again with the next update"
+        )
 
     def _range(self, start: Base | None, name: str, offset: int, length: int) -> Iterator[bytes]:
         assert start is not None
@@ -190,13 +196,13 @@ class Bases:
         if not self.folder.is_dir():
             self._disk.mkdir(self.folder)
             self._disk.sync_folder(self._device)
-        gone = [p for p in self._disk.names(self.folder) if p.name not in keep and p.name != name]
-        for path in gone:
-            self._disk.clear(path)
-        if gone:  # or a cut could leave the old one beside the new one
-            self._disk.sync_folder(self.folder)
+        for path in self._disk.names(self.folder):
+            if path.name not in keep and path.name != name:
+                self._disk.clear(path)
         if self.find(name) is None:
             self._disk.clear(self.folder / name)
+            # Or a cut could leave an old one beside the new one, also one that a process deleted which was killed then.
+            self._disk.sync_folder(self.folder)
             self._disk.rename(self.stage(name), self.folder / name)
         self._disk.sync_folder(self.folder)
 

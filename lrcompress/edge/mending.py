@@ -36,8 +36,6 @@ def mend(
     for place in (folder, folder / METADATA, folder / ROOTS):
         disk.sweep(place)
     state = files.read()
-    if not state.readable:
-        return state
     mended = back_from_probation(state)  # whoever watched over it is gone
 
     def whole(entry: Entry | None) -> bool:

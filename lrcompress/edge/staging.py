@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from ..errors import DownloadError, HostError, PayloadError, UpdateError
-from .bases import Base, Bases, Wanted
+from .bases import Base, Bases, NotHere, Wanted
 from .disk import Disk
 from .fetch import fetch
 from .log import StatusLog
@@ -94,7 +94,7 @@ class Staging:
                 self._download(offer, "pack", way.sha256, way.path, way.length)
                 self._unpack(brought, way, state)
                 return
-            except BadPack:
+            except (BadPack, NotHere):
                 if last:
                     raise
             except (UpdateError, DownloadError) as e:

@@ -150,6 +150,7 @@ def test_a_pack_that_is_cut_goes_on_after_a_restart(fleet: Fleet, monkeypatch: p
     assert fleet.device().status()["base_id"] in ids("B")
 
 
+@pytest.mark.slow
 def test_where_a_delta_is_of_no_use_the_whole_base_is_fetched(fleet: Fleet) -> None:
     add_base(fleet, "B")
     factory = Manifest.load(made() / "exported").base_id
@@ -203,6 +204,7 @@ def test_the_publisher_brings_everybody_back_to_the_base_before(fleet: Fleet) ->
     assert fleet.device().update()["to_seq"] == 5 and fleet.device().status()["base_id"] in ids("B")
 
 
+@pytest.mark.slow
 def test_the_old_base_stays_until_the_commit_and_only_what_is_named_is_kept(fleet: Fleet) -> None:
     for seq, name in ((2, "B"), (3, "C"), (4, "D")):
         add_base(fleet, name)
@@ -227,6 +229,24 @@ def test_a_base_that_rots_is_fetched_again_and_nothing_of_it_is_served(fleet: Fl
     np.testing.assert_array_equal(answers(fleet.device()), before)
     assert fleet.device().update()["state"] == "updated"
     np.testing.assert_array_equal(answers(fleet.device()), expected(base("B"), fleet))
+
+
+def test_a_pack_from_a_base_that_has_rotted_is_no_way(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base that waits for its trial again lies among those in use; the state goes on naming it when it rots."""
+    (fleet.at / "device.json").write_text(
+        json.dumps({"schema": 1, "health_command": ["/bin/true"], "probation_s": 0.1})
+    )
+    add_base(fleet, "B")
+
+    def gone(seconds: float) -> None:
+        raise KeyboardInterrupt  # the process ends in its probation
+
+    with pytest.raises(KeyboardInterrupt):
+        fleet.device(sleep=gone).update()
+    (path,) = (fleet.at / "bases").glob(f"*/{DATA}")
+    path.write_bytes(bytes(len(path.read_bytes())))
+    add_base(fleet, "C")
+    assert fleet.device().update()["to_seq"] == 3 and stored(fleet) == ids("C")
 
 
 def test_a_session_in_another_process_follows_base_and_payload(fleet: Fleet) -> None:
@@ -265,6 +285,7 @@ def test_a_repaired_base_is_tried_again_with_the_same_payload(fleet: Fleet) -> N
     assert fleet.device().update()["to_seq"] == 3
 
 
+@pytest.mark.slow
 def test_other_languages_are_told_which_base(fleet: Fleet) -> None:
     add_base(fleet, "B")
     fleet.device().update(emit="onnx-adapter")
@@ -354,6 +375,7 @@ def test_a_payload_is_not_needed(fleet: Fleet) -> None:
     assert said["payload_bytes"] < 3000
 
 
+@pytest.mark.slow
 def test_a_base_is_rolled_out_and_halted_like_a_payload(fleet: Fleet) -> None:
     before = answers(fleet.device())
     add_base(fleet, "B", channel="canary")
@@ -388,6 +410,7 @@ def test_the_export_that_was_replaced_in_its_place_is_known_by_its_tensors(tmp_p
     publish.verify(repo)
 
 
+@pytest.mark.slow
 def test_prune_keeps_the_packs_that_can_be_asked_for(fleet: Fleet) -> None:
     for name in ("B", "C"):
         add_base(fleet, name)

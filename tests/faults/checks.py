@@ -64,7 +64,6 @@ CHECKS: list[tuple[str, str, str, str, str, str]] = [
     ("the wait is capped", "updater.py", "min(MAX_BACKOFF, BACKOFF", "max(MAX_BACKOFF, BACKOFF", TRIAL, "grows_and_is_capped"),
     ("no verdict is no refusal", "updater.py", "except NoVerdict as e:\n            raise self._no_verdict", "except NoVerdict as e:\n            self._refuse(state, pending, e)\n            raise self._no_verdict", DEVICE, "without_a_verdict"),
     ("deleting nothing while the state is lost (clean)", "staging.py", "    if not state.readable:\n        return\n", "", DISKS, "both_copies"),
-    ("deleting nothing while the state is lost (mend)", "mending.py", "    if not state.readable:\n        return state\n", "", "tests/faults/test_kill.py", "both_state"),
     ("a clock that is known to be wrong", "updater.py", "if self.clock() < floor:", "if False:", CLOCK, "set_back"),
     ("the trusted time is a floor", "updater.py", "        if state.trusted_time is not None:\n            floor", "        if False:\n            floor", CLOCK, "set_back"),
     ("a time ahead is not trusted", "updater.py", "if issued - CLOCK_SKEW > self.clock():", "if False:", CLOCK, "ahead_of_this"),
