@@ -220,10 +220,11 @@ def test_an_agent_on_arm_survives_being_killed(
         process.communicate()
         found = arm.device("status")[1]
         assert found["state_readable"] and found["serving"]["seq"] in (1, 2)
+    fleet.add("loha")
     (arm.at / "device.json").write_text(json.dumps({"schema": 1, "poll_s": 10}))
     agent = arm.start("-m", "lrcompress", "device", "agent", str(arm.at), "--json")
     until = time.monotonic() + 20 * whole_s + 120
-    while arm.device("status")[1]["serving"]["seq"] != 2:
+    while arm.device("status")[1]["serving"]["seq"] != 3:
         assert time.monotonic() < until and agent.poll() is None
     agent.send_signal(signal.SIGTERM)
     out, err = agent.communicate()
