@@ -196,14 +196,13 @@ class Bases:
         if not self.folder.is_dir():
             self._disk.mkdir(self.folder)
             self._disk.sync_folder(self._device)
-        gone = [p for p in self._disk.names(self.folder) if p.name not in keep and p.name != name]
-        for path in gone:
-            self._disk.clear(path)
-        missing = self.find(name) is None
-        if gone or missing:  # whoever deleted one may have been killed; a cut could leave it beside the new one
-            self._disk.sync_folder(self.folder)
-        if missing:
+        for path in self._disk.names(self.folder):
+            if path.name not in keep and path.name != name:
+                self._disk.clear(path)
+        if self.find(name) is None:
             self._disk.clear(self.folder / name)
+            # Or a cut could leave an old one beside the new one, also one that a process deleted which was killed then.
+            self._disk.sync_folder(self.folder)
             self._disk.rename(self.stage(name), self.folder / name)
         self._disk.sync_folder(self.folder)
 

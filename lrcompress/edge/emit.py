@@ -37,6 +37,8 @@ def emit(folder: Path, base: Base, entry: Entry | None, payload: Payload | None,
     """
     manifest = base.manifest
     place = folder / EMITTED
+    if place.is_dir():  # names that a process gave which was killed before it could make them last are built upon below
+        disk.sync_folder(place)
     said = _read(place, disk)
     wanted = {
         "schema": 1,

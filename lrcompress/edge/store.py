@@ -95,10 +95,9 @@ class Store:
         gone = [p for p in self._disk.names(self.folder) if p.name not in keep and p.name != sha256]
         for path in gone:
             self._disk.unlink(path)
-        missing = self.read(sha256) is None
-        if gone or missing:  # whoever deleted one may have been killed; a cut could leave it beside the new one
+        if self.read(sha256) is None:
+            # A cut must not leave three: what was deleted, here or by a process that was killed since, is gone first.
             self._disk.sync_folder(self.folder)
-        if missing:
             self._disk.rename(self.part(sha256), self.path(sha256))
         # The name in the store must last, also one that a process gave it which was killed before it could see to that.
         # The old name among the downloads may come back, and is swept then.

@@ -238,6 +238,9 @@ def _moved(kind: str, dims: Dims, copies: int) -> _Made:
                 "axis": np.array([1], np.int64),
             }
             nodes.append(Node("Slice", [x, "from", "to", "axis"], [y]))
+        elif kind == "take":
+            constants = {"order": np.random.default_rng(0).permutation(width).astype(np.int64)}
+            nodes.append(Node("Gather", [x, "order"], [y], {"axis": 1}))
         elif kind == "Concat":
             feeds[x] = _random((shape[0], width // 2), i)
             nodes.append(Node("Concat", [x, x], [y], {"axis": 1}))
@@ -358,7 +361,8 @@ def _surrounded(
 UNARY = ("Relu", "Sigmoid", "Tanh", "Erf", "Sqrt", "Neg", "Gelu", "Pow")
 BINARY = ("Add", "Mul", "Div")
 #: Operators that move numbers: (elements,) of what they write.
-MOVES = ("Slice", "Concat", "Expand", "Pad", "Where", "Cast", "QuantizeLinear", "DequantizeLinear", "Transpose")
+#: "take" is Gather along the last axis, which copies number by number: ten times what moving rows takes.
+MOVES = ("Slice", "Concat", "Expand", "Pad", "Where", "Cast", "QuantizeLinear", "DequantizeLinear", "Transpose", "take")
 #: Operators along the last axis: (rows, columns).
 ROWWISE = ("LayerNormalization", "Softmax", "ReduceMean", "gather", "quantize", "BatchNormalization")
 #: Precisions of products with a constant weight.

@@ -11,6 +11,7 @@ the forward pass does costs what it costs in 32 bits.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..factorize import ConvGeometry, Rank, form
 from ..latency import Dims
 from ..model.surgery import Layer
-from .graph_time import conv_kind
+from .graph_time import conv_kind, taken
 from .prices import Prices
 
 
@@ -130,9 +131,12 @@ _Make = Callable[[str, list[Tensor], list[bool], Tensor, Any], list[Step]]
 
 def _moved(name: str, tensors: list[Tensor], constant: list[bool], out: Tensor, args: Any) -> list[Step]:
     """Anything that is no product: by the numbers that it writes."""
-    kind = {"cat": "Concat", "index_select": "Transpose", "index": "gather", "embedding": "gather", "mul": "Mul"}.get(
-        name
-    )
+    if name == "index_select":
+        picked, _, dims, _ = taken(
+            out.numel(), math.prod(out.shape[int(args[1]) % out.dim() + 1 :]), int(args[2].numel())
+        )
+        return [Step(picked, dims)]
+    kind = {"cat": "Concat", "index": "gather", "embedding": "gather", "mul": "Mul"}.get(name)
     if kind == "gather":
         width = out.shape[-1]
         return [Step("gather", (max(out.numel() // max(width, 1), 1), width))]

@@ -237,7 +237,18 @@ def _lookup(node: onnx.NodeProto, shapes: _Shapes, constants: set[str]) -> _Pric
     out, index = shapes[node.output[0]], shapes[node.input[1]]
     rows = max(_size(index), 1)
     found: _Priced = [("gather", 32, (rows, max(_size(out) // rows, 1)), 1)]
+    if node.op_type == "Gather":
+        data = shapes[node.input[0]]
+        axis = int(_attribute(node, "axis", 0)) % max(len(data), 1)
+        found = [taken(_size(out), _size(data[axis + 1 :]), rows)]
     return found if node.op_type == "Gather" else [*found, ("Mul", 32, (max(_size(out), 1),), 1)]
+
+
+def taken(numbers: int, block: int, picked: int) -> tuple[str, int, Dims, int]:
+    """Return how it is priced to pick so many `numbers`, in blocks that lie together: rows, or number by number."""
+    if block == 1 and picked > 1:
+        return "take", 32, (max(numbers, 1),), 1
+    return "gather", 32, (max(numbers // max(block, 1), 1), max(block, 1)), 1
 
 
 _SPECIAL: Mapping[str, Callable[[onnx.NodeProto, _Shapes, set[str]], _Priced]] = {

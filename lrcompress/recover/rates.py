@@ -3,12 +3,12 @@
 Uphill and downhill, for adapters: a rate is compared with its neighbours, a factor √10 apart, until both are worse.
 Where no rate gains anything in a trial, the loss says only that less was done: then the highest one that did no harm.
 
-Downhill only, for factors (`descending`): the first rate from the centre down whose trial gains anything. A trial
+Downhill only, for factors (`descending`): the first rate from the centre down whose trial does no harm. A trial
 prefers rates that are too low for a long run, which has the time to settle, so that the highest one which does no harm
 is the best guess; and it must be long enough: the first steps of an optimizer shake a network that is nearly right.
 (ResNet-20 at 0.35 of its numbers, loss 1.772 at the start: trials of 12 steps at 3e-4, 1e-3, 3e-3 end at 1.774, 1.800,
 1.827, trials of 24 at 1.770, 1.752, 1.722, and a run of 300 is better at 3e-3 than at 1e-3. MiniLM at half of its encoder, from 0.170: 0.169,
-0.187, 0.258 after 24.)
+0.187, 0.258 after 24. On labels, which it answers too surely at first, from 0.430: 0.436 after 34 at 3e-4, 0.409 after 100.)
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def find_rate(training: Training, centre: float, *, descending: bool) -> None:
                 advance(1, f"{rate_at(centre, k):.2g}: loss {scores[k]:.4f}")
     training.restart()
     chosen = min(scores, key=lambda k: (scores[k], k)) if scores else 0
-    if descending and scores and not scores[chosen] < start:  # the time was up before a rate did no harm
+    if descending and scores and not scores[chosen] <= _HARM * start:  # the time was up before a rate did no harm
         chosen = min(scores) - 1
     elif not descending and scores and not scores[chosen] < start:
         chosen = max((k for k in scores if scores[k] <= _HARM * start), default=min(scores))
@@ -72,12 +72,12 @@ def rate_at(centre: float, k: int) -> float:
 
 def _next(scores: dict[int, float], start: float | None = None) -> int | None:
     """Return the next rate to try, or None: a neighbour of the best so far, lower first; with `start` the next lower one
-    until one ends below it.
+    until one does no harm.
     """
     if not scores:
         return 0
     if start is not None:
-        return None if min(scores.values()) < start else min(scores) - 1
+        return None if min(scores.values()) <= _HARM * start else min(scores) - 1
     best = min(scores, key=lambda k: (scores[k], k))
     return next((k for k in (best - 1, best + 1) if k not in scores), None)
 

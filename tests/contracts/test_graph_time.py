@@ -52,6 +52,25 @@ def test_products_are_priced_by_their_rows_at_run_time():
         assert kinds(found) == [("matmul", 32, (rows, 32, 48), 1), ("matmul", 32, (rows, 48, 24), 1)]
 
 
+@pytest.mark.parametrize(
+    ("axis", "priced"),
+    [(2, ("take", 32, (2 * 6 * 4,), 1)), (1, ("gather", 32, (2 * 4, 5), 1)), (0, ("gather", 32, (4, 30), 1))],
+)
+def test_picking_along_the_last_axis_goes_number_by_number(axis, priced):
+    data = graph(
+        [helper.make_node("Gather", ["x", "order"], ["y"], axis=axis)], [("x", TensorProto.FLOAT, [2, 6, 5])],
+        {"order": np.array([1, 0, 1, 0])},
+    ).SerializeToString()  # fmt: skip
+    assert kinds(request_operators(data, {"x": normal(2, 6, 5)}, blocked=False)) == [priced]
+
+
+def test_a_pivoted_layer_pays_for_its_order():
+    for kind, priced in (("linear", ("take", (16 * 48,))), ("conv", ("gather", (24, 64)))):
+        shape, rank, place = CASES[kind]
+        steps = steps_of("pivoted", Layer("l", kind, torch.empty(shape)), rank, place)
+        assert priced in [(s.kind, s.dims) for s in steps]
+
+
 def test_products_of_two_activations_are_priced_apart():
     nodes = [helper.make_node("MatMul", ["a", "b"], ["y"])]
     inputs = [("a", TensorProto.FLOAT, [2, 3, 5, 8]), ("b", TensorProto.FLOAT, [2, 3, 8, 9])]

@@ -155,9 +155,9 @@ def test_a_search_walks_to_the_lowest_and_looks_at_both_of_its_sides(best):
 
 @pytest.mark.parametrize(
     ("scores", "tried", "chosen"),
-    [((0.9,), 1, 0), ((1.1, 0.9), 2, -1), ((float("inf"), 2.0, 0.5), 3, -2), ((2.0,) * 6, 6, -6)],
+    [((0.9,), 1, 0), ((1.04,), 1, 0), ((1.1, 0.9), 2, -1), ((float("inf"), 2.0, 0.5), 3, -2), ((2.0,) * 6, 6, -6)],
 )
-def test_factors_get_the_highest_rate_that_gains_anything(place, monkeypatch, scores, tried, chosen):
+def test_factors_get_the_highest_rate_that_does_no_harm(place, monkeypatch, scores, tried, chosen):
     """Downhill from the centre, and no further; where every trial did harm, the rate below them all."""
     from lrcompress.recover import rates as module
 

@@ -23,12 +23,13 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from lrcompress import publish
 from lrcompress.edge import Device
+from lrcompress.edge import emit as emitting
 from lrcompress.edge.bases import Bases
 from lrcompress.edge.disk import Disk
 from lrcompress.edge.fetch import _Part
 from lrcompress.edge.folder import COUNTER, EMITTED, KEY
 from lrcompress.edge.identity import Identity
-from lrcompress.edge.state import State, StateFiles
+from lrcompress.edge.state import Entry, State, StateFiles
 from lrcompress.edge.transport import Body, Broken, FolderTransport
 from lrcompress.edge.trial import NoVerdict
 from lrcompress.errors import DeviceStateError, PayloadError
@@ -55,6 +56,13 @@ class Sent:
     """A report that has left the device: its number is used."""
 
     counter: int
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """Applications in C++ were told to load the adapter of a payload."""
+
+    sha256: str | None
 
 
 @dataclass
@@ -348,6 +356,9 @@ class World:
             elif isinstance(what, Sent):
                 counter = Identity(at)._next()
                 self._need(counter > what.counter, f"report {counter} after {what.counter}")
+            elif isinstance(what, Emitted):
+                said = self._emits(at)
+                self._need(said is not None and said["sha256"] == what.sha256, f"emitted {what.sha256}, now {said}")
             elif isinstance(what, tuple):
                 name, size = what
                 there = [p.stat().st_size for p in (at / "dl" / f"{name}.part", at / "store" / name) if p.exists()]
@@ -404,8 +415,8 @@ def _versions(folder: Path) -> dict[str, int]:
 
 @contextlib.contextmanager
 def _marking(disk: Recorder) -> Iterator[None]:
-    """While this lasts, note in `disk` what its users are promised: states that were written, metadata, parts of downloads, bases."""
-    write, keep, unpack = StateFiles.write, _Part.keep, Bases.unpack
+    """While this lasts, note in `disk` what its users are promised: states, metadata, parts of downloads, bases, what is emitted."""
+    write, keep, unpack, emit = StateFiles.write, _Part.keep, Bases.unpack, emitting.emit
 
     def written(self: StateFiles, state: State) -> State:
         out = write(self, state)
@@ -422,11 +433,17 @@ def _marking(disk: Recorder) -> Iterator[None]:
         unpack(self, pack, brought, *about)
         disk.mark((brought.manifest, 0))
 
-    StateFiles.write, _Part.keep, Bases.unpack = written, kept, unpacked  # type: ignore[method-assign]
+    def emitted(folder: Path, base: Any, entry: Entry | None, *rest: Any) -> None:
+        emit(folder, base, entry, *rest)
+        # What was told before is not told any more.
+        disk.marks = [(at, what) for at, what in disk.marks if not isinstance(what, Emitted)]
+        disk.mark(Emitted(None if entry is None else entry.sha256))
+
+    StateFiles.write, _Part.keep, Bases.unpack, emitting.emit = written, kept, unpacked, emitted  # type: ignore[method-assign]
     try:
         yield
     finally:
-        StateFiles.write, _Part.keep, Bases.unpack = write, keep, unpack  # type: ignore[method-assign]
+        StateFiles.write, _Part.keep, Bases.unpack, emitting.emit = write, keep, unpack, emit  # type: ignore[method-assign]
 
 
 # the scenes -----------------------------------------------------------------------------------------------------------
@@ -474,7 +491,7 @@ def scenes(world: World) -> list[Scene]:
         Scene("a delta that is broken", f["2"], "delta", broken_delta, s["delta"]),
         Scene("what C++ loads, for the first time", with_settings(f["2"], emit="onnx-adapter"), "r3", update, s["loha"]),
         Scene("what C++ loads, again", f["2, emitted"], "r3", update, s["loha"]),
-        Scene("two reports", f["2"], "r3", reports, s["loha"]),
+        Scene("two reports", {**f["2"], f"{DEVICE}/{COUNTER}": b"41"}, "r3", reports, s["loha"]),
         Scene("on probation, and well", with_settings(f["2"], **healthy), "r3", update, s["loha"]),
         Scene("on probation, and ill", with_settings(f["2"], **ill), "r3", update, s["second"], ("rejected",), (s["loha"],)),
         Scene("a new base", f["2"], "rB", update, s["B"]),

@@ -69,13 +69,9 @@ def test_a_kill_then_a_power_cut(world: World, call: int) -> None:
     assert cut(world, one, killed_at(world, one, call), most=4, sample=20, seed=call) > 10
 
 
-@pytest.mark.parametrize(
-    ("name", "asker"),
-    [("third update, the oldest goes", "Store.admit"), ("a third base, the oldest goes", "Bases.admit")],
-)
-def test_a_kill_between_a_deletion_and_its_sync(world: World, name: str, asker: str) -> None:
+def test_a_base_that_a_killed_process_deleted_does_not_come_back_as_a_third(world: World) -> None:
     """The next process sees nothing to delete any more; what is gone for it may come back beside what it puts there."""
-    one, judged = scene(world, name), 0
+    one, judged, asker = scene(world, "a third base, the oldest goes"), 0, "Bases.admit"
     first = next(i for i, op in enumerate(world.record(one).ops) if op.by == asker and op.name == "sync_folder")
     disk = killed_at(world, one, first)
     for call, image, promised in list(world.images(one, disk, 64)):
@@ -83,6 +79,32 @@ def test_a_kill_between_a_deletion_and_its_sync(world: World, name: str, asker: 
             world.judge(one, image, promised)
             judged += 1
     assert judged > 4
+
+
+def test_what_a_killed_process_deleted_does_not_come_back_as_a_third(world: World) -> None:
+    """The oldest payload was deleted, and the process killed before it could make that last; the next one goes on."""
+    one, tried = scene(world, "third update, the oldest goes"), 0
+    ops = world.record(one).ops
+    call = next(i for i, op in enumerate(ops) if op.name == "unlink" and "/store/" in op.path) + 1
+    disk = killed_at(world, one, call)
+    for at, image, promised in list(world.images(one, disk, 24)):
+        if at > call:
+            world.judge(one, image, promised)
+            tried += 1
+    assert tried > 20
+
+
+def test_what_a_killed_process_emitted_is_made_to_last(world: World) -> None:
+    """Killed before it could sync the names in emit/: the next process finds all as it should be, and builds on it."""
+    one, tried = scene(world, "what C++ loads, again"), 0
+    calls = [i for i, op in enumerate(world.record(one).ops) if op.name == "sync_folder" and op.path.endswith("/emit")]
+    for call in calls:
+        disk = killed_at(world, one, call)
+        for at, image, promised in list(world.images(one, disk, 16)):
+            if at >= call:
+                world.judge(one, image, promised)
+                tried += 1
+    assert len(calls) >= 3 and tried > 40
 
 
 def test_a_second_cut_while_it_recovers(world: World) -> None:
@@ -126,6 +148,8 @@ def test_ten_thousand_images() -> None:
             "a new base",
             "a third base, the oldest goes",
             "a new base on probation, and ill",
+            "a delta",
+            "what C++ loads, again",
         ):
             one, n = scene(world, name), 0
             for call in range(len(world.record(one).ops)):
