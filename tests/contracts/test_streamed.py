@@ -152,6 +152,7 @@ def test_the_svd_that_is_asked_for(tmp_path):
         lrcompress.factorize(tmp_path / "m.pt", rank=20, svd="fast")
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_largest_layer(tmp_path):
     """The peak of 12 layers of 16 MB is that of 3: what is done is not in memory."""
     peaks = []

@@ -141,6 +141,7 @@ def test_a_budget_on_a_cluster_gives_the_same_bytes(place, cluster):
     assert sha256_tree(place / "budget") == sha256_tree(place / "plain")
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_dies_is_one_line_and_the_work_continues(place, cluster):
     started = time.monotonic()
     code, out, err = during(place, "dies", cluster.address, cluster.scheduler.kill)
@@ -151,6 +152,7 @@ def test_a_scheduler_that_dies_is_one_line_and_the_work_continues(place, cluster
     assert sha256_tree(place / "dies") == sha256_tree(place / "serial")
 
 
+@pytest.mark.slow
 def test_a_dead_address_is_one_line(place):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

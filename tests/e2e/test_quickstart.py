@@ -241,6 +241,7 @@ def killed_runs(path: Path, folder: Path, moments: list[float]) -> tuple[list[st
     return fates, json.loads(last)
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_to_the_same_hashes(
     done: tuple[Path, Path, dict[str, Any], Seen], tmp_path: Path
 ) -> None:
@@ -273,6 +274,7 @@ def _audit(event: str, args: tuple[Any, ...]) -> None:
         _WATCHED["opened"].append(_WATCHED["stage"])
 
 
+@pytest.mark.slow
 def test_test_data_are_not_opened_before_validate(tmp_path: Path, one_try: None) -> None:
     path = small_recipe(
         tmp_path, **{"steps: 120": "steps: 20", "steps: 60": "steps: 2", "max_drop: 0.2": "max_drop: 1.0"}
@@ -304,6 +306,7 @@ def test_test_data_are_not_opened_before_validate(tmp_path: Path, one_try: None)
     assert set(_WATCHED["opened"][:first]) == {"baselines"} and first <= 2
 
 
+@pytest.mark.slow
 def test_a_miss_stops_before_anything_is_published(tmp_path: Path, one_try: None) -> None:
     changes = {
         "max_drop: 0.2": "max_drop: 0.0",

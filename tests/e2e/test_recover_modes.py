@@ -93,6 +93,7 @@ updates:
     assert [r["name"] for r in report["device_rows"]][1] == "before update 1 (later)"
 
 
+@pytest.mark.slow
 def test_factors_first_then_adapters(tmp_path: Path) -> None:
     report, found = run(tmp_path, "{train: both, rank: 2, steps: 4, learning_rate: 1.0e-3}")
     assert found["retrain"]["trained"]["train"] == "factors" and found["recover"]["train"] == "adapters"
@@ -114,6 +115,7 @@ def test_off_starts_from_zero(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("train", [pytest.param("adapters", marks=pytest.mark.slow), "both"])
+@pytest.mark.slow
 def test_a_refit_takes_the_place_of_the_factorized_network(train: str, tmp_path: Path) -> None:
     report, found = run(tmp_path, f"{{closed: refit, train: {train}, rank: 2, steps: 3, learning_rate: 1.0e-3}}")
     kept = found["retrain"]

@@ -100,6 +100,7 @@ def test_a_kill_loses_at_most_one_layer(place):
     assert all(p.stat().st_mtime_ns == t for p, t in before.items()), "what was kept is not written again"
 
 
+@pytest.mark.slow
 def test_another_command_has_its_own_store(place):
     process = started(place, "two")
     wait_for(lambda: len(kept(place, "two")) >= 2)
