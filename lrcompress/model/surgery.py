@@ -24,6 +24,8 @@ from .layers import FactorizedConv, FactorizedEmbedding, FactorizedLayer, Factor
 from .overlaps import overlapping
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+#: The classes whose forward pass is known.
+_PLAIN = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 #: How the reason of a tied weight begins; `ties.lift_ties` lifts it where one set of factors serves all.
 TIED = "tied: "
 
@@ -140,7 +142,7 @@ def _why_dense(
 
 
 def _how_computed(module: nn.Module) -> str | None:
-    """Return what computes a weight that is not stored as such, and how to make it one."""
+    """Return what computes a weight that is not stored as such, or more than a layer with it, and how to avoid that."""
     if is_parametrized(module):
         remove = "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
         return f"its weight is computed by a parametrization; call {remove} first"
@@ -153,6 +155,11 @@ def _how_computed(module: nn.Module) -> str | None:
         return f"its weight is computed before every call; call {remove} first"
     if getattr(module, "max_norm", None) is not None:
         return "its max_norm changes the weight while it runs"
+    plain = next((c for c in type(module).__mro__ if c in _PLAIN), None)
+    if plain is not None and any(
+        getattr(type(module), n, None) is not getattr(plain, n, None) for n in ("forward", "_conv_forward")
+    ):  # pads, scales, shifts or standardizes: factors alone would answer something else
+        return f"its class {type(module).__name__} computes more than {plain.__name__}: write what it adds beside the layer"
     return None
 
 

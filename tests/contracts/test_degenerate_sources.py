@@ -292,3 +292,43 @@ def test_a_layer_that_calibration_never_reaches_is_treated_plainly():
     data = Data.of_arrays({"x": np.random.default_rng(0).standard_normal((50, 12)).astype(np.float32)})
     rows = lrcompress.factorize(Idle().eval(), rank=3, inputs=X, calib=data).data["layers"]
     assert {n["name"]: n["norm"] for n in rows} == {"used": "two_sided", "idle": "frobenius"}
+
+
+class Same(nn.Conv2d):
+    """Pads by itself, as TensorFlow does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(nn.functional.pad(x, (0, 1, 0, 1)))
+
+
+class Standardized(nn.Conv2d):
+    def _conv_forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return super()._conv_forward(x, weight / weight.norm(), bias)
+
+
+class Scaled(nn.Embedding):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return 4 * super().forward(ids)
+
+
+class Named(nn.Linear):
+    """Computes what a linear layer does."""
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (Same(3, 8, 3, 2), torch.randn(2, 3, 8, 8)), (Standardized(3, 8, 3), torch.randn(2, 3, 8, 8)),
+        (Scaled(20, 12), torch.arange(20)), (Named(12, 9), torch.randn(4, 12)),
+    ],
+)  # fmt: skip
+def test_what_computes_more_than_its_layer_stays_dense(layer: nn.Module, x: torch.Tensor) -> None:
+    """A factor cannot pad, scale or standardize: such a layer is left as it is, whatever rank is asked for."""
+    net = nn.Sequential(layer)
+    reason = find_layers(net)[0].reason
+    assert (reason is None) == isinstance(layer, Named)
+    assert reason is None or (type(layer).__name__ in reason and "computes more" in reason)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LrcompressWarning)
+        small = lrcompress.factorize(net, rank=1, method="svd").model
+    assert torch.equal(small(x), net(x)) == (reason is not None)
