@@ -23,7 +23,7 @@ from ...model.surgery import factorized_layers
 from ..gates import factors_stay_apart, names_and_bytes
 from ..graph import store_external, strip, trace
 from ..needs import check_device, needs
-from ..plain import undo_gauges
+from ..plain import Undone, undo_gauges
 from ..quantize import quantize
 from ..rewrites import finish, simplify
 from ..slots import attach_slots, make_inputs
@@ -90,14 +90,18 @@ def write(stage: Path, request: Request) -> Written:
     if request.quantize == "none":
         factors_stay_apart(stage / GRAPH, factors, slot_names, sum(rebuilt.values()), turned, once)
     request.advance(1, "written")
-    for name, u in undone.items():
-        what = "stays in 16 bits: an adapter lies between its factors" if u.halved else f"became {u.form}"
-        note = f"{name} {what}; pivoted, rounding would cost it {u.error:.3g} of its answers, not {u.plain_error:.3g}"
-        weights.append({"name": name, "kind": "layer", "gauge": note})
+    weights += [_told(name, u) for name, u in undone.items()]
     opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
     dense = {*rebuilt, *(w["name"].rpartition(".")[0] for w in weights if w["kind"] == "conv" and w.get("bits") == 4)}
     about = {"opset": opset, "ir": model.ir_version, "dense_at_run_time": sorted(dense)}
     return Written(entries, _outputs(model, request.golden), factors, about, weights, need.version)
+
+
+def _told(name: str, undone: Undone) -> dict[str, Any]:
+    """Return the row of a layer that rounding would hurt in its pivoted gauge."""
+    what = "stays in 16 bits: an adapter lies between its factors" if undone.halved else f"became {undone.form}"
+    cost = f"pivoted, rounding would cost it {undone.error:.3g} of its answers, not {undone.plain_error:.3g}"
+    return {"name": name, "kind": "layer", "gauge": f"{name} {what}; {cost}"}
 
 
 def _layer_bits(module: nn.Module, request: Request) -> dict[str, int]:
