@@ -43,6 +43,14 @@ def signing(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)  # fmt: skip
 
 
+def offering(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --group and --channel: whom a release is for."""
+    channel = click.option(
+        "--channel", default="stable", show_default=True, help="canary: for canary devices only, until 'publish rollout' widens it.",
+    )  # fmt: skip
+    return click.option("--group", default="default", show_default=True, help="Devices that get it.")(channel(function))
+
+
 def _pairs(option: str, values: tuple[str, ...]) -> list[tuple[str, str]]:
     found = []
     for value in values:
@@ -115,14 +123,8 @@ def init(
 @publish.command(epilog="Example: lrcompress publish add repo adapters/first --group default")
 @click.argument("repo", type=click.Path())
 @click.argument("source", type=click.Path())
-@click.option("--group", default="default", show_default=True, help="Devices that get it.")
 @click.option("--encoding", default="auto", show_default=True, help="auto, f32, f16, int8 or delta.")
-@click.option(
-    "--channel",
-    default="stable",
-    show_default=True,
-    help="canary: for canary devices only, until 'publish rollout' widens it.",
-)
+@offering
 @signing
 @common
 def add(
@@ -149,14 +151,8 @@ def add(
 @click.argument("repo", type=click.Path())
 @click.argument("source", required=False, type=click.Path())
 @click.option("--exported", required=True, type=click.Path(), help="The new exported model.")
-@click.option("--group", default="default", show_default=True, help="Devices that get it.")
 @click.option("--encoding", default="auto", show_default=True, help="Of the payload: auto, f32, f16, int8 or delta.")
-@click.option(
-    "--channel",
-    default="stable",
-    show_default=True,
-    help="canary: for canary devices only, until 'publish rollout' widens it.",
-)
+@offering
 @signing
 @common
 def base(
