@@ -109,6 +109,9 @@ def run(argv: list[str]) -> int:
         print_failure(error, f"{where}: {message}; see '{where} --help'", as_json=as_json)
         return 2
     except (click.Abort, KeyboardInterrupt):
+        # Where the signal came inside an `exec` of text, as dataclasses and torch do, CPython remembers it as unhandled
+        # and `python -m` would die by it after all, whatever the exit code; the next `exec` forgets it.
+        exec("")
         error = {
             "code": 130,
             "kind": "interrupted",

@@ -118,6 +118,23 @@ def test_ctrl_c_leaves_nothing_half_written(here: Path, command: str) -> None:
     )
 
 
+INSIDE_EXEC = """
+    from lrcompress.cli.main import main, root
+    def interrupted(*args, **kwargs):
+        exec("raise KeyboardInterrupt")
+    root.main = interrupted
+    main(["factorize", "--json"])
+"""
+
+
+def test_an_interrupt_inside_an_exec_of_text_exits_130_too(here: Path) -> None:
+    """CPython notes such an interrupt as unhandled and would end `python -m` by the signal."""
+    Path("inside.py").write_text(textwrap.dedent(INSIDE_EXEC))
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{here}"}
+    done = subprocess.run([sys.executable, "-m", "inside"], capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 130 and json.loads(done.stdout)["error"]["code"] == 130, (done.returncode, done.stderr)
+
+
 def heed_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
