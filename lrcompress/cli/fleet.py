@@ -67,7 +67,7 @@ def rollout(
     if auto + halt + (percent is not None) != 1:
         raise CommandError("lrcompress publish rollout", "one of --percent, --halt and --auto", "none or several")
     if not auto:
-        d = verb(repo, group=group, percent=percent, halt=halt, passphrase=passphrase(), keys=keys)
+        d = verb(repo, group=group, percent=percent, halt=halt, passphrase=passphrase(repo), keys=keys)
         return Result(d, text=_said(d))
     try:
         phases = tuple(float(s) for s in steps.split(","))
@@ -75,7 +75,7 @@ def rollout(
         raise CommandError("lrcompress publish rollout --steps", "percentages such as 1,10,100", steps) from None
     policy = Policy(phases, max_failures, min_reports, coverage)
     devices = _intake(repo, db).reports(group)
-    d = step(repo, devices, policy, group=group, passphrase=passphrase(), keys=keys)
+    d = step(repo, devices, policy, group=group, passphrase=passphrase(repo), keys=keys)
     return Result(
         d, text=f"{d['decision']}: {d['reason']}" + ("" if d["decision"] in ("wait", "none") else "\n" + _said(d))
     )

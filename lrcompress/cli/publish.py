@@ -20,12 +20,15 @@ def publish() -> None:
     """
 
 
-def passphrase(*, new: bool = False) -> str:
-    """Return the passphrase of the environment, or ask for it."""
+def passphrase(repo: str | None = None) -> str:
+    """Return the passphrase of the environment, or ask for it: twice for a new repository, for `repo` only if it is one."""
     import sys
 
     from ..publish.keys import PASSPHRASE, passphrase_from_environment
+    from ..publish.repository import Repository
 
+    if repo is not None:
+        Repository(Path(repo))
     found = passphrase_from_environment()
     if found is not None:
         return found
@@ -33,7 +36,7 @@ def passphrase(*, new: bool = False) -> str:
         raise CommandError(
             "signing keys", f"a passphrase in {PASSPHRASE}", "none, and nobody to ask", f"export {PASSPHRASE}=…"
         )
-    return str(click.prompt("Passphrase of the keys", hide_input=True, confirmation_prompt=new, err=True))
+    return str(click.prompt("Passphrase of the keys", hide_input=True, confirmation_prompt=repo is None, err=True))
 
 
 def signing(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -110,7 +113,7 @@ def init(
 
     setup = _setup(role, expires, signer)
     setup.check()
-    d = init_repository(repo, exported, keys, passphrase=passphrase(new=True), setup=setup)
+    d = init_repository(repo, exported, keys, passphrase=passphrase(), setup=setup)
     lines = [
         f"repository {d['repository']} for model {d['model']}",
         f"keys in {d['keys']}: keep a copy offline; root and targets are needed rarely, and are best kept there only",
@@ -137,7 +140,7 @@ def add(
     """
     from ..publish import add as verb
 
-    d = verb(repo, source, group=group, encoding=encoding, channel=channel, passphrase=passphrase(), keys=keys)
+    d = verb(repo, source, group=group, encoding=encoding, channel=channel, passphrase=passphrase(repo), keys=keys)
     others = ", ".join(f"{k} {human_bytes(v)}" for k, v in d["sizes"].items() if k != d["encoding"])
     text = f"{group} seq {d['seq']}: {human_bytes(d['payload_bytes'])} as {d['encoding']}" + (
         f" ({others})" if others else ""
@@ -174,7 +177,7 @@ def base(
     from ..publish import base as verb
 
     d = verb(
-        repo, exported, source, group=group, encoding=encoding, channel=channel, passphrase=passphrase(), keys=keys
+        repo, exported, source, group=group, encoding=encoding, channel=channel, passphrase=passphrase(repo), keys=keys
     )
     b = d["base"]
     text = (
@@ -200,7 +203,7 @@ def rollback(shell: Shell, repo: str, to_seq: int, group: str, keys: tuple[Path,
     """Sign a new release that points at the bytes of an old one."""
     from ..publish import rollback as verb
 
-    d = verb(repo, to_seq, group=group, passphrase=passphrase(), keys=keys)
+    d = verb(repo, to_seq, group=group, passphrase=passphrase(repo), keys=keys)
     return Result(d, text=f"{group} seq {d['seq']} undoes {d['rollback_of']}: {d['sha256'][:16]} again")
 
 
@@ -244,7 +247,7 @@ def refresh(shell: Shell, repo: str, recover: bool, keys: tuple[Path, ...]) -> R
     """Sign the timestamp again before it expires (every few days), and what is past half of its time if its key is here."""
     from ..publish import refresh as verb
 
-    d = verb(repo, passphrase=passphrase(), keys=keys, recover=recover)
+    d = verb(repo, passphrase=passphrase(repo), keys=keys, recover=recover)
     return Result(d, text=f"signed {', '.join(d['renewed'])}; timestamp expires {d['expires']['timestamp']}")
 
 
@@ -262,7 +265,7 @@ def rotate_keys(shell: Shell, repo: str, roles: tuple[str, ...], keys: tuple[Pat
     """Replace keys by new ones. Devices follow by themselves, also those that were off for long. Needs the root key."""
     from ..publish import rotate_keys as verb
 
-    d = verb(repo, roles, passphrase=passphrase(), keys=keys)
+    d = verb(repo, roles, passphrase=passphrase(repo), keys=keys)
     return Result(d, text=_rekeyed(d))
 
 
@@ -275,7 +278,7 @@ def revoke(shell: Shell, repo: str, key: str, keys: tuple[Path, ...]) -> Result:
     """Take a key that is lost or stolen out of every role; where too few are left, new ones take its place."""
     from ..publish import revoke as verb
 
-    d = verb(repo, key, passphrase=passphrase(), keys=keys)
+    d = verb(repo, key, passphrase=passphrase(repo), keys=keys)
     return Result(d, text=_rekeyed(d))
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from tuf.api.metadata import TargetFile
 
 from .. import packs
-from ..errors import CommandError, PayloadError
+from ..errors import CommandError, ManifestError, PayloadError
 from ..files import canonical_json, disk_errors, sha256_bytes, sha256_file, write_atomic, write_json
 from ..manifest import DATA, GOLDEN, GRAPH, MANIFEST, Manifest
 from ..phases import PACK, pack_name
@@ -220,6 +220,24 @@ def starts(repository: Repository, group: str, result: str, most: int = 3) -> li
 def add_packs(change: Change, made: Mapping[str | None, bytes], result: str) -> None:
     for start, data in made.items():
         change.add(pack_name(start, result), data, {"from": start, "to": result})
+
+
+def bring_first(repository: Repository, group: str, change: Change, custom: Mapping[str, Any]) -> dict[str, Any]:
+    """Have a change for the first base bring it to devices that were made with a later one; return the record with that said.
+
+    Nothing ever brought the first base, so its packs are made here, of its folder. Where that holds another base by
+    now, those devices wait for the next release.
+    """
+    base_id, known = str(custom["base_ids"][0]), repository.config.get("bases", ())
+    if custom.get("base") or len(known) < 2:
+        return dict(custom)
+    try:
+        folder, manifest = load(repository, base_id)
+    except (PayloadError, ManifestError):
+        return dict(custom)
+    others = [found for b in starts(repository, group, base_id) if (found := Index.read(repository, b)) is not None]
+    add_packs(change, make(folder, manifest, others), base_id)
+    return {**custom, "base": record((folder / MANIFEST).read_bytes(), manifest)}
 
 
 def keep_packs(repository: Repository, group: str, change: Change, *records: Mapping[str, Any]) -> None:

@@ -218,10 +218,11 @@ def back_to(repository: Repository, group: str, old: Release | None, *, undone: 
         folder, manifest = bases.load(repository, bases.first(repository))
         encoded = choose(folder, manifest, *nothing(manifest), encoding="f32")
         custom = {**_record(manifest, encoded.sha256, seq, nothing(manifest)[0], "f32"), **about}
+        custom = bases.bring_first(repository, group, change, custom)
         change.add(STABLE, encoded.data, custom)
         bases.keep_packs(repository, group, change, custom)
         return change, custom
-    custom = {**old.custom, **about}
+    custom = bases.bring_first(repository, group, change, {**old.custom, **about})
     custom.pop("places", None)
     change.point(STABLE, old.target.length, old.sha256, custom)
     change.files.update(stable_bytes(repository, group, old))

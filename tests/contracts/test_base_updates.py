@@ -26,7 +26,7 @@ from lrcompress.runtime import Session
 from tests.attacks.hostile_bases import payload_for, variant
 from tests.contracts.test_edge_session import shows
 from tests.support.bases import CHANGED, base, files_of, ranges, rebased, release_base, whole_pack
-from tests.support.fleet import PASSPHRASE, Fleet, X, answers, made
+from tests.support.fleet import PASSPHRASE, Fleet, X, answers, made, trial_here
 
 
 @pytest.fixture
@@ -202,6 +202,42 @@ def test_the_publisher_brings_everybody_back_to_the_base_before(fleet: Fleet) ->
     publish.rollback(fleet.repo, 2, passphrase=PASSPHRASE)  # and forward: its packs are offered again
     assert [r["seq"] for r in publish.verify(fleet.repo)["groups"]] == [5]
     assert fleet.device().update()["to_seq"] == 5 and fleet.device().status()["base_id"] in ids("B")
+
+
+def test_going_back_to_the_first_base_brings_it_to_devices_made_with_a_later_one(fleet: Fleet) -> None:
+    before = answers(fleet.device())
+    add_base(fleet, "B")
+    newer = fleet.folder / "newer"
+    Device.init(newer, base("B"), fleet.root, str(fleet.repo))
+    device = Device(newer, sleep=lambda s: None, trial=trial_here(newer))
+    assert device.update()["to_seq"] == 2 and device.status()["base_id"] in ids("B")
+    publish.rollback(fleet.repo, 1, passphrase=PASSPHRASE)
+    publish.verify(fleet.repo)
+    d = device.update()
+    assert (d["state"], d["to_seq"]) == ("rolled_back", 3) and device.status()["base_id"] not in ids("B")
+    assert d["bytes_downloaded"] < len(whole_pack(made() / "exported")) / 2
+    np.testing.assert_array_equal(answers(device), before)
+    publish.rollback(fleet.repo, 2, passphrase=PASSPHRASE)
+    publish.rollback(fleet.repo, 0, passphrase=PASSPHRASE)  # the model as delivered, by a payload that corrects nothing
+    assert device.update()["to_seq"] == 5 and device.status()["base_id"] not in ids("B")
+
+
+def test_going_back_where_the_first_base_was_replaced_in_its_place(tmp_path: Path) -> None:
+    """Devices that were made with it follow; one that was made with a later base waits, and says so."""
+    exported, repo = tmp_path / "exported", tmp_path / "repo"
+    shutil.copytree(made() / "exported", exported)
+    publish.init_repository(repo, exported, tmp_path / "keys", passphrase=PASSPHRASE)
+    publish.add(repo, made() / "adapters" / "first", passphrase=PASSPHRASE)
+    old, newer = tmp_path / "old", tmp_path / "newer"
+    Device.init(old, exported, repo / "metadata" / "1.root.json", str(repo))
+    shutil.rmtree(exported)
+    rebased(exported, CHANGED["B"])
+    Device.init(newer, exported, repo / "metadata" / "1.root.json", str(repo))
+    publish.base(repo, exported, made() / "adapters" / "second", passphrase=PASSPHRASE)
+    publish.rollback(repo, 1, passphrase=PASSPHRASE)
+    found = {at: Device(at, sleep=lambda s: None, trial=trial_here(at)).update() for at in (old, newer)}
+    assert (found[old]["state"], found[old]["to_seq"]) == ("rolled_back", 3)
+    assert found[newer]["state"] == "current" and "base" in found[newer]["reason"], found[newer]
 
 
 @pytest.mark.slow

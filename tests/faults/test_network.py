@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import datetime as dt
 import http.server
-import ipaddress
 import json
 import socket
 import ssl
@@ -27,6 +25,7 @@ from lrcompress.edge.settings import Settings
 from lrcompress.edge.transport import open_transport
 from lrcompress.edge.web import HttpTransport
 from lrcompress.errors import DeviceStateError, DownloadError
+from tests.support.certificates import certificates
 from tests.support.fleet import Fleet, answers
 
 CONTENT = bytes(range(256)) * 800  # 200 KiB
@@ -348,38 +347,6 @@ def test_a_token_goes_to_the_repository_and_to_nobody_else(tmp_path: Path) -> No
         with pytest.raises(DeviceStateError, match="token") as caught:
             HttpTransport(url, Settings(bearer_token_file=str(tmp_path / "token")))
         assert "words" not in str(caught.value)
-
-
-def certificates(folder: Path) -> None:
-    """Write an authority, a server's and a device's certificate, and their keys."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    now = dt.datetime.now(dt.UTC)
-    authority = ec.generate_private_key(ec.SECP256R1())
-    issuer = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "fleet")])
-
-    def write(name: str, key: Any, subject: str, extension: Any) -> None:
-        builder = x509.CertificateBuilder().subject_name(
-            issuer if name == "ca" else x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, subject)])
-        )
-        builder = builder.issuer_name(issuer).public_key(key.public_key()).serial_number(x509.random_serial_number())
-        builder = builder.not_valid_before(now - dt.timedelta(days=1)).not_valid_after(now + dt.timedelta(days=1))
-        builder = builder.add_extension(extension, critical=name == "ca")
-        (folder / f"{name}.pem").write_bytes(
-            builder.sign(authority, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
-        )
-        (folder / f"{name}.key").write_bytes(
-            key.private_bytes(
-                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-            )
-        )
-
-    write("ca", authority, "fleet", x509.BasicConstraints(ca=True, path_length=0))
-    names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-    write("server", ec.generate_private_key(ec.SECP256R1()), "server", names)
-    write("device", ec.generate_private_key(ec.SECP256R1()), "device", names)
 
 
 def test_mutual_tls(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +14,8 @@ from transformers import BertConfig, BertModel
 from lrcompress.data import Data
 from lrcompress.data._tables import open_table
 from lrcompress.model import InputSpec
+
+from . import heads
 
 #: Tokens of a text that are read, and sentences that the head learns from.
 TOKENS, KNOWN = 64, 3000
@@ -56,17 +57,7 @@ def trained(data: Data) -> Classifier:
     chosen = data.take(np.linspace(0, len(data) - 1, KNOWN).round().astype(int))
     with torch.no_grad():
         x = torch.cat([net.embed(*(torch.as_tensor(v) for v in b.inputs.values())) for b in chosen.batches(100)])
-    y = torch.as_tensor(np.asarray(chosen.labels)).long()
-    optimizer = torch.optim.LBFGS(net.head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
-
-    def loss() -> Any:
-        optimizer.zero_grad()
-        # The penalty of C = 10.
-        found = F.cross_entropy(net.head(x), y) + net.head.weight.square().sum() / (20 * len(y))
-        found.backward()  # type: ignore[no-untyped-call]
-        return found
-
-    optimizer.step(loss)
+    heads.fit(net.head, x, torch.as_tensor(np.asarray(chosen.labels)).long())
     return net
 
 
