@@ -10,6 +10,7 @@ factors before quantization. Both are recomputed here and never believed. The ca
 from __future__ import annotations
 
 import json
+import math
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -55,7 +56,7 @@ def is_file_name(value: object) -> bool:
 
 
 def strict_json(data: bytes | str) -> Any:
-    """Parse JSON; raise `ValueError` for duplicate keys, NaN, or nesting beyond reason."""
+    """Parse JSON; raise `ValueError` for duplicate keys, what `canonical_json` could not write again, or nesting beyond reason."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -66,8 +67,20 @@ def strict_json(data: bytes | str) -> Any:
     def constant(text: str) -> Any:
         raise ValueError(f"{text} is not JSON")
 
+    def number(text: str) -> float:
+        found = float(text)
+        if not math.isfinite(found):
+            raise ValueError(f"{text} has no canonical form")
+        return found
+
     try:
-        return json.loads(data, object_pairs_hook=unique, parse_constant=constant)
+        text = data if isinstance(data, str) else data.decode()
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=constant, parse_float=number)
+        if "\\" in text or isinstance(data, str):  # half of a surrogate pair, which UTF-8 has no bytes for
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeError:
+        raise ValueError("text that is no Unicode has no canonical form") from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -102,15 +115,10 @@ class Manifest:
             raise ManifestError(where, "JSON", str(e), "export the model again") from None
         _check(raw, where)
         manifest = cls(raw)
-        try:
-            found = base_id(
-                graph=manifest.files[GRAPH]["sha256"], data=manifest.files[DATA]["sha256"], slots=manifest.slots
-            )
-            own_slots_id = slots_id(slots=manifest.slots, factors=manifest.factors_digest)
-        except ValueError as e:  # 1e999 and half a surrogate pair are JSON, and have no canonical form
-            raise ManifestError(
-                f"{where}: slots", "numbers and text with a canonical form", e, "export the model again"
-            ) from None
+        found = base_id(
+            graph=manifest.files[GRAPH]["sha256"], data=manifest.files[DATA]["sha256"], slots=manifest.slots
+        )
+        own_slots_id = slots_id(slots=manifest.slots, factors=manifest.factors_digest)
         if found != raw["base_id"]:
             raise ManifestError(f"{where}: base_id", found, raw["base_id"], "export the model again")
         if own_slots_id != raw["slots_id"]:

@@ -198,7 +198,7 @@ def rollback(
                 f"a seq of group {group}: {', '.join(map(str, sorted(history)))}, or 0 for the model as delivered",
                 to_seq,
             )
-        change, custom = back_to(repository, group, old, undone=current.seq)
+        change, custom = back_to(repository, group, old, undone=current.seq, bring_first=True)
         if custom["sha256"] == current.sha256:
             raise CommandError(
                 "lrcompress publish rollback --to",
@@ -209,8 +209,14 @@ def rollback(
         return report(repository, group, custom, change.put[STABLE].length)
 
 
-def back_to(repository: Repository, group: str, old: Release | None, *, undone: int) -> tuple[Change, dict[str, Any]]:
-    """Return the change that offers an old release's bytes (None: a correction of rank 0) to everybody, and its record."""
+def back_to(
+    repository: Repository, group: str, old: Release | None, *, undone: int, bring_first: bool = False
+) -> tuple[Change, dict[str, Any]]:
+    """Return the change that offers an old release's bytes (None: a correction of rank 0) to everybody, and its record.
+
+    With `bring_first` devices that were made with a later base can follow to the first one: packs of it are offered too,
+    which is not worth their place in the metadata where a candidate is halted that nobody was made with.
+    """
     change = Change(drop=lambda name: name == CANDIDATE or name.endswith(".delta"))
     seq = next_seq(repository, group)
     about = {"seq": seq, "rollback_of": undone, "issued": now().isoformat(), "min_version": __version__}
@@ -218,11 +224,12 @@ def back_to(repository: Repository, group: str, old: Release | None, *, undone: 
         folder, manifest = bases.load(repository, bases.first(repository))
         encoded = choose(folder, manifest, *nothing(manifest), encoding="f32")
         custom = {**_record(manifest, encoded.sha256, seq, nothing(manifest)[0], "f32"), **about}
-        custom = bases.bring_first(repository, group, change, custom)
+        custom = bases.bring_first(repository, group, change, custom) if bring_first else custom
         change.add(STABLE, encoded.data, custom)
         bases.keep_packs(repository, group, change, custom)
         return change, custom
-    custom = bases.bring_first(repository, group, change, {**old.custom, **about})
+    custom = {**old.custom, **about}
+    custom = bases.bring_first(repository, group, change, custom) if bring_first else custom
     custom.pop("places", None)
     change.point(STABLE, old.target.length, old.sha256, custom)
     change.files.update(stable_bytes(repository, group, old))

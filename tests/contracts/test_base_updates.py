@@ -215,7 +215,7 @@ def test_going_back_to_the_first_base_brings_it_to_devices_made_with_a_later_one
     publish.verify(fleet.repo)
     d = device.update()
     assert (d["state"], d["to_seq"]) == ("rolled_back", 3) and device.status()["base_id"] not in ids("B")
-    assert d["bytes_downloaded"] < len(whole_pack(made() / "exported")) / 2
+    assert d["bytes_downloaded"] < len(whole_pack(made() / "exported"))  # what changed alone
     np.testing.assert_array_equal(answers(device), before)
     publish.rollback(fleet.repo, 2, passphrase=PASSPHRASE)
     publish.rollback(fleet.repo, 0, passphrase=PASSPHRASE)  # the model as delivered, by a payload that corrects nothing
@@ -237,7 +237,7 @@ def test_going_back_where_the_first_base_was_replaced_in_its_place(tmp_path: Pat
     publish.rollback(repo, 1, passphrase=PASSPHRASE)
     found = {at: Device(at, sleep=lambda s: None, trial=trial_here(at)).update() for at in (old, newer)}
     assert (found[old]["state"], found[old]["to_seq"]) == ("rolled_back", 3)
-    assert found[newer]["state"] == "current" and "base" in found[newer]["reason"], found[newer]
+    assert found[newer]["state"] == "pending" and "base" in found[newer]["reason"], found[newer]
 
 
 @pytest.mark.slow

@@ -195,7 +195,19 @@ def test_what_has_no_canonical_form_has_no_identity(raw: dict[str, Any], text: b
 
 def test_strict_json_names_what_is_wrong() -> None:
     assert strict_json(b'{"a": [1, null]}') == {"a": [1, None]}
-    for bad in ('{"a": 1, "a": 1}', '{"b": {"a": 1, "a": 2}}', "[NaN]", "[-Infinity]", "[" * 50_000):
+    for bad in (
+        '{"a": 1, "a": 1}',
+        '{"b": {"a": 1, "a": 2}}',
+        "[NaN]",
+        "[-Infinity]",
+        "[" * 50_000,
+        "[-1e999]",
+        '["\\ud800"]',
+        '{"\\ud800": 1}',
+        '["\ud800"]',
+        b'["\xed\xa0\x80"]',
+        b'["\xff"]',
+    ):
         with pytest.raises(ValueError):
             strict_json(bad)
 
