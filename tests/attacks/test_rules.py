@@ -28,6 +28,11 @@ def fleet(tmp_path: Path) -> Fleet:
     return fleet
 
 
+def as_expected(text: str, name: str) -> bool:
+    """Tell whether an error is the case's own; <N> stands for a size that another processor's last digits change."""
+    return re.fullmatch(re.escape(EXPECTED[name]).replace("<N>", r"\d+"), text) is not None
+
+
 def said(text: str, fleet: Fleet) -> str:
     """Return an error without what differs from run to run: hashes, times, places, milliseconds."""
     text = text.replace(str(fleet.folder), "…")
@@ -59,7 +64,7 @@ def test_it_is_refused_by_its_rule_and_serving_never_changes(fleet: Fleet, name:
     assert d["error"] is not None and d["state"] in ("rejected", "failed"), d
     error = d["error"]
     found = f"{d['state']} {error['code']} {error['kind']} | {error['where']} | {error['expected']} | {error['got']}"
-    assert said(found, fleet) == EXPECTED[name]
+    assert as_expected(said(found, fleet), name), (said(found, fleet), EXPECTED[name])
     assert error["remedy"] and "\n" not in d["reason"]
     assert (d["serving"]["seq"], d["to_seq"]) == (fleet.serves, status["seq"])  # type: ignore[attr-defined]
     np.testing.assert_array_equal(answers(device), before)

@@ -1,6 +1,6 @@
 """Bytes of an update, by kind and encoding, as a share of the model, with the accuracy each carries: `make bench-payload`.
 
-A network meets data that moved (noise for ResNet-20, a new task for MobileNetV1 and for MiniLM). Full fine-tune
+A network meets data that moved (noise for ResNet-20, dusk for MobileNetV1, a new task for MiniLM). Full fine-tune
 and adapters of each kind learn from the same samples; every payload is built as `publish add` builds it, with its golden
 outputs, and its accuracy is that of what a device decodes, in ONNX Runtime, on test data that nothing else saw. Deltas are from the payload of half as many steps to the final one. Beside them stand
 bsdiff4 and zstd of the whole fine-tuned model against the one before, where those packages are there.
@@ -47,8 +47,8 @@ ENCODINGS = ("f32", "f16", "int8")
 REGAINED, SHARES = 0.8, {"minilm": 0.005, "resnet20": 0.015, "mobilenet": 0.015}
 
 
-def things(place: Path) -> Shift:
-    """Return MobileNetV1 at 70 % of its numbers, a head for CIFAR-10 on its frozen features, and those images to learn more from."""
+def dusk(place: Path) -> Shift:
+    """Return MobileNetV1 at 70 % of its numbers with a head for CIFAR-10, and those images dark and with little contrast."""
     train, test = (np.load(ASSETS / "data" / f"cifar10_{n}_a.npz") for n in ("train", "test"))
     known = photos.small_photos(train["x"][:3000], train["y"][:3000])
     net = photos.trained(load_file(ASSETS / "models" / "mobilenet_v1_0.5_160" / "model.safetensors"), known)
@@ -57,16 +57,20 @@ def things(place: Path) -> Shift:
         place / "things.pt", ratio=0.7, calib=known.take(slice(0, 1024)), arch=f"{photos.__name__}:things",
         output=place / "things", inputs=(InputSpec("x", "float32", ("batch", 3, 96, 96)),), exclude=("classifier",),
     )  # fmt: skip
-    select = photos.small_photos(train["x"][3000:3500], train["y"][3000:3500])
+
+    def part(split: Any, which: slice, seed: int) -> Data:
+        return photos.small_photos(split["x"][which], split["y"][which], dusk=seed)
+
     return Shift(
-        place / "things", known, select, photos.small_photos(test["x"][::2], test["y"][::2]), steps=150, batch_size=32
-    )
+        place / "things", part(train, slice(3000, 6000), 1), part(train, slice(6000, 6500), 2), part(test, slice(0, None, 2), 3),
+        steps=150, batch_size=32,
+    )  # fmt: skip
 
 
 MODELS: dict[str, Callable[[Path], Shift]] = {
     "resnet20": SHIFTS["noise"],
     "minilm": SHIFTS["sentences"],
-    "mobilenet": things,
+    "mobilenet": dusk,
 }
 
 

@@ -1,4 +1,4 @@
-"""MobileNetV1 (0.5, 160 pixels), the photos that it knows, and a new task for it: the ten classes of CIFAR-10."""
+"""MobileNetV1 (0.5, 160 pixels), the photos that it knows, CIFAR-10's classes as its task, and those images at dusk."""
 
 from __future__ import annotations
 
@@ -84,11 +84,14 @@ def things() -> nn.Module:
     return MobileNet(10)
 
 
-def small_photos(x: np.ndarray, y: np.ndarray, size: int = 96) -> Data:
-    """Return CIFAR-10's images, enlarged, with their classes."""
+def small_photos(x: np.ndarray, y: np.ndarray, *, dusk: int | None = None, size: int = 96) -> Data:
+    """Return CIFAR-10's images, enlarged, with their classes; with a seed `dusk` dark, of little contrast and with some noise."""
     images = torch.as_tensor(x).permute(0, 3, 1, 2).float() / 127.5 - 1
-    larger = F.interpolate(images, (size, size), mode="bilinear")
-    return Data.of_arrays({"x": larger.numpy()}, y.astype(np.int64))
+    larger = F.interpolate(images, (size, size), mode="bilinear").numpy()
+    if dusk is not None:
+        noise = np.random.RandomState(dusk).normal(0, 0.05, larger.shape).astype(np.float32)
+        larger = np.clip(larger * np.float32(0.4) - np.float32(0.3) + noise, -1, 1)
+    return Data.of_arrays({"x": larger}, y.astype(np.int64))
 
 
 def trained(weights: dict[str, Tensor], known: Data) -> MobileNet:
