@@ -146,11 +146,11 @@ def show(shell: Shell, repo: str, html: Path | None, db: Path | None) -> Result:
 
     d = verb(repo, _intake(repo, db), html=html)
     rows = [
-        [g["group"], "as delivered" if s["sha256"] is None else f"seq {s['seq']}", (s["sha256"] or "")[:12], f"{s['devices']}/{g['devices']}"]
+        [g["group"], "as delivered" if s["sha256"] is None else f"seq {s['seq']}", (s["sha256"] or "")[:12], s["base_id"][:12], f"{s['devices']}/{g['devices']}"]
         for g in d["groups"]
         for s in g["serving"]
     ]  # fmt: skip
-    lines = [table(["group", "serving", "payload", "devices"], rows, left=3)] if rows else ["no report yet"]
+    lines = [table(["group", "serving", "payload", "base", "devices"], rows, left=4)] if rows else ["no report yet"]
     for g in d["groups"]:
         lines.append(
             f"{g['group']}: {g['devices']} devices, {len(g['failing'])} failing, {g['silent']} silent, {human_bytes(g['bytes'])} in {g['requests']} requests"

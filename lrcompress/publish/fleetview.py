@@ -35,7 +35,7 @@ def _group(
     repository: Repository, name: str, devices: list[dict[str, Any]], intake: Intake, now: datetime
 ) -> dict[str, Any]:
     stable, candidate = repository.latest(name), repository.candidate(name)
-    served: Counter[tuple[int, str | None]] = Counter()
+    served: Counter[tuple[int, str | None, str]] = Counter()
     failing, silent = [], 0
     for d in devices:
         record = d["record"]
@@ -43,7 +43,7 @@ def _group(
         if record is None:
             continue
         serving = record["serving"]
-        served[serving.get("seq") or 0, serving.get("sha256")] += 1
+        served[serving.get("seq") or 0, serving.get("sha256"), record["base_id"]] += 1
         if not record["healthy"] or record["state"] in ("rejected", "failed"):
             failing.append(
                 {"device": d["id"], "at": record["at"], "state": record["state"], "reason": record["reason"]}
@@ -57,9 +57,13 @@ def _group(
         }  # fmt: skip
     return {
         "group": name, "devices": len(devices), "silent": silent,
-        "stable": None if stable is None else {"seq": stable.seq, "sha256": stable.sha256, "bytes": stable.target.length},
+        "stable": None if stable is None else {
+            "seq": stable.seq, "sha256": stable.sha256, "bytes": stable.target.length, "base_id": next(iter(stable.custom["base_ids"]), None),
+        },
         "rollout": rollout,
-        "serving": [{"seq": s, "sha256": h, "devices": n} for (s, h), n in sorted(served.items(), key=lambda e: -e[0][0])],
+        "serving": [
+            {"seq": s, "sha256": h, "base_id": b, "devices": n} for (s, h, b), n in sorted(served.items(), key=lambda e: (-e[0][0], -e[1]))
+        ],
         "failing": failing, "failures": sum(d["failures"] for d in devices),
         "bytes": sum(d["bytes"] for d in devices), "requests": sum(d["requests"] for d in devices),
         "reports": sum(d["reports"] for d in devices),

@@ -216,7 +216,7 @@ def test_the_view_and_the_command_line(tmp_path, capsys, monkeypatch):
     d = view(fleet.repo, intake, html=page)
     (group,) = d["groups"]
     assert group["stable"]["sha256"] == first["sha256"] and group["serving"] == [
-        {"seq": 2, "sha256": new["sha256"], "devices": 1}
+        {"seq": 2, "sha256": new["sha256"], "base_id": device.manifest.base_id, "devices": 1}
     ]
     assert group["rollout"] == {"seq": 2, "sha256": new["sha256"], "percent": 0, "eligible": 1, "well": 0, "failed": 1}
     assert group["bytes"] == 2 * outcome["bytes_downloaded"] and group["failing"][0]["device"] == identity.id
