@@ -78,7 +78,7 @@ def verify(repo: str | Path, *, within_days: int = 0) -> dict[str, Any]:
 def _walk(repository: Repository, updater: Updater, group: str) -> list[dict[str, Any]]:
     """Download every target of a group as a client; return one row for what everybody and what some are offered."""
     rows, seqs, packed, brought = [], dict[int, str](), dict[str, str](), list[dict[str, Any]]()
-    for release in repository.history(group):
+    for release in repository.on_record(group):
         if seqs.setdefault(release.seq, release.sha256) != release.sha256:
             raise UpdateError(repository.folder, f"one payload for seq {release.seq} of {group}", "two")
     offered = repository.read(group).signed.targets

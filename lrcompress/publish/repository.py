@@ -229,12 +229,17 @@ class Repository:
 
     def history(self, group: str) -> list[Release]:
         """Return all releases of a group that are still on record, oldest first, each seq once."""
-        current, found = self.version(group), dict[int, Release]()
+        found = dict[int, Release]()
+        for release in self.on_record(group):
+            found.setdefault(release.seq, release)
+        return [found[s] for s in sorted(found)]
+
+    def on_record(self, group: str) -> Iterator[Release]:
+        """Yield what every version of a group's metadata that is still there offers, the oldest first."""
+        current = self.version(group)
         for version in range(1, current + 1):
             if version == current or self.file(group, version).exists():  # prune takes old ones away
-                for release in self.releases(group, version).values():
-                    found.setdefault(release.seq, release)
-        return [found[s] for s in sorted(found)]
+                yield from self.releases(group, version).values()
 
     def payload_file(self, group: str, sha256: str, name: str = TARGET) -> Path:
         return self.folder / "targets" / self.model / group / f"{sha256}.{name}"

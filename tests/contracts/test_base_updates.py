@@ -16,7 +16,7 @@ from lrcompress.edge import Device, EdgeSession
 from lrcompress.edge.disk import Disk
 from lrcompress.edge.state import COPIES, StateFiles, encode
 from lrcompress.edge.transport import FolderTransport
-from lrcompress.errors import CommandError, PayloadError
+from lrcompress.errors import CommandError, PayloadError, UpdateError
 from lrcompress.files import canonical_json, sha256_json
 from lrcompress.manifest import DATA, MANIFEST, Manifest
 from lrcompress.publish import bases as published
@@ -459,6 +459,15 @@ def test_prune_keeps_the_packs_that_can_be_asked_for(fleet: Fleet) -> None:
     assert fleet.device().update()["to_seq"] == 4
     with pytest.raises(CommandError):
         publish.rollback(fleet.repo, 2, passphrase=PASSPHRASE)
+
+
+def test_verify_misses_a_base_that_no_whole_pack_brings(fleet: Fleet) -> None:
+    factory = Manifest.load(made() / "exported").base_id
+    index = published.Index.of(made() / "exported", Manifest.load(made() / "exported"))
+    pack = published.make(base("B"), Manifest.load(base("B")), [index])[factory]
+    release_base(fleet, base("B"), payload_for(base("B")), {factory: pack}, seq=2)
+    with pytest.raises(UpdateError, match="a whole pack of base"):
+        publish.verify(fleet.repo)
 
 
 def other_ports(raw: dict[str, Any]) -> None:

@@ -176,6 +176,14 @@ def test_a_delta_that_does_not_arrive_is_a_detour(tmp_path, harm):
     assert not list((fleet.at / "dl").iterdir())
 
 
+def test_a_delta_that_saves_less_than_its_entry_costs_is_not_published(tmp_path, monkeypatch):
+    fleet = Fleet(tmp_path)
+    fleet.add("first", encoding="auto")
+    monkeypatch.setattr("lrcompress.publish.encoding.DELTA_ENTRY_BYTES", 1 << 14)
+    d = second(fleet.repo, 0.01)
+    assert "delta" not in d["sizes"] and not list((fleet.repo / "targets").rglob("*.delta"))
+
+
 def test_deltas_are_targets_like_any_other_and_go_with_their_release(tmp_path):
     fleet = Fleet(tmp_path)
     with pytest.raises(PayloadError, match="earlier payload"):

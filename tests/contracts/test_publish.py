@@ -15,14 +15,14 @@ from tuf.ngclient import Updater
 from lrcompress import publish
 from lrcompress.cli.main import run
 from lrcompress.errors import CommandError, DeviceStateError, HostError, PayloadError, UpdateError
-from lrcompress.files import sha256_file
+from lrcompress.files import sha256_bytes, sha256_file
 from lrcompress.golden import compare, load_golden
 from lrcompress.manifest import Manifest
 from lrcompress.payload import parse
 from lrcompress.publish import repository as repositories
 from lrcompress.publish.keys import KeyStore
 from lrcompress.runtime import Session
-from tests.support.fleet import PASSPHRASE, made, payload_bytes, served
+from tests.support.fleet import PASSPHRASE, Fleet, made, payload_bytes, release, served
 
 
 @pytest.fixture
@@ -52,6 +52,7 @@ def test_a_foreign_client_walks_from_the_first_root_to_the_payload(repo, tmp_pat
     assert sha256_file(path) == d["sha256"] == info.custom["sha256"]
     assert (repo / "targets" / "small" / "kitchen" / f"{d['sha256']}.payload.safetensors").is_file()
     assert info.custom["base_ids"] == [Manifest.load(made() / "exported").base_id]
+    assert repositories.Repository(repo).role("kitchen").paths == ["small/kitchen/*"]  # its key signs for nothing else
 
 
 def test_keys_are_encrypted_private_and_outside_the_repository(repo, tmp_path):
@@ -166,6 +167,27 @@ def test_what_does_not_fit_is_not_published(repo, tmp_path):
     assert publish.status(repo)["groups"] == []
 
 
+def test_what_devices_would_refuse_for_its_length_is_not_published(tmp_path):
+    """The limit is the one that devices were made with."""
+    data = payload_bytes("first")
+    (tmp_path / "p").write_bytes(data)
+    for name, most in (("tight", len(data) - 200), ("wide", len(data) + 400)):
+        exported, repo = tmp_path / name, tmp_path / f"repo-{name}"
+        shutil.copytree(made() / "exported", exported)
+        limits = json.dumps({**json.loads((exported / "device.json").read_text()), "max_payload_bytes": most}).encode()
+        (exported / "device.json").write_bytes(limits)
+        manifest = json.loads((exported / "manifest.json").read_text())
+        manifest["files"]["device.json"] = {"bytes": len(limits), "sha256": sha256_bytes(limits)}
+        (exported / "manifest.json").write_text(json.dumps(manifest))
+        publish.init_repository(repo, exported, tmp_path / f"keys-{name}", passphrase=PASSPHRASE)
+        if name == "wide":
+            assert add(repo, tmp_path / "p", encoding="f32")["seq"] == 1
+            continue
+        with pytest.raises(PayloadError, match=rf"at most {most} bytes, as device.json says"):
+            add(repo, tmp_path / "p", encoding="f32")
+        assert publish.status(repo)["groups"] == []
+
+
 def test_a_changed_artifact_is_noticed(repo, tmp_path):
     config = json.loads((repo / "publisher.json").read_text())
     changed = tmp_path / "exported"
@@ -191,10 +213,22 @@ def test_refresh_and_verify_say_what_expires_first(repo, monkeypatch):
     assert d["expires_first"]["role"] == "timestamp" and d["groups"][0]["seq"] == 1
     publish.refresh(repo, passphrase=PASSPHRASE)
     assert Metadata.from_file(str(repo / "metadata" / "timestamp.json")).signed.version == before + 1
+    assert publish.verify(repo, within_days=13)["expires_first"]["days"] in (13, 14)
+    with pytest.raises(UpdateError, match=r"hold for 15 days.*timestamp: 1[34] days.*refresh"):
+        publish.verify(repo, within_days=15)
     monkeypatch.setitem(repositories.EXPIRY, "timestamp", timedelta(seconds=-1))
     publish.refresh(repo, passphrase=PASSPHRASE)
     with pytest.raises(UpdateError):
         publish.verify(repo)
+
+
+def test_verify_notices_two_payloads_under_one_seq(tmp_path):
+    """As a publisher would make them who restored an older copy and went on by another program."""
+    fleet = Fleet(tmp_path)
+    for name in ("first", "second"):
+        release(fleet, payload_bytes(name), seq=1)
+    with pytest.raises(UpdateError, match=r"one payload for seq 1 of default.*two"):
+        publish.verify(fleet.repo)
 
 
 def test_verify_notices_every_file_that_changes(repo):

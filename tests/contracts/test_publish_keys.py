@@ -79,6 +79,10 @@ def test_a_role_may_need_several_of_its_keys(tmp_path):
     with pytest.raises(UpdateError, match=r"2 of the 3 keys.*got 1 in.*--keys") as caught:
         publish.rotate_keys(other, ["root"], passphrase=PASSPHRASE)
     assert caught.value.exit_code == 6 and Repository(other).version("root") == 1
+    shutil.copy(tmp_path / "b" / "keys" / "root@3.key", tmp_path / "b" / "keys" / "root@4.key")
+    with pytest.raises(UpdateError, match="got 1 in"):  # the same key twice is one signature
+        publish.rotate_keys(other, ["root"], passphrase=PASSPHRASE)
+    (tmp_path / "b" / "keys" / "root@4.key").unlink()
     publish.rotate_keys(other, ["root"], passphrase=PASSPHRASE, keys=[stick])
     assert Repository(other).version("root") == 2
 
@@ -221,6 +225,21 @@ def test_prune_leaves_what_clients_ask_for_and_the_last_releases(tmp_path):
     assert publish.rollback(repo, 3, passphrase=PASSPHRASE)["seq"] == 5 and client.seq() == 5
     with pytest.raises(CommandError):
         publish.prune(repo, keep=0)
+
+
+def test_a_client_that_began_before_the_last_release_goes_on_after_prune(tmp_path):
+    repo = new(tmp_path)
+    for name in ("first", "second", "loha"):
+        add(repo, name)
+    repository = Repository(repo)
+    before = repository.read("snapshot", repository.version("snapshot") - 1).signed.meta
+    publish.prune(repo, keep=1)
+    assert before["default.json"].version < repository.version("default")
+    for name, meta in before.items():
+        assert (repo / "metadata" / f"{meta.version}.{name}").is_file(), name
+    for target in repository.read("default", before["default.json"].version).signed.targets.values():
+        folder, _, name = target.path.rpartition("/")
+        assert (repo / "targets" / folder / f"{target.hashes['sha256']}.{name}").is_file()
 
 
 @pytest.mark.parametrize(

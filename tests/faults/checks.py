@@ -1,4 +1,4 @@
-"""Take away one check of a device at a time and see which test notices: `python -m tests.faults.checks [WORD]…`.
+"""Take away one check of a device or a publisher at a time and see which test notices: `python -m tests.faults.checks [WORD]…`.
 
 A fault that survives means that a test is missing; one whose text is gone means that this list is out of date. What is
 slow to import is imported once; every fault then has a process of its own, forked before the device's code is loaded.
@@ -13,6 +13,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from tests.faults.checks_publish import PUBLISHER
 
 ROOT = Path(__file__).parents[2]
 RULES, UPDATES, FOLDER, CLOCK = (f"tests/attacks/test_{n}.py" for n in ("rules", "updates", "folder", "clock"))
@@ -171,7 +173,11 @@ def _tried(path: Path, old: str, new: str, test: str, which: str) -> int:
         return self.source_to_code(path.read_text().replace(old, new, 1).encode(), self.path)
 
     importlib.machinery.SourceFileLoader.get_code = get_code  # type: ignore[assignment, method-assign]
-    if path.parent.name != "edge":  # the publisher's code has imported it
+    if path.parent.name == "publish":
+        for name in [n for n in sys.modules if n.startswith("lrcompress.publish")]:
+            del sys.modules[name]
+        del sys.modules["lrcompress"].publish
+    elif path.parent.name != "edge":  # the publisher's code has imported it
         importlib.reload(sys.modules[f"lrcompress.{path.stem}"])
     import pytest
 
@@ -198,7 +204,7 @@ def main() -> int:
     ):
         importlib.import_module(name)
     assert not any(name.startswith("lrcompress.edge") for name in sys.modules)
-    for what, file, old, new, test, which in CHECKS:
+    for what, file, old, new, test, which in [*CHECKS, *PUBLISHER]:
         if words and not any(w in f"{what} {file} {test}" for w in words):
             continue
         started = time.perf_counter()
