@@ -22,8 +22,11 @@ _SLOTS = ("even", "odd")
 
 @dataclass
 class State:
-    """Where a run is. `position` in an epoch counts batches; `rate` is None until one was found."""
+    """Where a run is. `position` in an epoch counts batches; `rate` is None until one was found; `begun`: how often the
+    run began again, at a lower one.
+    """
 
+    begun: int = 0
     step: int = 0
     epoch: int = 0
     position: int = 0
@@ -99,7 +102,7 @@ class Saved:
         found = [(p, i) for i, slot in enumerate(_SLOTS) if (p := self._store.get(f"{self._key}-{slot}")) is not None]
         if not found:
             return None
-        packed, turn = max(found, key=lambda f: int(f[0].about["step"]))
+        packed, turn = max(found, key=lambda f: (int(f[0].about["begun"]), int(f[0].about["step"])))
         self._turn = 1 - turn
         return packed
 

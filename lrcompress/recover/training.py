@@ -39,6 +39,10 @@ from .world import World
 _JUDGING, _JUDGED = 0.15, 0.5
 #: A run in its first half that is so many times worse than its start begins again, with a lower rate.
 _RUINED = 2.0
+#: So does one between these parts that is worse by so much and has gained nothing yet.
+_HARM, _SETTLED, _LATE = 0.05, 0.2, 0.75
+#: How often a run of so many steps is begun again.
+_AGAIN = 3
 #: The longest gradient that is followed as it is.
 _LONGEST = 1.0
 
@@ -214,8 +218,10 @@ class Training:
             shown = Shown(advance, by_steps=total is not None)
             shown.at(state.step, self.clock.seconds, "")
             while True:
-                batches = self.order.epoch(state.epoch)
+                batches, begun = self.order.epoch(state.epoch), state.begun
                 for units in batches[state.position :]:
+                    if state.begun > begun:
+                        break
                     try:
                         loss, seconds = self.step(
                             units, state.epoch, state.rate or 0.0, schedule.rate(self._place(schedule))
@@ -225,6 +231,8 @@ class Training:
                             raise
                         self._lower()
                         loss, seconds = math.nan, self.world.from_first(self.clock.seconds)
+                        if state.begun > begun:
+                            continue
                     state.step, state.position = state.step + 1, state.position + 1
                     state.seconds = seconds
                     place = self._place(schedule)
@@ -240,7 +248,8 @@ class Training:
                     if time.perf_counter() - saved_at >= s.save_seconds:
                         self._save()
                         saved_at = time.perf_counter()
-                state.epoch, state.position = state.epoch + 1, 0
+                if state.begun == begun:
+                    state.epoch, state.position = state.epoch + 1, 0
 
     def _place(self, schedule: Schedule) -> float:
         return schedule.position(self.state.step, self.state.seconds)
@@ -255,14 +264,27 @@ class Training:
             state.best, state.best_step, state.since_best, state.kept = value, state.step, 0, self._copies()
         else:
             state.since_best += 1
-        ruined = not math.isfinite(value) or value > max(_RUINED * state.start, state.start + 1e-6)
-        if ruined and place < 0.5 and self.settings.learning_rate is None and self.score is None:
+        if self.settings.learning_rate is None and self._harmed(value, place):
             self._lower()
 
+    def _harmed(self, value: float, place: float) -> bool:
+        """Tell whether the rate is too high for this run: the trials before it were too short to show that."""
+        start = self.state.start
+        if place < 0.5 and self.score is None and value > max(_RUINED * start, start + 1e-6):
+            return True
+        if place >= _LATE or (math.isfinite(value) and (place < _SETTLED or self.state.best_step > 0)):
+            return False
+        return not value - start <= _HARM * abs(start)
+
     def _lower(self) -> None:
-        """Go on from the best state at a lower rate."""
-        self.state.rate = (self.state.rate or 0.0) / math.sqrt(10)
+        """Go on from the best state at a lower rate; all over again where nothing was gained and no clock is running."""
+        state = self.state
+        state.rate = (state.rate or 0.0) / math.sqrt(10)
         self.restart()
+        if self.settings.max_seconds is None and state.best_step == 0 and state.begun < _AGAIN:
+            state.begun += 1
+            state.step = state.epoch = state.position = state.done_evaluations = state.since_best = 0
+            state.history = state.history[:1]
 
     # one step -------------------------------------------------------------------------------------------------------
 

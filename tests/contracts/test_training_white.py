@@ -292,9 +292,50 @@ def test_a_ruined_run_begins_again_with_a_lower_rate(place, monkeypatch):
     monkeypatch.setattr(Training, "decide", decide)
     found = recover(place / "small", data=data(), train="factors", steps=8, evaluations=4, threads=1).data
     rates = [r for r, _ in seen]
-    assert rates == [3e-3] * 2 + [pytest.approx(3e-3 / math.sqrt(10))] * 6
+    assert rates == [3e-3] * 2 + [pytest.approx(3e-3 / math.sqrt(10))] * 8  # as many steps as were asked for
     assert seen[2][1] == seen[0][1] != seen[1][1]
     assert found["learning_rate"] == pytest.approx(rates[-1])
+
+
+@pytest.mark.parametrize(("worse", "again"), [(0.06, True), (0.04, False)])
+def test_a_run_that_has_gained_nothing_and_lost_much_begins_again(place, monkeypatch, worse, again):
+    """By a score, too; a clock that is running does not let it take more time: it goes on from the start where it is."""
+    real_step, real_decide = Training.step, Training.decide
+    for seconds in (None, 1e6):
+        told, seen = [], []
+
+        def step(self, units, epoch, rate, share, seen=seen, **kw):
+            if "name" not in kw:
+                seen.append((rate, [int(u) for u in units]))
+            return real_step(self, units, epoch, rate, share, **kw)
+
+        def decide(self, told=told):
+            told.append(real_decide(self))
+            return told[0] + worse * abs(told[0]) if len(told) in (2, 3) else told[-1]
+
+        monkeypatch.setattr(Training, "step", step)
+        monkeypatch.setattr(Training, "decide", decide)
+        options = {"data": data(), "train": "factors", "steps": 20, "threads": 1, "max_seconds": seconds}
+        found = recover(place / "small", evaluations=10, **options).data
+        low = pytest.approx(3e-3 / math.sqrt(10))
+        first = 4 if again else 20
+        assert [r for r, _ in seen] == [3e-3] * first + [low] * ((20 if seconds is None else 16) if again else 0)
+        if again and seconds is None:
+            assert [u for _, u in seen[4:8]] == [u for _, u in seen[:4]]
+        assert found["steps"] == 20 and found["learning_rate"] == (low if again else 3e-3)
+
+
+def test_of_two_states_the_one_that_began_last_is_taken_up(tmp_path):
+    from lrcompress.recover.state import Saved
+    from lrcompress.work import Store
+    from lrcompress.work.jobs import Packed
+
+    with Store.open(tmp_path / "out", "k") as store:
+        saved = Saved(store, "run")
+        for begun, step in ((0, 90), (1, 5)):
+            saved.save(Packed({}, {"begun": begun, "step": step}))
+        found = Saved(store, "run").load()
+    assert found is not None and found.about["step"] == 5
 
 
 def test_a_rate_that_was_given_stays(place, monkeypatch):
