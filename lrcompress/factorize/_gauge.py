@@ -34,3 +34,10 @@ def pivot_rows(u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     place = np.empty(len(pivot), np.int32)
     place[[*chosen, *rest]] = np.arange(len(pivot), dtype=np.int32)
     return torch.tensor(chosen), torch.from_numpy(np.ascontiguousarray(t)), torch.from_numpy(place)
+
+
+def unpivoted(others: Tensor, place: Tensor) -> Tensor:
+    """Return the basis (m, r) in which T (m − r, r) and the places of its rows leave the pivot rows as they are."""
+    rank = others.shape[1]
+    own = torch.eye(rank, dtype=others.dtype, device=others.device)
+    return torch.cat([own, others]).index_select(0, place)

@@ -9,6 +9,7 @@ Source: PIFA (ICML 2025) for the gauge; `_gauge` for the pivots.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import svd
-from ._gauge import pivot_rows
+from ._gauge import pivot_rows, unpivoted
 from ._linalg import convolve, pointwise, unfolded
 from ._types import ConvGeometry, Factorization, Point, Rank, Statistics
 
@@ -41,7 +42,13 @@ def factor_shapes(shape: tuple[int, ...], rank: Rank) -> dict[str, tuple[int, ..
 
 
 def n_macs(shape: tuple[int, ...], rank: Rank, positions: int) -> int:
-    return n_params(shape, rank) * positions
+    """Return what a runtime multiplies, with whole bases or densely, whichever is less (`is_dense_when_loaded`)."""
+    return min(svd.n_macs(shape, rank, positions), math.prod(shape) * positions)
+
+
+def is_dense_when_loaded(shape: tuple[int, ...], rank: Rank) -> bool:
+    """Tell whether the dense product is less than that of whole bases: then it is what a runtime makes of the factors."""
+    return svd.n_macs(shape, rank, 1) >= math.prod(shape)
 
 
 def decompose(weight: Tensor, rank: Rank, statistics: Statistics | None = None) -> Factorization:
@@ -58,6 +65,25 @@ def curve(weight: Tensor, statistics: Statistics | None = None) -> list[Point]:
     """Return every rank with its loss: that of the SVD, for fewer numbers."""
     shape = tuple(weight.shape)
     return [Point(p.rank, n_params(shape, p.rank), p.loss) for p in svd.curve(weight, statistics)]
+
+
+def linear_as_loaded(factors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """As `linear`, with [1; T] as one matrix that a runtime makes when it loads the graph: no output is moved."""
+    basis = unpivoted(factors["T"], factors["order"])
+    if is_dense_when_loaded(_shape(factors), len(factors["P"])):
+        return F.linear(x, basis @ factors["P"])
+    return F.linear(F.linear(x, factors["P"]), basis)
+
+
+def conv_as_loaded(factors: Mapping[str, Tensor], x: Tensor, geometry: ConvGeometry) -> Tensor:
+    shape, basis = _shape(factors), unpivoted(factors["T"], factors["order"])
+    if is_dense_when_loaded(shape, len(factors["P"])):
+        return convolve(x, (basis @ unfolded(factors["P"])).reshape(shape), geometry)
+    return pointwise(convolve(x, factors["P"], geometry), basis)
+
+
+def _shape(factors: Mapping[str, Tensor]) -> tuple[int, ...]:
+    return (len(factors["order"]), *factors["P"].shape[1:])
 
 
 def to_tensor(factors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:

@@ -60,7 +60,13 @@ def factor_shapes(shape: tuple[int, ...], rank: Rank) -> dict[str, tuple[int, ..
 
 
 def n_macs(shape: tuple[int, ...], rank: Rank, positions: int) -> int:
-    return n_params(shape, rank) * positions
+    """Return what a runtime multiplies, with all taps or densely, whichever is less (`is_dense_when_loaded`)."""
+    return min(spatial_svd.n_macs(shape, rank, positions), math.prod(shape) * positions)
+
+
+def is_dense_when_loaded(shape: tuple[int, ...], rank: Rank) -> bool:
+    """Tell whether the dense product is less than that of both filters: then it is what a runtime makes of the factors."""
+    return spatial_svd.n_macs(shape, rank, 1) >= math.prod(shape)
 
 
 def decompose(weight: Tensor, rank: Rank, statistics: Statistics | None = None) -> Factorization:
@@ -158,22 +164,46 @@ def curve(weight: Tensor, statistics: Statistics | None = None) -> list[Point]:
 
 
 def to_tensor(factors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
-    first = factors["first"]
-    rank, out = first.shape[0], shape[0]
-    head = torch.eye(min(out, rank), rank, dtype=first.dtype, device=first.device)
-    if "T" in factors:
-        head = torch.cat([head, factors["T"]])
-    c, others = _others(factors)
-    taps = head[..., None]
-    if others is not None:
-        flat = others.reshape(out, rank, -1)
-        taps = torch.cat([flat[..., :c], taps, flat[..., c:]], -1)
-    if "order" in factors:
-        taps = taps.index_select(0, factors["order"])
+    return _product(factors["first"], _second(factors, shape[0]), shape)
+
+
+def conv_as_loaded(factors: Mapping[str, Tensor], x: Tensor, geometry: ConvGeometry) -> Tensor:
+    """As `conv`, with all taps in one kernel that a runtime makes when it loads the graph: no channel is moved."""
+    first, second = factors["first"], _second(factors, None)
+    kernel = (max(a, b) for a, b in zip(first.shape[2:], second.shape[2:], strict=True))
+    shape = (len(second), first.shape[1], *kernel)
+    if is_dense_when_loaded(shape, len(first)):
+        return convolve(x, _product(first, second, shape), geometry)
+    z = before(factors, x, geometry)
+    return (
+        convolve(z, second, spatial_svd.only(geometry, 1 - _axis(first)))
+        if first.dim() == 4
+        else pointwise(z, second[..., 0])
+    )
+
+
+def _product(first: Tensor, second: Tensor, shape: tuple[int, ...]) -> Tensor:
     if first.dim() == 3:
-        return torch.einsum("rik,orw->oik", first, taps).reshape(shape)
-    rows = "rihu,orw->oihw" if _axis(first) == 0 else "riuh,orw->oiwh"
-    return torch.einsum(rows, first, taps).reshape(shape)
+        return torch.einsum("rik,orw->oik", first, second).reshape(shape)
+    return torch.einsum("rihw,oruv->oihuwv" if _axis(first) == 0 else "rihw,oruv->oiuhvw", first, second).reshape(shape)
+
+
+def _second(factors: Mapping[str, Tensor], out: int | None) -> Tensor:
+    """Return the second filters, all taps of them, with the kernel's axes; `out`: how many, where no factor says it."""
+    first, (c, others) = factors["first"], _others(factors)
+    rank = first.shape[0]
+    if others is not None and "T" not in factors:
+        out = len(others)
+    flat = (1,) * (first.dim() - 2)
+    own = min(rank, rank if "T" in factors or out is None else out)
+    taps = torch.eye(own, rank, dtype=first.dtype, device=first.device).reshape(own, rank, *flat)
+    if "T" in factors:
+        taps = torch.cat([taps, factors["T"].reshape(-1, rank, *flat)])
+    if others is not None:
+        along = 2 + (1 - _axis(first) if first.dim() == 4 else 0)
+        left, right = others.split([c, others.shape[along] - c], along)  # type: ignore[no-untyped-call]
+        taps = torch.cat([t for t in (left, taps, right) if t.shape[along]], along)
+    return taps.index_select(0, factors["order"]) if "order" in factors else taps
 
 
 def _others(factors: Mapping[str, Tensor]) -> tuple[int, Tensor | None]:

@@ -13,13 +13,14 @@ Source: Kim et al., arXiv 1511.06530 (the layer chain); `_gauge` for the pivots,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from . import tucker
-from ._gauge import pivot_rows
+from ._gauge import pivot_rows, unpivoted
 from ._linalg import convolve, pointwise
 from ._types import ConvGeometry, Factorization, Point, Rank, Statistics
 
@@ -48,7 +49,21 @@ def factor_shapes(shape: tuple[int, ...], rank: Rank) -> dict[str, tuple[int, ..
 
 
 def n_macs(shape: tuple[int, ...], rank: Rank, positions: int) -> int:
-    return n_params(shape, rank) * positions
+    """Return what a runtime multiplies, with whole bases or densely, whichever is less (`is_dense_when_loaded`)."""
+    return min(_whole_macs(shape, rank), math.prod(shape)) * positions
+
+
+def is_dense_when_loaded(shape: tuple[int, ...], rank: Rank) -> bool:
+    """Tell whether the dense product is less than that of whole bases: then it is what a runtime makes of the factors."""
+    return _whole_macs(shape, rank) >= math.prod(shape)
+
+
+def _whole_macs(shape: tuple[int, ...], rank: Rank) -> int:
+    """Return the multiply-adds of one position with whole bases; a side of full rank has none."""
+    assert not isinstance(rank, int)
+    out, inner = rank
+    mixed = (shape[0] * out if out < shape[0] else 0) + (shape[1] * inner if inner < shape[1] else 0)
+    return mixed + out * inner * math.prod(shape[2:])
 
 
 def decompose(weight: Tensor, rank: Rank, statistics: Statistics | None = None) -> Factorization:
@@ -98,3 +113,19 @@ def conv(factors: Mapping[str, Tensor], x: Tensor, geometry: ConvGeometry) -> Te
     if "T" not in factors:
         return kept
     return torch.cat([kept, pointwise(kept, factors["T"])], 1).index_select(1, factors["order"])
+
+
+def conv_as_loaded(factors: Mapping[str, Tensor], x: Tensor, geometry: ConvGeometry) -> Tensor:
+    """As `conv`, with both bases as matrices that a runtime makes when it loads the graph: no channel is moved."""
+    core = factors["core"]
+    outside = unpivoted(factors["T"], factors["order"]) if "T" in factors else None
+    inside = unpivoted(factors["S"].T, factors["inputs"].argsort()).T if "S" in factors else None
+    shape = (
+        core.shape[0] if outside is None else len(outside), core.shape[1] if inside is None else inside.shape[1], *core.shape[2:]
+    )  # fmt: skip
+    if is_dense_when_loaded(shape, (core.shape[0], core.shape[1])):
+        whole = core.flatten(2) if inside is None else torch.einsum("orw,ri->oiw", core.flatten(2), inside)
+        whole = whole if outside is None else torch.einsum("po,oiw->piw", outside, whole)
+        return convolve(x, whole.reshape(shape), geometry)
+    y = convolve(x if inside is None else pointwise(x, inside), core, geometry)
+    return y if outside is None else pointwise(y, outside)

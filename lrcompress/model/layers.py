@@ -6,7 +6,7 @@ stays dense but takes adapters is one of these with the form "dense", whose only
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -24,6 +24,8 @@ class FactorizedLayer(nn.Module):
 
     layer_kind: str
     bias: nn.Parameter | None
+    #: Whether a pivoted layer makes its bases whole first: a runtime does that once, when it loads the graph.
+    as_loaded = False
 
     def __init__(
         self, form_name: str, factors: Mapping[str, Tensor], shape: tuple[int, ...], rank: Rank, bias: Tensor | None
@@ -166,6 +168,11 @@ class FactorizedLayer(nn.Module):
         """Return what `factors` make of x, as the form multiplies them."""
         raise NotImplementedError
 
+    def _forward_of(self, kind: str) -> Callable[..., Tensor]:
+        module = form(self.form)
+        plain: Callable[..., Tensor] = getattr(module, kind)
+        return getattr(module, f"{kind}_as_loaded", plain) if self.as_loaded else plain
+
     @property
     def _wide_bias(self) -> Tensor:
         """Return the bias, shaped to broadcast over outputs."""
@@ -209,7 +216,7 @@ class FactorizedLinear(FactorizedLayer):
         return self._output(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.shape[0])
 
     def _through(self, x: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
-        return form(self.form).linear(factors, x)  # type: ignore[no-any-return]
+        return self._forward_of("linear")(factors, x)
 
     def to_plain(self) -> nn.Module:
         weight = self.merged_weight().detach()
@@ -248,7 +255,7 @@ class FactorizedConv(FactorizedLayer):
 
     def _through(self, x: Tensor, factors: Mapping[str, Tensor]) -> Tensor:
         groups = (self.groups,) if self.form == "dense" else ()
-        return form(self.form).conv(factors, x, self._walk, *groups)  # type: ignore[no-any-return]
+        return self._forward_of("conv")(factors, x, self._walk, *groups)
 
     @property
     def target(self) -> Target:

@@ -5,7 +5,8 @@
     ms = layer_ms(steps, bits=8, prices)
 
 So a form's time follows from the form's one file. Products with a constant take the bits of the constant; what else
-the forward pass does costs what it costs in 32 bits.
+the forward pass does costs what it costs in 32 bits. What a form can leave to the loading of the graph costs nothing
+(`…_as_loaded`).
 """
 
 from __future__ import annotations
@@ -87,12 +88,14 @@ def _steps(name: str, kind: str, shape: tuple[int, ...], rank: Rank, place: Plac
         x = torch.empty((place.rows,), device="meta", dtype=torch.int64)
         run: Callable[[], Any] = functools.partial(module.embedding, factors, x)
     elif kind == "linear":
-        run = functools.partial(module.linear, factors, torch.empty((place.rows, shape[-1]), device="meta"))
+        linear = getattr(module, "linear_as_loaded", module.linear)
+        run = functools.partial(linear, factors, torch.empty((place.rows, shape[-1]), device="meta"))
     else:
         channels = shape[2] * shape[0] if kind == "grouped" else shape[1]
         x = torch.empty((1, channels, *place.image), device="meta")
         walk = place.geometry or ConvGeometry.default(len(place.image))
-        run = functools.partial(module.conv, factors, x, walk, *grouped)
+        conv = getattr(module, "conv_as_loaded", module.conv)
+        run = functools.partial(conv, factors, x, walk, *grouped)
     watch = _Watch(factors.values())
     with watch, torch.no_grad():
         run()
@@ -114,7 +117,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         constant = [id(t) in self._constants for t in tensors]
         made = [t for t in _flat([out]) if isinstance(t, Tensor)]
         self._kept += made
-        if tensors and all(constant):
+        if all(constant):  # of no tensor at all, too: an identity
             self._constants.update(id(t) for t in made)
         elif made:
             name = func.overloadpacket.__name__

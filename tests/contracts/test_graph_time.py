@@ -64,13 +64,6 @@ def test_picking_along_the_last_axis_goes_number_by_number(axis, priced):
     assert kinds(request_operators(data, {"x": normal(2, 6, 5)}, blocked=False)) == [priced]
 
 
-def test_a_pivoted_layer_pays_for_its_order():
-    for kind, priced in (("linear", ("take", (16 * 48,))), ("conv", ("gather", (24, 64)))):
-        shape, rank, place = CASES[kind]
-        steps = steps_of("pivoted", Layer("l", kind, torch.empty(shape)), rank, place)
-        assert priced in [(s.kind, s.dims) for s in steps]
-
-
 def test_products_of_two_activations_are_priced_apart():
     nodes = [helper.make_node("MatMul", ["a", "b"], ["y"])]
     inputs = [("a", TensorProto.FLOAT, [2, 3, 5, 8]), ("b", TensorProto.FLOAT, [2, 3, 8, 9])]

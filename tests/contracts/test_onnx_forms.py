@@ -29,19 +29,31 @@ SPECS = {
     GROUPED: InputSpec("x", "float32", ("batch", 16, "height", "width")),
     EMBEDDING: InputSpec("x", "int64", ("batch", "sequence")),
 }
+#: How a pivoted basis is made whole, before the first request.
+WHOLE = {"Equal": 1, "Cast": 1, "Concat": 1, "Gather": 1}
 #: What a form runs, all of it, bias included.
 NODES: dict[tuple[str, str], dict[str, int]] = {
     (LINEAR, "als"): {"Add": 1, "MatMul": 2},
     (LINEAR, "nmf"): {"Add": 1, "MatMul": 2},
-    (LINEAR, "pivoted"): {"Add": 1, "Concat": 1, "Gather": 1, "MatMul": 2},
+    (LINEAR, "pivoted"): {"Add": 1, "MatMul": 2, **WHOLE, "Transpose": 1},
     (LINEAR, "shared"): {"Add": 1, "MatMul": 2},
     (LINEAR, "svd"): {"Add": 1, "MatMul": 2},
     (CONV, "als"): {"Conv": 2},
     (CONV, "cp"): {"Conv": 4},
     (CONV, "nmf"): {"Conv": 2},
-    (CONV, "pivoted"): {"Add": 1, "Concat": 1, "Conv": 2, "Gather": 1},
-    (CONV, "pivoted_spatial"): {"Add": 2, "Concat": 1, "Conv": 3, "Gather": 1, "Slice": 1},
-    (CONV, "pivoted_tucker"): {"Add": 2, "Concat": 1, "Conv": 3, "Gather": 2, "Slice": 2},
+    (CONV, "pivoted"): {"Conv": 2, **WHOLE, "Reshape": 1},
+    (CONV, "pivoted_spatial"): {"Conv": 2, **WHOLE, "Reshape": 1, "Split": 1, "Concat": 2},
+    # Two bases, and one order turned round.
+    (CONV, "pivoted_tucker"): {
+        "Conv": 3,
+        "Equal": 1,
+        "Cast": 2,
+        "Concat": 2,
+        "Gather": 2,
+        "Reshape": 3,
+        "TopK": 1,
+        "Transpose": 1,
+    },
     (CONV, "spatial_svd"): {"Conv": 2},
     (CONV, "svd"): {"Conv": 2},
     (CONV, "tucker"): {"Conv": 3},

@@ -97,6 +97,34 @@ def test_biases_refuse_a_slot():
     assert found.fired == 0 and [r.reason for r in found.refused] == ["its weight is no constant"]
 
 
+@pytest.mark.parametrize(("slots", "fired"), [((), 1), (("v",), 0)])
+def test_biases_go_into_a_convolution_whose_weight_is_made_at_load(slots, fired):
+    nodes = [N("Concat", ["w", "v"], ["both"], axis=0), N("Conv", ["x", "both"], ["c"]), N("Add", ["c", "b"], ["y"])]
+    model = graph(nodes, {"w": W[:4], "v": W[4:], "b": B.reshape(6, 1, 1)})
+    out, found = rewritten("biases", model, slots)
+    assert found.fired == fired and ("b" in out.graph.node[1].input) == bool(fired)
+    np.testing.assert_allclose(answer(out, x=X), answer(model, x=X), rtol=1e-5, atol=1e-5)
+
+
+def test_biases_of_one_number_stay_where_the_channels_are_unknown():
+    nodes = [N("Concat", ["w", "v"], ["both"], axis=0), N("Conv", ["x", "both"], ["c"]), N("Add", ["c", "b"], ["y"])]
+    model = graph(nodes, {"w": W[:4], "v": W[4:], "b": np.ones((1, 1, 1), np.float32)})
+    out, found = rewritten("biases", model)
+    assert found.fired == 0 and len(out.graph.node) == 3
+
+
+def test_folded_leaves_an_identity_to_the_runtime():
+    """Two ranges instead of r² numbers."""
+    nodes = [
+        N("Equal", ["column", "row"], ["same"]), N("Cast", ["same"], ["one"], to=TensorProto.FLOAT), N("MatMul", ["x", "one"], ["y"])
+    ]  # fmt: skip
+    ids = np.arange(8, dtype=np.uint8)
+    model = graph(nodes, {"column": ids[:, None], "row": ids}, x=("a", "b", "c", 8))
+    out, _ = rewritten("folded", model)
+    assert [n.op_type for n in out.graph.node] == ["Equal", "Cast", "MatMul"]
+    np.testing.assert_array_equal(answer(out, x=X), X)
+
+
 def test_as_read_turns_a_weight_that_is_only_read_turned():
     w = RNG.standard_normal((6, 8)).astype(np.float32)
     nodes = [N("Transpose", ["w"], ["t"], perm=[1, 0]), N("MatMul", ["x", "t"], ["y"])]

@@ -41,12 +41,12 @@ def feeds() -> list[dict[str, np.ndarray]]:
     return [{"x": x} for x in np.split(pictures(), 4)]
 
 
-def test_a_gauge_that_rounding_hurts_is_undone_and_the_product_stays():
+@pytest.mark.parametrize("given", [True, False], ids=["calibrated", "not"])
+def test_a_gauge_that_is_to_be_rounded_is_undone_and_the_product_stays(given):
     net = network("pivoted_spatial", "svd", "dense")
     before, x = copy.deepcopy(net), torch.from_numpy(pictures())
-    found = undo_gauges(net, open_model(net, inputs=SPEC), feeds(), {"0": 8, "2": 8, "4": 8})
-    assert set(found) == {"0"} and found["0"].form == net[0].form == "spatial_svd"
-    assert found["0"].error > WORSE * found["0"].plain_error > 0
+    found = undo_gauges(net, open_model(net, inputs=SPEC), feeds() if given else [], {"0": 8, "2": 8, "4": 8})
+    assert set(found) == {"0"} and found["0"].form == net[0].form == "spatial_svd" and not found["0"].halved
     with torch.no_grad():
         torch.testing.assert_close(net(x), before(x), rtol=1e-4, atol=1e-4)
         exact = before(x)
@@ -60,8 +60,13 @@ def test_a_gauge_that_rounding_hurts_is_undone_and_the_product_stays():
 def test_what_is_not_to_be_rounded_is_left_alone():
     net = network("pivoted_spatial")
     state = {k: v.clone() for k, v in net.state_dict().items()}
-    for bits, given in (({}, feeds()), ({"0": 16}, feeds()), ({"0": 32}, feeds()), ({"0": 8}, [])):
-        assert undo_gauges(net, open_model(net, inputs=SPEC), given, bits) == {}
+    for bits, given, cored in (
+        ({}, feeds(), ()),
+        ({"0": 16}, feeds(), ()),
+        ({"0": 32}, feeds(), ()),
+        ({"0": 8}, [], ("0",)),
+    ):
+        assert undo_gauges(net, open_model(net, inputs=SPEC), given, bits, cored) == {}
     assert net[0].form == "pivoted_spatial"
     assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
 
@@ -70,6 +75,7 @@ def test_a_layer_with_an_adapter_between_its_factors_keeps_its_gauge():
     net = network("pivoted_spatial")
     found = undo_gauges(net, open_model(net, inputs=SPEC), feeds(), {"0": 8}, cored=("0",))
     assert found["0"].halved and net[0].form == found["0"].form == "pivoted_spatial"
+    assert found["0"].error > WORSE * found["0"].plain_error > 0
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -19,6 +19,14 @@ from onnxscript.rewriter import MatchResult, RewriteRuleClassBase, RewriteRuleSe
 from . import Applied, Refusal
 
 
+def _made_of_constants(value: ir.Value, keep: Collection[str]) -> bool:
+    """Return whether a value is a constant, or is made of constants alone before the first request."""
+    if value.const_value is not None:
+        return not value.is_graph_input() and value.name not in keep
+    node = value.producer()
+    return node is not None and bool(node.inputs) and all(v is None or _made_of_constants(v, keep) for v in node.inputs)
+
+
 class _BiasOfConv(RewriteRuleClassBase):  # type: ignore[misc]
     """See above; remembers why it refused."""
 
@@ -42,12 +50,20 @@ class _BiasOfConv(RewriteRuleClassBase):  # type: ignore[misc]
         return found
 
     def _reason(self, w: ir.Value, b: ir.Value) -> str | None:
-        if w.const_value is None or w.name in self.keep:
+        if not _made_of_constants(w, self.keep):
             return "its weight is no constant"
         if b.const_value is None or b.is_graph_input() or b.name in self.keep:
             return "what is added is no constant"
-        shape, axes = tuple(b.const_value.shape), len(w.const_value.shape)
-        channels = int(w.const_value.shape[0])
+        shape = tuple(b.const_value.shape)
+        if (
+            w.const_value is None
+        ):  # made when the graph is loaded, of one row per channel: a bias of one number is no proof
+            channels = max((int(d) for d in shape), default=1)
+            axes = len(shape) + int(shape[:1] == (channels,))
+            if channels == 1:
+                return "not one number per output channel"
+        else:
+            axes, channels = len(w.const_value.shape), int(w.const_value.shape[0])
         wide = (1,) * (axes - len(shape)) + tuple(int(d) for d in shape)
         if len(shape) > axes or wide[1] != channels or any(d != 1 for i, d in enumerate(wide) if i != 1):
             return "not one number per output channel"

@@ -31,8 +31,8 @@ def apply(model: ir.Model, keep: Collection[str]) -> Applied:
         if tensors and all(v is None or v.const_value is not None for v in node.inputs):
             where = f"{node.op_type}({tensors[0]})"
             refused[where] = Refusal(where, "a tensor of the network stays apart")
-        # A random or sized-by-input constant is left to the runtime.
-        return False if tensors else None
+        # A random or sized-by-input constant is left to the runtime; so is an identity, r² numbers made of two ranges.
+        return False if tensors or _is_identity(node) else None
 
     fold_constants(model, should_fold=should_fold, input_size_limit=_MOST, output_size_limit=_MOST)
     common.IdentityEliminationPass()(model)
@@ -41,6 +41,14 @@ def apply(model: ir.Model, keep: Collection[str]) -> Applied:
     common.CommonSubexpressionEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
     return Applied(before - graph.num_nodes(), tuple(refused.values()))
+
+
+def _is_identity(node: ir.Node) -> bool:
+    """Return whether a node compares a column with a row, as what makes an identity does."""
+    if node.op_type != "Equal" or any(v is None or v.const_value is None for v in node.inputs):
+        return False
+    first, second = (v.const_value.shape for v in node.inputs if v is not None and v.const_value is not None)
+    return len(first) == 2 and len(second) == 1 and first[1] == 1
 
 
 def _is_small_integer(value: ir.Value) -> bool:

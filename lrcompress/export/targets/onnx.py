@@ -19,6 +19,7 @@ from torch import nn
 from ...factorize import form
 from ...manifest import slot_inputs
 from ...model.checkpoint import module_layers
+from ...model.layers import FactorizedLayer
 from ...model.surgery import factorized_layers
 from ..gates import factors_stay_apart, names_and_bytes
 from ..graph import store_external, strip, trace
@@ -46,15 +47,16 @@ def write(stage: Path, request: Request) -> Written:
         planned |= {n: 16 for n, u in undone.items() if u.halved}
         slotted = copy.deepcopy(module)
         layers = attach_slots(slotted, request.slot_include, request.slots) if layers else []
-    traced = slotted
+    for _, layer in factorized_layers(slotted):
+        layer.as_loaded = True
     entries = [s.manifest() for s in layers]
     slot_names = [t["name"] for e in entries for t in slot_inputs(e)]
     factors = [
         f"{layer}.{f}"
         for layer, spec in module_layers(module).items()
         if "tied" not in spec
-        for f in spec["factors"]
-        if f not in spec.get("shares", {})
+        for f, shape in spec["factors"].items()
+        if f not in spec.get("shares", {}) and math.prod(shape) > 0
     ]
     rebuilt = {
         name: math.prod(spec["shape"])
@@ -62,12 +64,18 @@ def write(stage: Path, request: Request) -> Written:
         # Of an embedding, only the rows that are looked up are rebuilt.
         if getattr(form(spec["form"]), "DENSE_AT_RUN_TIME", False) and spec["kind"] != "embedding"
     }
+    rebuilt |= {
+        name: math.prod(layer.shape)
+        for name, layer in factorized_layers(module)
+        if name not in cored and getattr(form(layer.form), "is_dense_when_loaded", _never)(layer.shape, layer.rank)
+    }
     turned = sum(
         math.prod(f) for spec in module_layers(module).values() if "tied" in spec for f in spec["factors"].values()
     )
+    turned += sum(_made_whole(layer) for _, layer in factorized_layers(module))
     once = sum(len(spec.get("shares", {})) for spec in module_layers(module).values())
-    model = trace(request.opened, traced, where="export")
-    names_and_bytes(model, traced, slot_names)
+    model = trace(request.opened, slotted, where="export")
+    names_and_bytes(model, slotted, slot_names)
     make_inputs(model.graph, entries)
     model, _ = simplify(model, slot_names)
     strip(model)
@@ -97,11 +105,30 @@ def write(stage: Path, request: Request) -> Written:
     return Written(entries, _outputs(model, request.golden), factors, about, weights, need.version)
 
 
+def _never(shape: tuple[int, ...], rank: Any) -> bool:
+    return False
+
+
+def _made_whole(layer: FactorizedLayer) -> int:
+    """Return how many numbers a runtime holds of a pivoted layer beyond those that are stored: it makes the bases whole."""
+    own, shape = form(layer.form), layer.shape
+    return form(own.PLAIN).n_params(shape, layer.rank) - own.n_params(shape, layer.rank) if hasattr(own, "PLAIN") else 0
+
+
 def _told(name: str, undone: Undone) -> dict[str, Any]:
-    """Return the row of a layer that rounding would hurt in its pivoted gauge."""
-    what = "stays in 16 bits: an adapter lies between its factors" if undone.halved else f"became {undone.form}"
+    """Return the row of a pivoted layer that is to be rounded."""
+    if not undone.halved:
+        return {
+            "name": name,
+            "kind": "layer",
+            "gauge": f"{name} became {undone.form}: fewer operators, and rounding costs it less",
+        }
     cost = f"pivoted, rounding would cost it {undone.error:.3g} of its answers, not {undone.plain_error:.3g}"
-    return {"name": name, "kind": "layer", "gauge": f"{name} {what}; {cost}"}
+    return {
+        "name": name,
+        "kind": "layer",
+        "gauge": f"{name} stays in 16 bits: an adapter lies between its factors; {cost}",
+    }
 
 
 def _layer_bits(module: nn.Module, request: Request) -> dict[str, int]:
