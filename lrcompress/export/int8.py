@@ -80,18 +80,40 @@ def static_convs(
     return onnx.load(scratch / "convs.onnx")
 
 
+#: The domain of operators that a tool is not to see.
+_HELD = "lrcompress.held"
+
+
 def dynamic_matrices(model: onnx.ModelProto, nodes: Collection[str], scratch: Path) -> onnx.ModelProto:
     """Quantize the constant operand of the products `nodes`, each output column with its own scale."""
     if not nodes:
         return model
-    # The tool rewrites Gemm to MatMul and renames it, so that no list of wanted nodes would match: exclude instead.
+    # The tool rewrites every Gemm to MatMul and renames it and its weight: no list of wanted nodes would match, so others are
+    # excluded; and what is excluded would lose its weight's name, so Gemms are no Gemms meanwhile.
     unwanted = [n.name for n in model.graph.node if n.op_type in _MATRIX_OPS and n.name not in nodes]
+    held = {n.name for n in model.graph.node if n.op_type == "Gemm" and n.name not in nodes}
+    _rename(model, held, f"{_HELD}.Gemm")
     onnx.save(model, scratch / "matrices_in.onnx")
     quantize_dynamic(
         str(scratch / "matrices_in.onnx"), str(scratch / "matrices.onnx"), op_types_to_quantize=list(_MATRIX_OPS),
         nodes_to_exclude=unwanted, per_channel=True, weight_type=QuantType.QInt8,
+        extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},  # of what operators make that it does not know
     )  # fmt: skip
-    return onnx.load(scratch / "matrices.onnx")
+    model = onnx.load(scratch / "matrices.onnx")
+    _rename(model, held, "Gemm")
+    return model
+
+
+def _rename(model: onnx.ModelProto, nodes: Collection[str], operator: str) -> None:
+    """Have the nodes called so be operators of another name, which one of a domain of its own needs declared."""
+    domain, _, kind = operator.rpartition(".")
+    for node in model.graph.node:
+        if node.name in nodes:
+            node.domain, node.op_type = domain, operator if domain else kind
+    for declared in [o for o in model.opset_import if o.domain == _HELD]:
+        model.opset_import.remove(declared)
+    if domain and nodes:
+        model.opset_import.append(onnx.helper.make_opsetid(domain, 1))
 
 
 def quantize_tables(graph: onnx.GraphProto, names: Collection[str]) -> None:

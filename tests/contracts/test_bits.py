@@ -216,6 +216,29 @@ def one_product(w: np.ndarray, name: str = "w") -> onnx.ModelProto:
     return g.model("x", TensorProto.FLOAT, ["batch", w.shape[0]], y, w.shape[1])
 
 
+@pytest.mark.parametrize(("four", "turned"), [("a", 0), ("b", 0), ("a", 1), ("b", 1)])
+def test_a_gemm_of_other_bits_keeps_its_name_beside_one_of_eight(four, turned):
+    """The int8 tool rewrites every Gemm of a graph, and renames the weights of those that it is to leave alone."""
+    rng = np.random.default_rng(0)
+    weights = {"a": (64, 96), "b": (96, 32)}
+    tensors = {n: rng.standard_normal(s[::-1] if turned else s).astype(np.float32) for n, s in weights.items()}
+    tensors |= {"p": np.ones(96, np.float32), "q": np.zeros(32, np.float32)}
+    node, value = onnx.helper.make_node, onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [
+            node("Gemm", ["x", "a", "p"], ["h"], transB=turned), node("Relu", ["h"], ["r"]),
+            node("Gemm", ["r", "b", "q"], ["y"], transB=turned),
+        ], "g", [value("x", TensorProto.FLOAT, ["n", 64])], [value("y", TensorProto.FLOAT, ["n", 32])],
+        [numpy_helper.from_array(v, n) for n, v in tensors.items()],
+    )  # fmt: skip
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+    found = quantize(model, {"a": 8, "b": 8, four: 4}, slots=(), calibration=batches(rows(32)), block=32)
+    assert {r["name"]: r["bits"] for r in found.rows} == {"a": 8, "b": 8, four: 4}
+    assert "MatMulNBits" in {n.op_type for n in found.model.graph.node}
+    assert {o.domain for o in found.model.opset_import} <= {"", "com.microsoft"}
+    assert relative(run(model, x=rows(8)), run(found.model, x=rows(8))) < 0.15
+
+
 @pytest.mark.parametrize(
     ("value", "reason"),
     [(1e6, "an entry of 1e+06, beyond the range of 16 bits"), (1e-7, "entries too small for 16 bits")],

@@ -20,6 +20,7 @@ from tests.faults.scenes import Scene, Violation, World, killed_at, scenes
 #: Calls whose absence no image shows, with the reason why they are made all the same.
 NOT_NEEDED: dict[str, str] = {
     "StatusLog.write: rename log.jsonl to log.1.jsonl": "the log promises nothing; a copy would write 256 KiB twice",
+    "bring: unlink dl/SHA.part": "the commit sweeps the delta; this one makes room before the trial",
     "Staging._unpack: unlink dl/SHA.part": "the commit sweeps the pack; this one makes room before the trial",
     "Bases.admit: sync_folder": "the state's own sync comes after it; a cut between them would have the base fetched again",
 }
