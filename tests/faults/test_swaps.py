@@ -105,15 +105,16 @@ def swapped(load: Load, swap: Callable[[int], None], n: int, start: int = 0) -> 
             time.sleep(PAUSE_S)
 
 
-def held(load: Load, swap: Callable[[int], None], n: int, rounds: int) -> str:
-    """Swap `n` times; return what was measured. Raises for a wrong answer, memory that grows, requests that wait.
+def held(load: Load, swap: Callable[[int], None], n: int, rounds: int, most: float = 1.5) -> str:
+    """Swap `n` times; return what was measured. Raises for a wrong answer, memory that grows, requests that wait: whose
+    99th percentile is more than `most` times that without swaps.
 
     What else the machine does may make requests wait in one of a few short rounds, a swap does in all of them.
     """
     swapped(load, swap, max(20, n // 5))  # what is allocated once is
     for left in reversed(range(rounds)):
         try:
-            return measured(load, swap, n)
+            return measured(load, swap, n, most)
         except Waited:
             if not left:
                 raise
@@ -124,7 +125,7 @@ class Waited(AssertionError):
     """Requests take longer while payloads are swapped."""
 
 
-def measured(load: Load, swap: Callable[[int], None], n: int) -> str:
+def measured(load: Load, swap: Callable[[int], None], n: int, most: float) -> str:
     load.forget()
     before = rss_bytes()
     swapped(load, swap, n)
@@ -136,7 +137,7 @@ def measured(load: Load, swap: Callable[[int], None], n: int) -> str:
     )
     assert not any(load.wrong) and not load.failed and load.seen == {"a", "b"}, found
     assert grown < 4 << 20, found
-    if ratio > 1.5:
+    if ratio > most:
         raise Waited(found)
     return found
 
@@ -162,7 +163,11 @@ def test_a_session_that_is_swapped_under_load(tmp_path: Path, n: int, rounds: in
 
 @pytest.mark.parametrize(("n", "rounds"), [(50, 4), LONG])
 def test_an_application_that_follows_commits_under_load(tmp_path: Path, n: int, rounds: int) -> None:
-    """Every swap is a commit on the disk, noticed, read, verified and taken by the session's own thread."""
+    """Every swap is a commit on the disk, noticed, read, verified and taken by the session's own thread.
+
+    That is a millisecond of Python, up to forty times a second here, beside three threads that fill both threads of one
+    core and take little more than a millisecond for a request: some wait for it (1.4 to 2.1 times where nothing else runs).
+    """
     fleet, known = Fleet(tmp_path), {}
     for seq, (release, name) in enumerate((("first", "a"), ("second", "b")), 1):
         fleet.add(release)
@@ -182,7 +187,7 @@ def test_an_application_that_follows_commits_under_load(tmp_path: Path, n: int, 
                 time.sleep(PAUSE_S)
 
         with Load(lambda: session.run({"x": X[:8]})["output"], known) as load:
-            print(f"EdgeSession: {held(load, commit, n, rounds)}")
+            print(f"EdgeSession: {held(load, commit, n, rounds, most=3.0)}")
 
 
 class Held:
