@@ -2,8 +2,8 @@
 
 A pivoted gauge stores fewer numbers, but its outputs are differences of larger terms: what rounding does to a term is
 multiplied by how much larger it is. And where weights are rounded the runtime cannot make the bases whole when it loads the
-graph, so that outputs are moved in every request: half of a transformer's encoder takes 0.60 of the dense time in 8 bits, and
-0.46 in the plain gauge, for 2 % more bytes (MiniLM, one thread, 9 tokens).
+graph, so that outputs are moved in every request: half of a transformer's encoder takes 0.59 of the dense time in 8 bits, and
+0.40 in the plain gauge, for 2 % more bytes (MiniLM, one thread, 9 tokens).
 
     undone = undo_gauges(module, opened, feeds, bits)     # {layer: Undone(form)}
 

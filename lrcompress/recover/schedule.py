@@ -12,6 +12,23 @@ from dataclasses import dataclass, field
 
 from ..progress import Advance
 
+#: A run in its first half whose loss is so many times that of its start begins again, with a lower rate.
+_RUINED = 2.0
+#: So does one between these parts that is worse by so much and has gained nothing yet.
+_HARM, _SETTLED, _LATE = 0.05, 0.2, 0.75
+
+
+def harmed(value: float, start: float, place: float, told: str, *, gained: bool) -> bool:
+    """Tell whether a rate is too high for a run, by a "loss" or a "score" (lower is better) at a place in 0…1 of it.
+
+    The trials before a run are too short to show that.
+    """
+    if told == "loss" and place < 0.5 and value > max(_RUINED * start, start + 1e-6):
+        return True
+    if place >= _LATE or (math.isfinite(value) and (place < _SETTLED or gained)):
+        return False
+    return not value - start <= _HARM * abs(start)
+
 
 @dataclass
 class Clock:

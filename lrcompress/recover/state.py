@@ -102,7 +102,7 @@ class Saved:
         found = [(p, i) for i, slot in enumerate(_SLOTS) if (p := self._store.get(f"{self._key}-{slot}")) is not None]
         if not found:
             return None
-        packed, turn = max(found, key=lambda f: (int(f[0].about["begun"]), int(f[0].about["step"])))
+        packed, turn = max(found, key=lambda f: (int(f[0].about.get("begun", 0)), int(f[0].about["step"])))
         self._turn = 1 - turn
         return packed
 

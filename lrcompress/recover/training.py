@@ -27,7 +27,7 @@ from .logs import Log, NoLog
 from .mixing import Mix
 from .objective import Asked, Held, Objective, laid_out
 from .order import Augment, Order, read_units, width_of
-from .schedule import Clock, Schedule, Shown
+from .schedule import Clock, Schedule, Shown, harmed
 from .settings import Outcome, Settings
 from .state import Saved, State
 from .teacher import Teacher
@@ -37,10 +37,6 @@ from .world import World
 
 #: Part of a run's time that evaluations may take, and of its trained samples that they may read.
 _JUDGING, _JUDGED = 0.15, 0.5
-#: A run in its first half that is so many times worse than its start begins again, with a lower rate.
-_RUINED = 2.0
-#: So does one between these parts that is worse by so much and has gained nothing yet.
-_HARM, _SETTLED, _LATE = 0.05, 0.2, 0.75
 #: How often a run of so many steps is begun again.
 _AGAIN = 3
 #: The longest gradient that is followed as it is.
@@ -264,17 +260,9 @@ class Training:
             state.best, state.best_step, state.since_best, state.kept = value, state.step, 0, self._copies()
         else:
             state.since_best += 1
-        if self.settings.learning_rate is None and self._harmed(value, place):
+        told = "loss" if self.score is None else "score"
+        if self.settings.learning_rate is None and harmed(value, state.start, place, told, gained=state.best_step > 0):
             self._lower()
-
-    def _harmed(self, value: float, place: float) -> bool:
-        """Tell whether the rate is too high for this run: the trials before it were too short to show that."""
-        start = self.state.start
-        if place < 0.5 and self.score is None and value > max(_RUINED * start, start + 1e-6):
-            return True
-        if place >= _LATE or (math.isfinite(value) and (place < _SETTLED or self.state.best_step > 0)):
-            return False
-        return not value - start <= _HARM * abs(start)
 
     def _lower(self) -> None:
         """Go on from the best state at a lower rate; all over again where nothing was gained and no clock is running."""
