@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import Data
-from ..errors import ModelError
+from ..errors import DataError, ModelError
 from ..model import tensors_of
 from . import losses
 from .blocks import captured
@@ -162,3 +162,12 @@ class Held:
                     )
         total = self._world.sum(total)
         return float(total[0] / total[1])
+
+
+def check_inputs(inputs: Mapping[str, Tensor], where: str) -> None:
+    """Raise `DataError` for inputs that nothing can be learnt from."""
+    bad = next((n for n, v in inputs.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())), None)
+    if bad is not None:
+        raise DataError(
+            f"recovery data at {where}: {bad}", "finite inputs", "NaN or infinity", "take these samples out"
+        )

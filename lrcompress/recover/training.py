@@ -25,7 +25,7 @@ from ..progress import Progress, Silent
 from ..work.jobs import Packed
 from .logs import Log, NoLog
 from .mixing import Mix
-from .objective import Asked, Held, Objective, laid_out
+from .objective import Asked, Held, Objective, check_inputs, laid_out
 from .order import Augment, Order, read_units, width_of
 from .schedule import Clock, Schedule, Shown, harmed
 from .settings import Outcome, Settings
@@ -315,7 +315,7 @@ class Training:
                     known = self.teacher.answers(piece, inputs)
             loss = self.objective.per_sample(self.networks.student(inputs), known, batch.labels, inputs).sum() / samples
             if not torch.isfinite(loss):
-                _check_inputs(inputs, where)
+                check_inputs(inputs, where)
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         return total
@@ -397,11 +397,3 @@ class Training:
 
 #: Samples of the held-out data that are judged together.
 _EVALUATED = 250
-
-
-def _check_inputs(inputs: Mapping[str, Tensor], where: str) -> None:
-    bad = next((n for n, v in inputs.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())), None)
-    if bad is not None:
-        raise DataError(
-            f"recovery data at {where}: {bad}", "finite inputs", "NaN or infinity", "take these samples out"
-        )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,21 +58,7 @@ def write(stage: Path, request: Request) -> Written:
         for f, shape in spec["factors"].items()
         if f not in spec.get("shares", {}) and math.prod(shape) > 0
     ]
-    rebuilt = {
-        name: math.prod(spec["shape"])
-        for name, spec in module_layers(module).items()
-        # Of an embedding, only the rows that are looked up are rebuilt.
-        if getattr(form(spec["form"]), "DENSE_AT_RUN_TIME", False) and spec["kind"] != "embedding"
-    }
-    rebuilt |= {
-        name: math.prod(layer.shape)
-        for name, layer in factorized_layers(module)
-        if name not in cored and getattr(form(layer.form), "is_dense_when_loaded", _never)(layer.shape, layer.rank)
-    }
-    turned = sum(
-        math.prod(f) for spec in module_layers(module).values() if "tied" in spec for f in spec["factors"].values()
-    )
-    turned += sum(_made_whole(layer) for _, layer in factorized_layers(module))
+    rebuilt, more = _dense_when_loaded(module, cored), _more_when_loaded(module)
     once = sum(len(spec.get("shares", {})) for spec in module_layers(module).values())
     model = trace(request.opened, slotted, where="export")
     names_and_bytes(model, slotted, slot_names)
@@ -96,13 +82,36 @@ def write(stage: Path, request: Request) -> Written:
     (stage / DATA).write_bytes(blob)
     onnx.checker.check_model(str(stage / GRAPH))
     if request.quantize == "none":
-        factors_stay_apart(stage / GRAPH, factors, slot_names, sum(rebuilt.values()), turned, once)
+        factors_stay_apart(stage / GRAPH, factors, slot_names, sum(rebuilt.values()), more, once)
     request.advance(1, "written")
     weights += [_told(name, u) for name, u in undone.items()]
     opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
     dense = {*rebuilt, *(w["name"].rpartition(".")[0] for w in weights if w["kind"] == "conv" and w.get("bits") == 4)}
     about = {"opset": opset, "ir": model.ir_version, "dense_at_run_time": sorted(dense)}
     return Written(entries, _outputs(model, request.golden), factors, about, weights, need.version)
+
+
+def _dense_when_loaded(module: nn.Module, cored: Sequence[str]) -> dict[str, int]:
+    """Return the layers that a runtime holds densely, whatever is stored of them, and their numbers."""
+    found = {
+        name: math.prod(spec["shape"])
+        for name, spec in module_layers(module).items()
+        # Of an embedding, only the rows that are looked up are rebuilt.
+        if getattr(form(spec["form"]), "DENSE_AT_RUN_TIME", False) and spec["kind"] != "embedding"
+    }
+    return found | {
+        name: math.prod(layer.shape)
+        for name, layer in factorized_layers(module)
+        if name not in cored and getattr(form(layer.form), "is_dense_when_loaded", _never)(layer.shape, layer.rank)
+    }
+
+
+def _more_when_loaded(module: nn.Module) -> int:
+    """Return how many numbers a runtime may hold beyond those that are stored: tied factors turned, bases made whole."""
+    turned = sum(
+        math.prod(f) for spec in module_layers(module).values() if "tied" in spec for f in spec["factors"].values()
+    )
+    return int(turned + sum(_made_whole(layer) for _, layer in factorized_layers(module)))
 
 
 def _never(shape: tuple[int, ...], rank: Any) -> bool:
