@@ -39,7 +39,7 @@ from lrcompress.runtime import Session
 from lrcompress.verbs.recover import recover
 
 from .recovering import photos
-from .recovering.adaptation import ASSETS, SHIFTS, Shift, accuracy, percent, regained
+from .recovering.adaptation import ASSETS, Shift, accuracy, noise, percent, regained, sentences
 
 KINDS = ("lora", "lokr", "core", "loha")
 ENCODINGS = ("f32", "f16", "int8")
@@ -68,8 +68,8 @@ def dusk(place: Path) -> Shift:
 
 
 MODELS: dict[str, Callable[[Path], Shift]] = {
-    "resnet20": SHIFTS["noise"],
-    "minilm": SHIFTS["sentences"],
+    "resnet20": noise,
+    "minilm": sentences,
     "mobilenet": dusk,
 }
 
