@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 from onnx import helper, numpy_helper
 from onnxruntime.quantization import (
     CalibrationDataReader,
@@ -28,6 +29,8 @@ from onnxruntime.quantization import (
     quantize_dynamic,
     quantize_static,
 )
+
+from .products import inner_reads
 
 #: Tables below this many bytes are not worth the extra nodes.
 MIN_TABLE_BYTES = 16_384
@@ -74,10 +77,48 @@ def static_convs(
     onnx.save(model, scratch / "float.onnx")
     quantize_static(
         str(scratch / "float.onnx"), str(scratch / "convs.onnx"), _Feeds([{**b, **empty} for b in batches]),
-        quant_format=QuantFormat.QDQ, op_types_to_quantize=["Conv"], nodes_to_quantize=list(convs), per_channel=True,
+        quant_format=QuantFormat.QDQ, op_types_to_quantize=["Conv", *_CUTS], per_channel=True,
+        nodes_to_quantize=[*convs, *_cuts(model.graph, convs)],
         activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, calibrate_method=CalibrationMethod.MinMax,
     )  # fmt: skip
-    return onnx.load(scratch / "convs.onnx")
+    return _sorted(onnx.load(scratch / "convs.onnx"))
+
+
+def _sorted(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Put nodes after what the graphs inside them read, which the tools do not look at."""
+    if not inner_reads(model.graph):
+        return model
+    made = ir.from_proto(model)
+    made.graph.sort()
+    return ir.to_proto(made)
+
+
+#: What cuts a range off: codes of u8 do that, too.
+_CUTS = ("Relu", "Clip")
+
+
+def _cuts(graph: onnx.GraphProto, convs: Collection[str]) -> list[str]:
+    """Return the nodes that cut off what one of `convs` makes, and nothing else reads: the codes are then of what is left.
+
+    Were a convolution's own answer coded, a Clip at 6 after answers of up to 40 would be left with few of them.
+    """
+    made = {n.output[0] for n in graph.node if n.name in set(convs)}
+    reads = [name for n in graph.node for name in n.input] + [o.name for o in graph.output] + sorted(inner_reads(graph))
+    constants = {t.name: t for t in graph.initializer} | {
+        n.output[0]: n.attribute[0].t for n in graph.node if n.op_type == "Constant" and n.attribute[0].HasField("t")
+    }
+
+    def keeps_zero(node: onnx.NodeProto) -> bool:
+        """A range of u8 has zero in it, so that a Clip without it is not one of codes."""
+        if node.attribute or any(name and name not in constants for name in node.input[1:]):
+            return False
+        ends = [float(numpy_helper.to_array(constants[n])) if n else None for n in node.input[1:]] + [None, None]
+        return (ends[0] is None or ends[0] <= 0) and (ends[1] is None or ends[1] >= 0)
+
+    return [
+        n.name for n in graph.node
+        if n.op_type in _CUTS and n.input[0] in made and reads.count(n.input[0]) == 1 and keeps_zero(n)
+    ]  # fmt: skip
 
 
 #: The domain of operators that a tool is not to see.
@@ -99,7 +140,7 @@ def dynamic_matrices(model: onnx.ModelProto, nodes: Collection[str], scratch: Pa
         nodes_to_exclude=unwanted, per_channel=True, weight_type=QuantType.QInt8,
         extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},  # of what operators make that it does not know
     )  # fmt: skip
-    model = onnx.load(scratch / "matrices.onnx")
+    model = _sorted(onnx.load(scratch / "matrices.onnx"))
     _rename(model, held, "Gemm")
     return model
 

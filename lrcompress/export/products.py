@@ -60,9 +60,10 @@ class Product:
 def products(graph: onnx.GraphProto, leave: Collection[str] = ()) -> list[Product]:
     """Return the products of `graph` in its order; `leave` names nodes of adapter branches.
 
-    A weight that several nodes read in one and the same way is one product, of the first of them.
+    A weight that several nodes read in one and the same way is one product, of the first of them; one that is read inside
+    a branch or a loop is none.
     """
-    inputs = {i.name for i in graph.input}
+    inputs = {i.name for i in graph.input} | inner_reads(graph)
     constants = {t.name: t for t in graph.initializer if t.name not in inputs and _floating(t) and len(t.dims) >= 2}
     found: dict[str, Product | None] = {}
     for node in graph.node:
@@ -102,6 +103,18 @@ def _product(node: onnx.NodeProto, at: int, shape: tuple[int, ...]) -> Product |
         return None
     turned = kind == "gemm" and bool(attributes.get("transB", 0))
     return Product(kind, node.input[1], node.input[0], node.output[0], shape, turned, groups)
+
+
+def inner_reads(graph: onnx.GraphProto) -> set[str]:
+    """Return the names that the graphs inside `graph` (branches, bodies of loops) read, at any depth."""
+    found: set[str] = set()
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else attribute.graphs:
+                found.update(name for n in inner.node for name in n.input)
+                found.update(o.name for o in inner.output)
+                found |= inner_reads(inner)
+    return found
 
 
 def readers(graph: onnx.GraphProto, name: str) -> list[onnx.NodeProto]:

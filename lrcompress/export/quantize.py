@@ -29,7 +29,7 @@ from ..errors import LrcompressWarning, ModelError
 from ..plan.bits import BLOCK, row_block
 from .int8 import MIN_TABLE_BYTES, dynamic_matrices, quantize_tables, quiet, static_convs
 from .packing import Packed, constants, halves, nbits, tables
-from .products import Product, products, put
+from .products import Product, inner_reads, products, put
 from .refit import Refit, refit, round_only
 from .refit.grids import ROW8, Coded, Grid, blocks, signed
 from .refit.moments import lookups, observe
@@ -61,12 +61,14 @@ def quantize_int8(
 def quantize(
     src_model: onnx.ModelProto, bits: int | Mapping[str, int], *, slots: Sequence[str],
     calibration: Iterable[dict[str, np.ndarray]] | None, block: int | Mapping[str, int] = BLOCK, refits: bool = True,
+    may_raise: bool = True,
 ) -> Quantized:  # fmt: skip
     """Return `src_model` with weights in `bits`, all alike or by name (others stay); the source is not changed.
 
     `slots` name the inputs whose defaults and branches stay as they are. `calibration`: feeds of the model's own inputs;
     needed for convolutions in 8 bits, and for the best refits. `block`: inputs that share a scale at 4 bits, of all or by
-    name. Factor `name` becomes `name_quantized` (see `renamed`).
+    name. `may_raise`: whether the graph may become one of opset 21, which convolutions of 4 bits need; they get 8 otherwise.
+    Factor `name` becomes `name_quantized` (see `renamed`).
     Raises `ModelError` if a slot did not survive.
     """
     model = onnx.ModelProto()
@@ -76,7 +78,7 @@ def quantize(
     branches = branch_nodes(model.graph, slots)
     found = products(model.graph, branches)
     batches = None if calibration is None else list(calibration)
-    wanted = _wanted(found, bits, bool(batches))
+    wanted = _wanted(found, bits, bool(batches), may_raise)
     result = Quantized(model)
     _check_slots(model, slots)
     if not batches and any(b == 8 and p.kind == "conv" for p, b in wanted):
@@ -106,11 +108,21 @@ def quantize(
     drop_unused(model.graph, keep=set(slots))
     restore_header(model, src_model)
     _check_inputs(model, src_model, slots)
-    onnx.checker.check_model(model)
+    if _is_checked(src_model):
+        onnx.checker.check_model(model)
     result.model = model
     errors = {r.weight: r for r in fitted.rows}
     result.rows = [_row(p, b, errors.get(p.weight), result) for p, b in wanted]
     return result
+
+
+def _is_checked(source: onnx.ModelProto) -> bool:
+    """Return whether the checker takes the source: runtimes take graphs whose outputs have no shape, it does not."""
+    try:
+        onnx.checker.check_model(source)
+    except onnx.checker.ValidationError:
+        return False
+    return True
 
 
 def _row(p: Product, bits: int, error: Any, result: Quantized) -> dict[str, Any]:
@@ -121,7 +133,9 @@ def _row(p: Product, bits: int, error: Any, result: Quantized) -> dict[str, Any]
     return row | ({"reason": stays} if stays else {})
 
 
-def _wanted(found: Sequence[Product], bits: int | Mapping[str, int], calibrated: bool) -> list[tuple[Product, int]]:
+def _wanted(
+    found: Sequence[Product], bits: int | Mapping[str, int], calibrated: bool, four: bool
+) -> list[tuple[Product, int]]:
     """Return the products that leave 32 bits, and to how many; what is too small to gain stays with the next wider."""
     wanted = []
     for p in found:
@@ -131,7 +145,7 @@ def _wanted(found: Sequence[Product], bits: int | Mapping[str, int], calibrated:
             b = 16
         if p.kind == "table" and b == 4 and p.shape[1] % 2:
             b = 8  # two codes fill a byte
-        if p.kind in ("conv", "conv_transpose") and b == 4 and n < _MIN_CONSTANT:
+        if p.kind in ("conv", "conv_transpose") and b == 4 and (n < _MIN_CONSTANT or not four):
             b = 8 if p.kind == "conv" and calibrated else 16
         if p.kind == "conv_transpose" and b < 16:
             b = 16
@@ -266,7 +280,7 @@ def fold_transposes(graph: onnx.GraphProto) -> None:
     stands (tied embeddings) then exists twice, in int8 still half of what it was.
     """
     constants = {t.name: t for t in graph.initializer}
-    outputs = {o.name for o in graph.output}
+    outputs = {o.name for o in graph.output} | inner_reads(graph)
     for node in [
         n for n in graph.node if n.op_type == "Transpose" and n.input[0] in constants and n.output[0] not in outputs
     ]:
@@ -292,13 +306,15 @@ def _axes(node: onnx.NodeProto) -> list[int]:
 def drop_unused(graph: onnx.GraphProto, *, keep: set[str]) -> None:
     """Remove constants that nothing reads any more."""
     read = {name for node in graph.node for name in node.input} | {o.name for o in graph.output} | keep
+    read |= inner_reads(graph)
     for tensor in [t for t in graph.initializer if t.name not in read]:
         graph.initializer.remove(tensor)
 
 
 def restore_header(model: onnx.ModelProto, source: onnx.ModelProto) -> None:
     """Keep the source's header and input order; remove what the tools noted about themselves."""
-    model.ir_version = source.ir_version
+    four = {o.version for o in model.opset_import if o.domain in ("", "ai.onnx")} >= {constants.OPSET}
+    model.ir_version = max(source.ir_version, constants.IR if four else 0)
     model.producer_name, model.producer_version = source.producer_name, source.producer_version
     model.doc_string = model.graph.doc_string = ""
     model.graph.name = source.graph.name

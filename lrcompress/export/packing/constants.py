@@ -12,11 +12,19 @@ from collections.abc import Sequence
 
 import ml_dtypes
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from . import Applied, Packed, Refusal, constant, retire, scales
 
-OPSET = 21
+OPSET, IR = 21, 10
+
+
+def raise_opset(model: onnx.ModelProto) -> None:
+    """Call a graph one of the opset that has 4 bits; whether it is one, too, is for the caller to see."""
+    default = next(o for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    default.version = max(default.version, OPSET)
+    model.ir_version = max(model.ir_version, IR)
 
 
 def pack(model: ir.Model, weights: Sequence[Packed]) -> Applied:

@@ -38,7 +38,9 @@ def pack(model: ir.Model, weights: Sequence[Packed]) -> Applied:
                 _cast_rows(graph, node, half)
         else:
             order = {n: i for i, n in enumerate(graph)}
-            first = min((u.node for u in value.uses()), key=lambda n: order[n])
+            # What a branch or a loop reads is cast before anything else is done.
+            first = min((u.node for u in value.uses()), key=lambda n: order.get(n, -1))
+            first = first if first in order else graph[0]
             cast = ir.node("Cast", [half], {"to": int(ir.DataType.FLOAT)})
             graph.insert_before(first, cast)
             cast.outputs[0].name = f"{name}_wide"
