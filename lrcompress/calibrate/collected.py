@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
-from ..factorize import Statistics
+from ..factorize import Statistics, shrunk
 from ..model.surgery import Layer
 from ..model.views import Reading, Walk
 from ..threads import apart
@@ -78,7 +78,8 @@ class Collected:
             else:
                 if keys not in made:
                     last = len(keys) == 1 and users[keys[0]] == 1
-                    made[keys] = _covariance([self.inputs[k] for k in keys], last=last)
+                    count, mean, second = _covariance([self.inputs[k] for k in keys], last=last)
+                    made[keys] = count, mean, shrunk(second, count)
                 count, mean, second = made[keys]
                 groups = 1 if second.dim() == 2 else len(second)
                 out[layer.name] = Statistics(

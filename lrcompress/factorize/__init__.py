@@ -31,7 +31,7 @@ from types import ModuleType
 
 from .. import plugins
 from ._anchor import Drift, anchored
-from ._types import ConvGeometry, Factorization, Point, Rank, Refused, Statistics
+from ._types import ConvGeometry, Factorization, Point, Rank, Refused, Statistics, shrunk
 
 __all__ = [
     "ConvGeometry",
@@ -44,6 +44,7 @@ __all__ = [
     "anchored",
     "form",
     "forms",
+    "shrunk",
 ]
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ._types import Factorization, Rank, Statistics, relative
+from ._types import Factorization, Rank, Statistics, relative, shrinkage
 
 #: Share of mean(diag Ŝ) that is added to Ŝ (and to the input covariance in T).
 DAMPING = 1e-3
@@ -53,6 +53,17 @@ class Drift:
         answers = (1 - beta) ** 2 * own @ w.mT + beta * (1 - beta) * (mixed + mixed.mT) + beta**2 * self.answers
         mean = (1 - beta) * _times(w, self.drifted_mean) + beta * self.answer_mean
         return replace(self, cross=(1 - beta) * own + beta * self.cross, answers=answers, answer_mean=mean)
+
+    def shrunk(self, weight: Tensor, count: int) -> Drift:
+        """Return what `count` positions say where they are fewer than inputs: directions unseen arrive as they were sent."""
+        if not 0 < count < self.drifted.shape[-1]:
+            return self
+        w, (kept, more) = self._matrix(weight), shrinkage(self.drifted, count)
+        eye = torch.eye(self.drifted.shape[-1], dtype=self.drifted.dtype, device=self.drifted.device)
+        return replace(
+            self, drifted=kept * self.drifted + more * eye, cross=kept * self.cross + more * w,
+            answers=kept * self.answers + more * (w @ w.mT),
+        )  # fmt: skip
 
     def target(self, weight: Tensor, beta: float = 1.0, damping: float = DAMPING) -> Tensor:
         """Return A*, the best full-rank replacement of `weight` on the drifted input, shaped like it, float64."""

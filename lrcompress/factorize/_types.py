@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..shrinkage import share
+
 Rank = int | tuple[int, ...]
 #: Numbers that are multiplied together at a time.
 _BLOCK = 4_000_000
@@ -248,3 +250,21 @@ def relative(loss: float, total: float) -> float:
     if total <= 0:
         return 0.0 if loss <= 0 else math.inf
     return math.sqrt(max(loss, 0.0) / total)
+
+
+def shrinkage(covariance: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return what is kept of a covariance (…, p, p) of `count` positions, and what each direction has more, (…, 1, 1) both."""
+    p = covariance.shape[-1]
+    trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
+    squares = covariance.square().sum((-2, -1))
+    found = [share(float(t), float(q), p, count) for t, q in zip(trace.flatten(), squares.flatten(), strict=True)]
+    rho = covariance.new_tensor(found).reshape(trace.shape)
+    return (1 - rho)[..., None, None], (rho * trace / p)[..., None, None]
+
+
+def shrunk(covariance: Tensor, count: int) -> Tensor:
+    """Return a covariance whose positions were fewer than its columns as `shrinkage` has it; others as they are."""
+    if not 0 < count < covariance.shape[-1]:
+        return covariance
+    kept, more = shrinkage(covariance, count)
+    return kept * covariance + more * torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)

@@ -167,7 +167,7 @@ def _fit(
     beta, error = max(betas), None
     if held.read.count:
         drift, g = _without_bias(held.drift(), bias), Statistics(output_gram=output_gram).g
-        tried = _trial(layer, choice, _without_bias(fitting.drift(), bias), output_gram)
+        tried = _trial(layer, choice, _drift(fitting, layer, bias), output_gram)
 
         def loss(beta: float) -> float:
             rebuilt, shift = tried(beta)
@@ -182,7 +182,7 @@ def _fit(
         if round_:
             fitting = seen.answering(fitting, copy.get_submodule(path))
         with seen.threads.together(layer.columns):
-            factors, rebuilt, shift = make(_without_bias(fitting.drift(), bias), beta)
+            factors, rebuilt, shift = make(_drift(fitting, layer, bias), beta)
         if factors is None:
             _refill(plain, rebuilt, shift)
         else:
@@ -244,6 +244,11 @@ def plainer(choice: Choice, layer: Layer) -> tuple[str, int]:
     most = form(choice.form).n_params(layer.shape, choice.rank)
     fitting = [r for r in range(1, choice.rank + 1) if plain.n_params(layer.shape, r) <= most]
     return form(choice.form).PLAIN, max(fitting, default=1)
+
+
+def _drift(moments: JointMoments, layer: Layer, bias: Tensor) -> Drift:
+    """Return the drift that a layer is fitted to: where the positions are few, with what they cannot say left alone."""
+    return _without_bias(moments.drift(), bias).shrunk(layer.weight, moments.read.count)
 
 
 def _without_bias(drift: Drift, bias: Tensor) -> Drift:

@@ -63,6 +63,11 @@ class Bench:
             for name, module in kept.items():
                 set_submodule(self.network, name, module)
 
+    def seen(self, name: str) -> int:
+        """Return the number of positions that a layer's moments are of."""
+        own = self.statistics.get(name)
+        return 0 if own is None or own.gram is None else own.count
+
     def refuses(self, name: str, option: Option) -> bool:
         """Return whether the form does not hold this weight at this rank."""
         return option.form != "dense" and name in self.menus and self._factors(name, option) is None
@@ -80,20 +85,27 @@ class Bench:
 
 
 def sensitivities(bench: Bench, progress: Progress | None = None) -> tuple[dict[str, float], dict[str, float]]:
-    """Return {layer: factor that turns its losses into those of the answer}, and {layer: the loss that was measured}."""
+    """Return {layer: factor that turns its losses into those of the answer}, and {layer: the loss that was measured}.
+
+    A layer that was seen at fewer positions than it has inputs is not measured at positions that may be the same: its factor
+    is the one in the middle of all.
+    """
     progress = progress or Silent()
     factors: dict[str, float] = {}
     measured: dict[str, float] = {}
     points = {n: half_priced(m.options) for n, m in bench.menus.items()}
     tried = {n: o for n, o in points.items() if o is not None and o.loss > 0}
+    few = {n for n in tried if 0 < bench.seen(n) < bench.menus[n].layer.columns}
     with progress.task("measure layers", total=len(tried)) as advance:
         for name, option in tried.items():
-            loss = bench.loss({name: option})
+            loss = None if name in few else bench.loss({name: option})
             if loss is not None and math.isfinite(loss):
                 measured[name] = loss
                 factors[name] = max(loss, 0.0) / option.loss
             advance(1, name)
-    return _trusted(factors), measured
+    trusted = _trusted(factors)
+    middle = sorted(trusted.values())[len(trusted) // 2] if trusted else 1.0
+    return trusted | dict.fromkeys(few, middle), measured
 
 
 def _trusted(factors: Mapping[str, float]) -> dict[str, float]:

@@ -62,7 +62,7 @@ class Seen:
             return Metric(rows=weights / weights.sum())
         if self.moments is None or not self.moments.count:
             return Metric()
-        s = self.moments.covariance
+        s = self.moments.shrunk
         assert self.moments.mean is not None
         return Metric(s if centred else s + np.outer(self.moments.mean, self.moments.mean))
 
@@ -226,7 +226,7 @@ def _drifts(
     fitted, judged = halves
     if not fitted.count:
         return ()
-    return Drift.of(fitted), Drift.of(judged if judged.count else fitted)
+    return Drift.of(fitted).shrunk(), Drift.of(judged) if judged.count else Drift.of(fitted).shrunk()
 
 
 def _anchored(

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
+from ..shrinkage import share
 from .layers import Geometry
 
 #: Numbers of patches that are held at a time.
@@ -61,6 +62,13 @@ class Moments:
         assert self.second is not None
         return self.second / max(self.count, 1)
 
+    @property
+    def shrunk(self) -> np.ndarray:
+        """The covariance, of fewer positions than numbers with what they cannot say (`lrcompress.shrinkage`)."""
+        s = self.covariance
+        kept, more = _shrinkage(s, self.count)
+        return s if not more else kept * s + more * np.eye(len(s))
+
 
 @dataclass(frozen=True)
 class Drift:
@@ -83,6 +91,22 @@ class Drift:
         n = len(s) // 2
         assert joint.mean is not None
         return cls(joint.count, s[:n, :n], s[:n, n:], s[n:, n:], joint.mean[:n], joint.mean[n:])
+
+    def shrunk(self) -> Drift:
+        """Return what few positions say: directions that they do not show arrive as they were sent."""
+        kept, more = _shrinkage(self.drifted, self.count)
+        if not more:
+            return self
+        eye = more * np.eye(len(self.drifted))
+        clean, cross, drifted = (kept * m + eye for m in (self.clean, self.cross, self.drifted))
+        return replace(self, clean=clean, cross=cross, drifted=drifted)
+
+
+def _shrinkage(s: np.ndarray, count: int) -> tuple[float, float]:
+    """Return what is kept of a covariance, and what each direction has more."""
+    trace = float(s.trace())
+    rho = share(trace, float((s * s).sum()), len(s), count)
+    return 1 - rho, rho * trace / len(s)
 
 
 def rows_of(

@@ -180,7 +180,7 @@ def _warn_of_few(layers: Sequence[GraphLayer], seen: Mapping[str, Seen]) -> None
     ]
     if few:
         warnings.warn(
-            f"calibration has fewer positions than {few[0]} has inputs ({len(few)} layers): directions it never saw cost nothing; give more data",
+            f"calibration has fewer positions than {few[0]} has inputs ({len(few)} layers): what it did not show is guessed from the rest; give more data",
             LrcompressWarning, stacklevel=3,
         )  # fmt: skip
 

@@ -75,7 +75,7 @@ def statistics_of(
     few = [n.name for n in wanted if 0 < statistics[n.name].count < n.columns and n.kind != "embedding"]
     if few:
         warnings.warn(
-            f"calibration has fewer positions than {few[0]} has inputs ({len(few)} layers): directions it never saw cost nothing; give more data",
+            f"calibration has fewer positions than {few[0]} has inputs ({len(few)} layers): what it did not show is guessed from the rest; give more data",
             LrcompressWarning, stacklevel=3,
         )  # fmt: skip
     return statistics

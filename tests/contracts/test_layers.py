@@ -16,7 +16,7 @@ PACKAGE = ROOT / "lrcompress"
 LAYERS: list[set[str]] = [
     {"_version", "errors", "progress"},
     {"files", "plugins"},
-    {"manifest", "golden", "expansions", "phases"},
+    {"manifest", "golden", "expansions", "phases", "shrinkage"},
     {"payload"},
     {"deltas", "packs"},
     {"runtime"},

@@ -173,7 +173,7 @@ def test_layers_read_what_torch_says_they_read(make, tmp_path):
     theirs = torch_measure(OnnxView(path), Data.of_arrays({"x": x}), OnnxView(path).layers)
     assert set(seen) == set(theirs)
     for name, found in seen.items():
-        np.testing.assert_allclose(found.moments.covariance, theirs[name].gram, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(found.moments.shrunk, theirs[name].gram, rtol=1e-3, atol=1e-5)
         np.testing.assert_allclose(found.moments.mean, theirs[name].mean, rtol=1e-4, atol=1e-6)
         assert found.count == theirs[name].count
 

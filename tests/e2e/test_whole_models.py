@@ -241,8 +241,8 @@ def test_the_runtime_answers_as_the_network_does(
     try:
         lrcompress.export(source, slots=slots, quantize=bits, calib=found.data, output=out)
     except ParityError as e:
-        # int8 that loses more than half of the answer's range is not written; what it costs is the planner's business.
-        if bits != "int8":
+        # Bits that lose more than half of the answer's range are not written; what they cost is the planner's business.
+        if bits not in ("int8", "int4"):
             raise
         pytest.xfail(f"{name}: {e}")
     emulated = _emulated()
