@@ -49,6 +49,8 @@ MOST_BYTES, CHECKPOINT_SECONDS = 5_000_000_000, 10.0
 _SHARE = 0.05
 #: What is left of a killed writer is swept after this many seconds.
 _STALE_SECONDS = 86_400.0
+#: Counts up where the same data give other statistics than before.
+_REVISION = 3
 #: Packages whose version may change a number.
 _PACKAGES = ("numpy", "torch", "transformers", "onnxruntime")
 #: What a disk that cannot be written or read says.
@@ -239,6 +241,7 @@ def key_parts(work: Pass, opened: OpenedModel, module: nn.Module) -> dict[str, A
     return {
         "format": FORMAT,
         "lrcompress": __version__,
+        "revision": _REVISION,
         "model": {"digest": opened.digest, "tensors": digest_tensors(tensors), "answers": work.answers},
         "structure": sha256_json([type(work.view).__name__, repr(module)]),
         "data": work.data.digest(),

@@ -69,7 +69,8 @@ class Collected:
         for layer in layers:
             output = None
             if layer.name in self.outputs:
-                output = self.outputs.pop(layer.name).div_(self.output_counts[layer.name]).cpu()
+                count = self.output_counts[layer.name]
+                output = shrunk(self.outputs.pop(layer.name).div_(count).cpu(), count)
             keys = self._read_by(layer.name)
             if layer.name in self.tokens:
                 out[layer.name] = _of_tokens(self.tokens[layer.name], output, samples)

@@ -63,10 +63,26 @@ class Bench:
             for name, module in kept.items():
                 set_submodule(self.network, name, module)
 
-    def seen(self, name: str) -> int:
-        """Return the number of positions that a layer's moments are of."""
+    def seen_enough(self, name: str) -> bool:
+        """Return whether a layer's moments are of as many positions as it has inputs."""
         own = self.statistics.get(name)
-        return 0 if own is None or own.gram is None else own.count
+        return own is None or own.gram is None or not 0 < own.count < own.gram.shape[-1]
+
+    def loss_unfitted(self, name: str, option: Option) -> tuple[float | None, float]:
+        """Return what the network loses with an option that is fitted to the weight alone, and what the moments say of it."""
+        found, own, layer = self._factors(name, option), self.statistics[name], self.menus[name].layer
+        if found is None or not found.loss > 0:
+            return None, 0.0
+        plain = getattr(form(option.form), "PLAIN", option.form)
+        with apart(layer.columns):
+            other = form(plain).decompose(layer.weight, option.rank, None)
+        predicted = own.loss(layer.weight.double() - other.to_tensor().double()) * option.loss / found.loss
+        kept = self.network.get_submodule(name)
+        try:
+            replace_layer(self.network, name, other)
+            return self.judge.loss(self.network), predicted
+        finally:
+            set_submodule(self.network, name, kept)
 
     def refuses(self, name: str, option: Option) -> bool:
         """Return whether the form does not hold this weight at this rank."""
@@ -87,25 +103,26 @@ class Bench:
 def sensitivities(bench: Bench, progress: Progress | None = None) -> tuple[dict[str, float], dict[str, float]]:
     """Return {layer: factor that turns its losses into those of the answer}, and {layer: the loss that was measured}.
 
-    A layer that was seen at fewer positions than it has inputs is not measured at positions that may be the same: its factor
-    is the one in the middle of all.
+    A layer that was seen at fewer positions than it has inputs loses next to nothing at those very positions: it is measured
+    with factors that no data chose, and counts as not measured.
     """
     progress = progress or Silent()
     factors: dict[str, float] = {}
     measured: dict[str, float] = {}
     points = {n: half_priced(m.options) for n, m in bench.menus.items()}
     tried = {n: o for n, o in points.items() if o is not None and o.loss > 0}
-    few = {n for n in tried if 0 < bench.seen(n) < bench.menus[n].layer.columns}
     with progress.task("measure layers", total=len(tried)) as advance:
         for name, option in tried.items():
-            loss = None if name in few else bench.loss({name: option})
-            if loss is not None and math.isfinite(loss):
-                measured[name] = loss
-                factors[name] = max(loss, 0.0) / option.loss
+            if bench.seen_enough(name):
+                loss, predicted = bench.loss({name: option}), option.loss
+                if loss is not None and math.isfinite(loss):
+                    measured[name] = loss
+            else:
+                loss, predicted = bench.loss_unfitted(name, option)
+            if loss is not None and math.isfinite(loss) and predicted > 0:
+                factors[name] = max(loss, 0.0) / predicted
             advance(1, name)
-    trusted = _trusted(factors)
-    middle = sorted(trusted.values())[len(trusted) // 2] if trusted else 1.0
-    return trusted | dict.fromkeys(few, middle), measured
+    return _trusted(factors), measured
 
 
 def _trusted(factors: Mapping[str, float]) -> dict[str, float]:

@@ -21,7 +21,7 @@ from torch import nn
 from ..adapt import BaseAdapter, Target, adapter, adapter_class
 from ..adapt.core import Adapter as Core
 from .layers import FactorizedLayer
-from .surgery import factorized_layers, find_layers, wrap_dense
+from .surgery import DEPTHWISE, factorized_layers, find_layers, wrap_dense
 
 _T = TypeVar("_T")
 _KEPT = "_before_merge"
@@ -42,7 +42,7 @@ def every_target(model: nn.Module) -> dict[str, Target]:
         elif isinstance(module, nn.modules.conv._ConvTransposeNd):
             if "weight" in module._parameters and uses[id(module.weight)] == 1 and module.weight.is_floating_point():
                 found[name] = plain_target(module)
-        elif name in reasons and (not reasons[name] or reasons[name].startswith("depthwise")):
+        elif name in reasons and (not reasons[name] or reasons[name] == DEPTHWISE):
             found[name] = plain_target(module)
     return found
 

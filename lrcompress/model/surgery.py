@@ -28,6 +28,8 @@ _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _PLAIN = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 #: How the reason of a tied weight begins; `ties.lift_ties` lifts it where one set of factors serves all.
 TIED = "tied: "
+#: The reason of a layer with nothing to factorize; adapters and fewer bits it can have.
+DEPTHWISE = "depthwise: nothing to save"
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,11 @@ class Layer:
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.weight.shape)
+
+    @property
+    def may_be_rounded(self) -> bool:
+        """Whether fewer bits are a choice: of what can be factorized, and of what has nothing to factorize."""
+        return self.reason is None or self.reason == DEPTHWISE
 
     @property
     def plain_shape(self) -> tuple[int, ...]:
@@ -133,7 +140,7 @@ def _why_dense(
     if not torch.isfinite(weight).all():
         return "its weight is not finite"
     if isinstance(module, _CONVS) and module.groups > 1 and module.groups == module.in_channels:
-        return "depthwise: nothing to save"
+        return DEPTHWISE
     if isinstance(parent, nn.MultiheadAttention):
         return "its parent reads the weight directly"
     if len(modules) > 1:
@@ -175,7 +182,7 @@ def tensors_as_layers(tensors: Mapping[str, Tensor]) -> list[Layer]:
         if reason is None and value.numel() == 0:
             reason = "its weight has no elements"
         if kind == "conv" and value.shape[1] == 1 and value.shape[0] > 1:
-            reason = "depthwise: nothing to save"
+            reason = DEPTHWISE
         if value.dim() > 5:
             reason = f"{value.dim()} axes: not a layer"
         found.append(Layer(name, kind, value, reason, f"{name}.bias" in tensors))

@@ -78,7 +78,9 @@ def candidates_of(
     the dense weight and its inputs loses; each factor that is rounded adds as much.
     """
     layer = menu.layer
-    wanted = precisions(bits if layer.reason is None else (32,))
+    wanted = precisions(bits if layer.may_be_rounded else (32,))
+    if layer.reason is not None:  # what was measured, and nothing else
+        wanted = [p for p in wanted if p.bits == 32 or p in noise]
     if layer.kind in ("conv", "grouped"):  # whose blocks follow from their own length
         wanted = [p for p in wanted if p.block <= BLOCK]
     offered: list[Option] = [menu.dense]

@@ -166,7 +166,11 @@ class Market:
             next((c for p in (precision, narrow) for c in own if c.form == "dense" and c.precision == p), None)
             for own in self.layers
         ]
-        kept = [c or own[-1] for c, own, m in zip(found, self.layers, self.menus, strict=True) if c or m.layer.reason]
+        kept = [
+            c or own[-1]
+            for c, own, m in zip(found, self.layers, self.menus, strict=True)
+            if c or not m.layer.may_be_rounded
+        ]
         return Chosen.of(kept, self.fixed) if len(kept) == len(found) else None
 
     def chosen(self, limits: Limits) -> Chosen:
@@ -241,13 +245,17 @@ class Market:
             return None
         options: dict[str, Option] = {}
         bits: dict[str, Precision] = {}
+        by_name = {m.layer.name: c for m, c in zip(self.menus, chosen.candidates, strict=True)}
         for m, c in zip(self.menus, chosen.candidates, strict=True):
             if m.layer.name in self.prepared.ties and c.form != "dense":
                 return None  # one set of factors in several places is not measured here
-            if m.layer.reason is None:
+            if m.layer.may_be_rounded:
                 bits[m.layer.name] = c.precision
                 options[m.layer.name] = _option(c)
         found = self.bench.loss(options, changed=functools.partial(with_bits, bits=bits, kinds=self.kinds))
+        if found is not None:  # few positions do not show what their own factors lose
+            few = [c for n, c in by_name.items() if c.form != "dense" and not self.bench.seen_enough(n)]
+            found = max(found, sum(c.loss for c in few))
         if found is not None and self.refitted < 1 and any(p.bits == 4 for p in bits.values()):
             finer = {n: p if p.bits != 4 else Precision(32) for n, p in bits.items()}
             exact = self.bench.loss(options, changed=functools.partial(with_bits, bits=finer, kinds=self.kinds)) or 0.0

@@ -60,7 +60,10 @@ def measured_noise(
     bench: Bench, menus: Sequence[Menu], noise: Mapping[str, Mapping[Precision, float]], bits: Sequence[int],
     kinds: Mapping[str, str],
 ) -> Noise:  # fmt: skip
-    """Scale what rounding loses by a measurement of the whole network in each precision of 8 and 4 bits."""
+    """Scale what rounding loses by a measurement of the whole network in each precision of 8 and 4 bits.
+
+    Depthwise layers have no moments; rounding is measured of each alone.
+    """
     scale = {}
     names = [m.layer.name for m in menus if m.layer.reason is None]
     for p in (p for p in precisions(bits) if p.bits in (8, 4)):
@@ -68,7 +71,21 @@ def measured_noise(
         loss = bench.loss({}, changed=functools.partial(with_bits, bits=dict.fromkeys(names, p), kinds=kinds))
         if loss is not None and math.isfinite(loss) and predicted > 0:
             scale[p] = min(max(loss / predicted, 1 / _TRUST), _TRUST)
-    return {n: {p: v * scale.get(p, 1.0) for p, v in own.items()} for n, own in noise.items()}
+    found = {n: {p: v * scale.get(p, 1.0) for p, v in own.items()} for n, own in noise.items()}
+    for m in menus:
+        if m.layer.reason is not None and m.layer.may_be_rounded:
+            found[m.layer.name] = _alone(bench, m.layer.name, bits, kinds)
+    return found
+
+
+def _alone(bench: Bench, name: str, bits: Sequence[int], kinds: Mapping[str, str]) -> dict[Precision, float]:
+    """Return what rounding one layer loses, where that can be measured."""
+    found = {}
+    for p in (p for p in precisions(bits) if p.bits != 32):
+        loss = bench.loss({}, changed=functools.partial(with_bits, bits={name: p}, kinds=kinds))
+        if loss is not None and math.isfinite(loss):
+            found[p] = max(loss, 0.0)
+    return found
 
 
 def won_by_refits(

@@ -13,7 +13,9 @@ from lrcompress.graphs.moments import Drift as GraphDrift
 from lrcompress.graphs.moments import Moments
 from lrcompress.model import InputSpec, open_model
 from lrcompress.model.views import view_of
+from lrcompress.progress import Silent
 from lrcompress.shrinkage import share
+from lrcompress.verbs.planning import prepare
 
 
 def rows(n: int, p: int, seed: int, decay: float = 0.97) -> np.ndarray:
@@ -78,6 +80,22 @@ def test_calibration_does_so_in_both_readers_of_networks() -> None:
     moments = Moments()
     moments.add(x)
     np.testing.assert_allclose(moments.shrunk, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_last_layer_of_many_outputs_answers_for_each_of_them_alike() -> None:
+    """Every output is an answer, so that the metric of a last layer is the identity: few probes must not say otherwise."""
+    net = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 400)).eval()
+    opened = open_model(net, inputs=(InputSpec("x", "float32", ("batch", 8)),))
+    data = Data.of_arrays({"x": rows(40, 8, 1).astype(np.float32)})
+    ready = prepare(
+        opened, include=(), exclude=(), calib=data, seed=0, compute="cpu", cache=False, progress=Silent(), verb="plan"
+    )
+    g = ready.priced["2"].output_gram
+    assert g is not None
+    values = torch.linalg.eigvalsh(g / g.diagonal().mean())
+    assert values.max() < 2 and values.min() > 0.5, (
+        "400 outputs, 40 samples: without it a tenth of the values are 10 and the others 0"
+    )
 
 
 def test_without_drift_the_best_replacement_is_the_weight() -> None:
