@@ -37,6 +37,8 @@ from .rewrites import Refusal
 
 #: A constant of 4 bits comes with four nodes: smaller ones stay at 8.
 _MIN_CONSTANT = 1024
+#: What a constant is called that a transposition was folded into.
+_TURNED = "_Transposed"
 #: What is stored in 16 bits comes with a cast.
 _MIN_HALF_BYTES = 1024
 
@@ -75,6 +77,7 @@ def quantize(
     model.CopyFrom(src_model)
     name_nodes(model.graph)
     fold_transposes(model.graph)
+    bits, block = _with_turned(bits, model.graph), _with_turned(block, model.graph)
     branches = branch_nodes(model.graph, slots)
     found = products(model.graph, branches)
     batches = None if calibration is None else list(calibration)
@@ -240,7 +243,7 @@ def renamed(model: onnx.ModelProto, names: Sequence[str]) -> dict[str, str]:
     have = {t.name for t in model.graph.initializer}
     found = {}
     for name in names:
-        for candidate in (name, f"{name}_quantized", f"{name}_Transposed", f"{name}_Transposed_quantized"):
+        for candidate in (name, f"{name}_quantized", f"{name}{_TURNED}", f"{name}{_TURNED}_quantized"):
             if candidate in have:
                 found[name] = candidate
                 break
@@ -287,7 +290,7 @@ def fold_transposes(graph: onnx.GraphProto) -> None:
         source = constants[node.input[0]]
         if len(source.dims) != 2 or source.data_type != onnx.TensorProto.FLOAT or _axes(node) != [1, 0]:
             continue
-        name = f"{source.name}_Transposed"
+        name = f"{source.name}{_TURNED}"
         if name not in constants:
             constants[name] = numpy_helper.from_array(np.ascontiguousarray(numpy_helper.to_array(source).T), name)
             graph.initializer.append(constants[name])
@@ -297,6 +300,14 @@ def fold_transposes(graph: onnx.GraphProto) -> None:
                     reader.input[i] = name
         graph.node.remove(node)
     drop_unused(graph, keep=set())
+
+
+def _with_turned(by_name: int | Mapping[str, int], graph: onnx.GraphProto) -> int | Mapping[str, int]:
+    """Return what is asked by name with what `fold_transposes` made of it, for which the same is asked."""
+    if isinstance(by_name, int):
+        return by_name
+    turned = {t.name: t.name.removesuffix(_TURNED) for t in graph.initializer if t.name.endswith(_TURNED)}
+    return {**{n: by_name[source] for n, source in turned.items() if source in by_name}, **by_name}
 
 
 def _axes(node: onnx.NodeProto) -> list[int]:

@@ -153,6 +153,7 @@ class Market:
             candidates_of(
                 m, bits=bits, statistics=prepared.priced.get(m.layer.name), price=functools.partial(priced.ms, m.layer),
                 noise=noise[m.layer.name], multiple=multiple,
+                copies=len({kinds[n] == "embedding" for n in (m.layer.name, *prepared.ties.get(m.layer.name, ()))}),
             )
             for m in menus
         ]  # fmt: skip

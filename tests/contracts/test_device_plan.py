@@ -8,9 +8,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import lrcompress
 from lrcompress.cli.main import run
+from lrcompress.data import Data
 from lrcompress.errors import BudgetError, CommandError, ProfileError
 from lrcompress.export.products import Product
 from lrcompress.export.quantize import grid_of
@@ -414,6 +416,61 @@ def test_the_file_that_is_exported_is_within_the_budget_and_near_what_was_planne
     )
     size = sum((tmp_path / "e" / n).stat().st_size for n in ("model.onnx", "base.data"))
     assert size <= budget and size == pytest.approx(found["bytes"], rel=0.12)
+
+
+class Tied(nn.Module):
+    """A table that is the last layer's weight, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.inner, self.last = nn.Embedding(600, 48), nn.Linear(48, 48), nn.Linear(48, 600, bias=False)
+        self.last.weight = self.table.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.relu(self.inner(self.table(ids))))
+
+
+class Apart(nn.Module):
+    """A depthwise layer that is most of its network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.apart, self.last = (
+            nn.Conv2d(3, 256, 1),
+            nn.Conv2d(256, 256, 7, padding=3, groups=256),
+            nn.Linear(256, 5),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.relu(self.apart(torch.relu(self.wide(x)))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("made", [Tied, Apart])
+def test_a_budget_that_dense_int8_just_meets_is_met_by_the_file(made, tmp_path):
+    torch.manual_seed(0)
+    net, rng = made().eval(), np.random.default_rng(0)
+    if made is Tied:
+        spec, x = InputSpec("ids", "int64", ("batch", 9)), rng.integers(0, 600, (96, 9))
+    else:
+        spec, x = InputSpec("x", "float32", ("batch", 3, 8, 8)), rng.standard_normal((96, 3, 8, 8)).astype(np.float32)
+    torch.save(net.state_dict(), tmp_path / "m.pt")
+    arch, data = f"{__name__}:{made.__name__}", Data.of_arrays({spec.name: x})
+    opened = open_model(tmp_path / "m.pt", arch=arch, inputs=(spec,))
+    about, on = {"calib": data, "cache": False}, {"latency": tmp_path / "t.json"}
+    write_table(tmp_path / "t.json", table(quick=False))
+    dense = {u["name"]: u["bytes"] for u in lrcompress.plan(opened, max_bytes=10**7, **about, **on).data["uniform"]}
+    lrcompress.export(opened, slots=("none",), quantize="int8", calib=data, output=tmp_path / "int8")
+    size = lambda e: sum((e / n).stat().st_size for n in ("model.onnx", "base.data"))  # noqa: E731
+    assert size(tmp_path / "int8") == pytest.approx(dense["dense, 8 bits"], rel=0.1)
+    budget = int(1.02 * dense["dense, 8 bits"])
+    found = lrcompress.plan(
+        opened, max_bytes=budget, bits=(8, 16, 32), output=tmp_path / "plan.json", **about, **on
+    ).data
+    if made is Apart:
+        assert next(p["bits"] for p in found["layers"] if p["name"] == "apart") == 8
+    lrcompress.factorize(opened, plan=tmp_path / "plan.json", output=tmp_path / "c", **about)
+    lrcompress.export(tmp_path / "c", slots=("none",), quantize="plan", calib=data, output=tmp_path / "e")
+    assert size(tmp_path / "e") <= budget
 
 
 @pytest.mark.parametrize("predicted", [1e-9, 0.0])

@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, numpy_helper
 
 from lrcompress.errors import LrcompressWarning, ModelError
-from lrcompress.export.quantize import branch_nodes, quantize_int8, renamed
+from lrcompress.export.quantize import branch_nodes, quantize, quantize_int8, renamed
 from tests.support.graphs import Graph, adapter, batches, cnn, mlp, run
 
 
@@ -106,13 +106,14 @@ def test_an_embedding_is_rows_of_int8_with_their_scales() -> None:
     assert not difference[7].any()
 
 
-def test_a_table_that_is_also_a_weight_works_in_both_places() -> None:
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_table_that_is_also_a_weight_works_in_both_places(by_name: bool) -> None:
     g = Graph()
     table = g.weight("emb.weight", 300, 32)
     x = g.node("Gather", [table, "ids"], "rows", axis=0)
     w = g.node("Transpose", [table], "emb.t", perm=[1, 0])
     model = g.model("ids", TensorProto.INT64, ["batch"], g.node("MatMul", [x, w], "scores"), 300)
-    small = quantize_int8(model, slots=[], calibration=None)
+    small = quantize(model, {"emb.weight": 8} if by_name else 8, slots=[], calibration=None).model
     ids = np.arange(64)
     assert relative(run(model, ids=ids), run(small, ids=ids)) < 0.03
     assert not [t.name for t in small.graph.initializer if t.data_type == TensorProto.FLOAT and np.prod(t.dims) > 300]
