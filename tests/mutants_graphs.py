@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 _F, _O, _S = "test_onnx_factorize", "test_onnx_opening", "test_ssh"
+_B, _H, _D = "test_graph_bits", "test_shrinkage", "test_device_plan"
 
 #: (file in lrcompress, text, what it becomes, file in tests/contracts, which of its tests to run)
 GRAPH_FAULTS: list[tuple[str, str, str, str, str]] = [
@@ -47,6 +48,30 @@ GRAPH_FAULTS: list[tuple[str, str, str, str, str]] = [
     ("graphs/checkpoint.py", "if found != recorded:", "if False:", _F, "told_apart"),
     ("graphs/checkpoint.py", "str(8 + size + start)", "str(size + start)", _F, "as_typed"),
     ("graphs/checkpoint.py", "if opened.digest != source", "if False and opened.digest != source", _F, "told_apart"),
+    # fewer bits
+    ("export/products.py", "found |= inner_reads(inner)", "pass", _B, "branch"),
+    ("export/products.py", "graph.input} | inner_reads(graph)", "graph.input}", _B, "branch"),
+    ("export/quantize.py", "    read |= inner_reads(graph)\n", "", _B, "branch"),
+    ("export/quantize.py", "for o in graph.output} | inner_reads(graph)", "for o in graph.output}", _B, "branch"),
+    ("export/quantize.py", "(n < _MIN_CONSTANT or not four)", "n < _MIN_CONSTANT", _B, "opset"),
+    ("export/quantize.py", "constants.IR if four else 0", "0", _B, "opset"),
+    ("export/quantize.py", "if source in by_name}, **by_name}", "if False}, **by_name}", "test_quantize", "both_places"),
+    ("export/int8.py", "nodes_to_quantize=[*convs, *_cuts(model.graph, convs)]", "nodes_to_quantize=list(convs)", _B, "cut"),
+    ("export/int8.py", "reads.count(n.input[0]) == 1 and ", "", _B, "cut"),
+    ("export/int8.py", "(ends[0] is None or ends[0] <= 0) and ", "", _B, "cut"),
+    ("export/int8.py", " and (ends[1] is None or ends[1] >= 0)", "", _B, "cut"),
+    ("export/packing/halves.py", "order.get(n, -1)", "order.get(n, len(order))", _B, "branch"),
+    ("verbs/export_graph.py", "np.array_equal(a, golden", "True or np.array_equal(a, golden", _B, "opset"),
+    # few positions
+    ("shrinkage.py", "if not 0 < count < p:", "if True:", _H, ""),
+    ("shrinkage.py", "(count + 1 - 2 / p)", "(p + 1 - 2 / p)", _H, "share"),
+    ("factorize/_types.py", "(rho * trace / p)[..., None, None]", "(rho * trace)[..., None, None]", _H, "not_seen or readers"),
+    ("factorize/_anchor.py", "cross=kept * self.cross + more * w", "cross=kept * self.cross", _H, "without_drift"),
+    ("calibrate/collected.py", "made[keys] = count, mean, shrunk(second, count)", "made[keys] = count, mean, second", _H, "readers"),
+    ("calibrate/collected.py", "output = shrunk(self.outputs.pop(layer.name).div_(count).cpu(), count)", "output = self.outputs.pop(layer.name).div_(count).cpu()", _H, "last_layer"),
+    ("graphs/moments.py", "(kept * m + eye for m", "(kept * m for m", _H, "drift"),
+    ("verbs/budgeting.py", 'copies=len({kinds[n] == "embedding"', 'copies=len({True or kinds[n] == "embedding"', _D, "just_meets"),
+    ("plan/candidates.py", "precisions(bits if layer.may_be_rounded else (32,))", "precisions(bits if layer.reason is None else (32,))", _D, "just_meets"),
     # what ssh is given
     ("validate/targets/ssh.py", '[*words, "--", self.host,', "[*words, self.host,", _S, "one_connection or nothing_stays or names_that"),
     ("validate/targets/ssh.py", '"BatchMode=yes", ', "", _S, "nothing_stays"),

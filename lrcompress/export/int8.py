@@ -1,6 +1,7 @@
 """int8 constants: ONNX Runtime's quantizers, on the nodes that are named to them.
 
-    Conv            static: u8 activations with ranges seen in calibration, s8 weights with one scale per output channel
+    Conv            static: u8 activations with ranges seen in calibration, s8 weights with one scale per output channel;
+                    a Relu or Clip that alone reads the answer is what its codes leave, and no node of its own
     MatMul, Gemm    dynamic: ranges of the activation measured at run time, s8 weights,
                     one scale per output column: the columns of a factor differ as much as the singular values do
     Gather          the embedding table in s8 with one scale per row; the rows that are read are dequantized
