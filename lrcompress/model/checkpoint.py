@@ -190,6 +190,7 @@ def write_retrained(
     spec = json.loads(json.dumps(base.spec))
     for name in spec["model"].get("files", ()):
         assert base.path is not None
+        (stage / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(contained(base.path, name), stage / name)
     if base.path is not None:
         arch = spec["model"].get("arch") or {}

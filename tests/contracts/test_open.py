@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import lrcompress
+from lrcompress.data import Data
 from lrcompress.errors import CommandError, LrcompressWarning, ModelError
 from lrcompress.model import InputSpec, check_finite, clean_state_dict, describe, open_model, parse_input, skeleton
 from lrcompress.model.arch import _reachable
@@ -526,6 +528,26 @@ class TestHuggingFace:
         again.module.load_state_dict(opened.module.state_dict())  # type: ignore[union-attr]
         redone = again.outputs(again.module, {"input_ids": self.ids, "attention_mask": self.mask})  # type: ignore[arg-type]
         assert torch.equal(redone["sentence_embedding"], out["sentence_embedding"])
+
+    def test_a_sentence_encoder_is_retrained_with_all_its_files(self, tiny_bert: Path, tmp_path: Path) -> None:
+        (tiny_bert / "modules.json").write_text("[]")
+        (tiny_bert / "1_Pooling").mkdir()
+        (tiny_bert / "1_Pooling/config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+        rng = np.random.default_rng(0)
+        ids = rng.integers(1, 40, (24, 6))
+        data = Data.of_arrays(
+            {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+        )
+        lrcompress.factorize(tiny_bert, rank=2, output=tmp_path / "c")
+        lrcompress.recover(
+            tmp_path / "c", data=data, train="factors", steps=2, batch_size=8, closed="off", output=tmp_path / "r"
+        )
+        own, other = (
+            {p.relative_to(f) for f in [tmp_path / n] for p in f.rglob("*") if p.is_file()} for n in ("c", "r")
+        )
+        assert own == other and Path("1_Pooling/config.json") in other
+        loaded = lrcompress.load(tmp_path / "r")
+        assert sum(p.numel() for p in loaded.parameters()) > 0
 
     def test_missing_weights_are_never_made_up(self, tiny_bert: Path) -> None:
         state = dict(open_model(tiny_bert).module.state_dict())  # type: ignore[union-attr]
