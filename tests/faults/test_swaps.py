@@ -122,7 +122,7 @@ def held(load: Load, swap: Callable[[int], None], n: int, rounds: int, most: flo
 
 
 class Waited(AssertionError):
-    """Requests take longer while payloads are swapped."""
+    """Requests take longer, or memory grows, while payloads are swapped."""
 
 
 def measured(load: Load, swap: Callable[[int], None], n: int, most: float) -> str:
@@ -136,8 +136,7 @@ def measured(load: Load, swap: Callable[[int], None], n: int, most: float) -> st
         f"p99 {load.p99_ms(True):.2f} ms against {load.p99_ms(False):.2f} ms without ({ratio:.2f}); memory {grown / 2**20:+.1f} MiB"
     )
     assert not any(load.wrong) and not load.failed and load.seen == {"a", "b"}, found
-    assert grown < 4 << 20, found
-    if ratio > most:
+    if ratio > most or grown >= 4 << 20:  # what leaks does so in every round; an allocator's arenas grow once
         raise Waited(found)
     return found
 
