@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 from onnx import helper, numpy_helper
 from onnxruntime.quantization import (
     CalibrationDataReader,
@@ -31,6 +33,7 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 
+from ..runtime import session_options
 from .products import inner_reads
 
 #: Tables below this many bytes are not worth the extra nodes.
@@ -68,18 +71,24 @@ def static_convs(
     convs: Sequence[str],
     batches: Sequence[dict[str, np.ndarray]],
     held: Sequence[onnx.TensorProto],
+    branches: Collection[str],
     scratch: Path,
 ) -> onnx.ModelProto:
-    """Wrap the nodes `convs` in QuantizeLinear/DequantizeLinear pairs with the ranges seen in `batches`."""
+    """Wrap the nodes `convs` in QuantizeLinear/DequantizeLinear pairs with the ranges seen in `batches`.
+
+    `branches`: names of the nodes of adapters, the additions that end them included.
+    """
     if not convs or not batches:
         return model
     # While calibrating, slots are inputs without a default: feed what the default would have been.
     empty = {t.name: numpy_helper.to_array(t) for t in held}
+    feeds = [{**b, **empty} for b in batches]
+    ranges = _narrowed(model, _cut_later(model.graph, convs, branches), feeds)
     onnx.save(model, scratch / "float.onnx")
     quantize_static(
-        str(scratch / "float.onnx"), str(scratch / "convs.onnx"), _Feeds([{**b, **empty} for b in batches]),
+        str(scratch / "float.onnx"), str(scratch / "convs.onnx"), _Feeds(feeds),
         quant_format=QuantFormat.QDQ, op_types_to_quantize=["Conv", *_CUTS], per_channel=True,
-        nodes_to_quantize=[*convs, *_cuts(model.graph, convs)],
+        nodes_to_quantize=[*convs, *_cuts(model.graph, convs)], extra_options={"TensorQuantOverrides": ranges},
         activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, calibrate_method=CalibrationMethod.MinMax,
     )  # fmt: skip
     return _sorted(onnx.load(scratch / "convs.onnx"))
@@ -104,22 +113,76 @@ def _cuts(graph: onnx.GraphProto, convs: Collection[str]) -> list[str]:
     Were a convolution's own answer coded, a Clip at 6 after answers of up to 40 would be left with few of them.
     """
     made = {n.output[0] for n in graph.node if n.name in set(convs)}
-    reads = [name for n in graph.node for name in n.input] + [o.name for o in graph.output] + sorted(inner_reads(graph))
+    ends = _ends(graph)
+    return [n.name for n in graph.node if n.input and n.input[0] in made and _keeps_zero(n, ends, graph)]
+
+
+def _ends(graph: onnx.GraphProto) -> dict[str, tuple[float, float]]:
+    """Return what the nodes that cut off leave, by name; not of those whose ends are computed."""
     constants = {t.name: t for t in graph.initializer} | {
         n.output[0]: n.attribute[0].t for n in graph.node if n.op_type == "Constant" and n.attribute[0].HasField("t")
     }
+    found = {n.name: (0.0, math.inf) for n in graph.node if n.op_type == "Relu"}
+    for node in (n for n in graph.node if n.op_type == "Clip" and not n.attribute):
+        names = [*node.input[1:], "", ""][:2]
+        if all(not n or n in constants for n in names):
+            low, high = (float(numpy_helper.to_array(constants[n])) if n else math.inf for n in names)
+            found[node.name] = -math.inf if names[0] == "" else low, high
+    return found
 
-    def keeps_zero(node: onnx.NodeProto) -> bool:
-        """A range of u8 has zero in it, so that a Clip without it is not one of codes."""
-        if node.attribute or any(name and name not in constants for name in node.input[1:]):
-            return False
-        ends = [float(numpy_helper.to_array(constants[n])) if n else None for n in node.input[1:]] + [None, None]
-        return (ends[0] is None or ends[0] <= 0) and (ends[1] is None or ends[1] >= 0)
 
-    return [
-        n.name for n in graph.node
-        if n.op_type in _CUTS and n.input[0] in made and reads.count(n.input[0]) == 1 and keeps_zero(n)
-    ]  # fmt: skip
+def _keeps_zero(node: onnx.NodeProto, ends: Mapping[str, tuple[float, float]], graph: onnx.GraphProto) -> bool:
+    """Return whether codes cut off as the node does, which alone reads what it cuts: a range of u8 has zero in it."""
+    low, high = ends.get(node.name, (1.0, 1.0))
+    return low <= 0 <= high and _readers(graph, node.input[0]) == [node]
+
+
+def _readers(graph: onnx.GraphProto, name: str) -> list[onnx.NodeProto | None]:
+    """Return what reads a value, a node for each time it does; None for the graph's outputs and graphs inside."""
+    found: list[onnx.NodeProto | None] = [n for n in graph.node for i in n.input if i == name]
+    outside = {o.name for o in graph.output} | inner_reads(graph)
+    return [*found, None] if name in outside else found
+
+
+def _cut_later(
+    graph: onnx.GraphProto, convs: Collection[str], branches: Collection[str]
+) -> dict[str, tuple[float, float]]:
+    """Return the answers of `convs` that are cut off once adapters have added to them, and what is left then."""
+    ends, found = _ends(graph), {}
+    for node in (n for n in graph.node if n.name in set(convs)):
+        value, readers = node.output[0], _readers(graph, node.output[0])
+        while (
+            len(readers) == 1 and (r := readers[0]) is not None and r.name in branches and r.op_type in ("Add", "Sum")
+        ):
+            value, readers = r.output[0], _readers(graph, r.output[0])
+        last = readers[0] if len(readers) == 1 else None
+        if value != node.output[0] and last is not None and _keeps_zero(last, ends, graph):
+            found[node.output[0]] = ends[last.name]
+    return found
+
+
+def _narrowed(
+    model: onnx.ModelProto, cut: Mapping[str, tuple[float, float]], feeds: Sequence[dict[str, np.ndarray]]
+) -> dict[str, list[dict[str, np.float32]]]:
+    """Return ranges for answers that are cut off later: what is left, and as much again on both sides for an adapter to move."""
+    if not cut:
+        return {}
+    watched = onnx.ModelProto()
+    watched.CopyFrom(model)
+    own = {o.name for o in model.graph.output}
+    watched.graph.output.extend(onnx.ValueInfoProto(name=n) for n in cut if n not in own)
+    session = ort.InferenceSession(watched.SerializeToString(), session_options(1), providers=["CPUExecutionProvider"])
+    seen = dict.fromkeys(cut, (0.0, 0.0))
+    for batch in feeds:
+        for n, v in zip(cut, session.run(list(cut), batch), strict=True):
+            seen[n] = min(seen[n][0], float(v.min())), max(seen[n][1], float(v.max()))
+    found = {}
+    for n, (low, high) in cut.items():
+        low, high = max(low, seen[n][0]), min(high, seen[n][1])
+        ends = max(seen[n][0], low - (high - low)), min(seen[n][1], high + (high - low))
+        if ends[0] < ends[1]:
+            found[n] = [{"rmin": np.float32(ends[0]), "rmax": np.float32(ends[1])}]
+    return found
 
 
 #: The domain of operators that a tool is not to see.

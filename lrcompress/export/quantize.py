@@ -100,7 +100,7 @@ def quantize(
         model.graph.initializer.remove(tensor)
     with tempfile.TemporaryDirectory() as scratch, quiet():
         convs = [by_node[p.output] for p, b in wanted if b == 8 and p.kind == "conv"]
-        model = static_convs(model, convs, batches or [], held, Path(scratch))
+        model = static_convs(model, convs, batches or [], held, branches, Path(scratch))
         matrices = {p.weight for p, b in wanted if b == 8 and p.kind in ("matmul", "gemm")}
         nodes = [n.name for n in model.graph.node if n.op_type in ("MatMul", "Gemm") and matrices & set(n.input[:2])]
         model = dynamic_matrices(model, nodes, Path(scratch))

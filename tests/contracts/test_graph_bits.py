@@ -29,32 +29,29 @@ def images(n: int, seed: int = 7) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((n, 3, 12, 12)).astype(np.float32)
 
 
-def choosing(kind: str = "If") -> onnx.ModelProto:
-    """x (n, 32): a product, then one of two products, by its sum; the branches read weights of the graph around them."""
-    nodes = [
-        node("MatMul", ["x", "first"], ["a"]),
-        node("Relu", ["a"], ["h"]),
-        node("ReduceSum", ["a"], ["sum"], keepdims=0),
-    ]
-    nodes += [node("Transpose", ["third"], ["third_t"], perm=[1, 0])]
+def choosing() -> onnx.ModelProto:
+    """x (n, 32): a product, then one of two products, by its sum, read by branches, one of them inside another; one elsewhere, too."""
 
-    def branch(name: str, weight: str) -> onnx.GraphProto:
-        made = node("MatMul", ["h", weight], [f"{name}_y"])
+    def graph(name: str, made: onnx.NodeProto) -> onnx.GraphProto:
         return helper.make_graph(
-            [made], name, [], [helper.make_tensor_value_info(f"{name}_y", TensorProto.FLOAT, None)]
+            [made], name, [], [helper.make_tensor_value_info(made.output[0], TensorProto.FLOAT, None)]
         )
 
-    nodes += [
-        node("Greater", ["sum", "zero"], ["positive"]),
-        node("If", ["positive"], ["chosen"], then_branch=branch("then", "second"), else_branch=branch("else", "third_t")),
-        node("MatMul", ["chosen", "last"], ["y"]),
+    inside = node("If", ["positive"], ["inside"], then_branch=graph("a", node("Identity", ["h"], ["a_y"])),
+                  else_branch=graph("b", node("MatMul", ["h", "third_t"], ["b_y"])))  # fmt: skip
+    nodes = [
+        node("MatMul", ["x", "first"], ["a"]), node("Relu", ["a"], ["h"]), node("ReduceSum", ["a"], ["sum"], keepdims=0),
+        node("Transpose", ["third"], ["third_t"], perm=[1, 0]), node("Greater", ["sum", "zero"], ["positive"]),
+        node("If", ["positive"], ["chosen"], then_branch=graph("then", node("MatMul", ["h", "second"], ["then_y"])),
+             else_branch=graph("else", inside)),
+        node("MatMul", ["h", "second"], ["again"]), node("Add", ["chosen", "again"], ["both"]),
+        node("MatMul", ["both", "last"], ["y"]),
     ]  # fmt: skip
     constants = {
         "first": w(32, 48), "second": w(48, 64, seed=1), "third": w(64, 48, seed=2), "last": w(64, 8, seed=3),
         "zero": np.float32(0),
     }  # fmt: skip
-    made = model(nodes, constants, ("n", 32))
-    return made
+    return model(nodes, constants, ("n", 32))
 
 
 def test_what_a_branch_reads_is_no_product_of_the_graph_around_it() -> None:
@@ -120,6 +117,22 @@ def test_a_graph_that_opset_21_would_not_read_keeps_its_convolutions_at_8_bits(t
     assert any(n.op_type == "MatMulNBits" for n in made.graph.node), "the classifier has 4 bits all the same"
 
 
+def test_a_graph_that_answers_otherwise_under_opset_21_stays_what_it_is(tmp_path: Path) -> None:
+    """Before opset 13 a Softmax was one over all axes from its own on: the same words, another sum."""
+    made = conv_net()
+    last = [n for n in made.graph.node if n.op_type == "Relu"][-1]
+    last.op_type = "Softmax"
+    last.attribute.append(helper.make_attribute("axis", 1))
+    made.opset_import[0].version, made.ir_version = 12, 7
+    save(made, tmp_path / "m.onnx")
+    np.savez(tmp_path / "x.npz", x=images(64))
+    factorize_graph(tmp_path / "m.onnx", rank=30, output=tmp_path / "c")
+    report, out = _exported(tmp_path, "int4")
+    assert report["opset"] < 21 and TensorProto.INT4 not in {
+        t.data_type for t in onnx.load(out / "model.onnx").graph.initializer
+    }
+
+
 def test_a_graph_that_opset_21_reads_alike_becomes_one(tmp_path: Path) -> None:
     made = conv_net()
     made.opset_import[0].version, made.ir_version = 13, 8
@@ -172,6 +185,42 @@ def test_codes_are_of_what_a_cut_leaves(
     assert any(n.op_type == operator for n in small.graph.node) != gone
     error = relative(exactly(made, x=x[64:]), exactly(small, x=x[64:]))
     assert error < within, error
+
+
+def with_slot(operator: str, *ends: float) -> tuple[onnx.ModelProto, list[str]]:
+    """The same with a slot: what is cut is the sum of the convolution's answer and an adapter's."""
+    made = cut(operator, *ends)
+    for n in made.graph.node:
+        if n.name == "cut":
+            n.input[0] = "sum"
+    branch = [
+        node("Conv", ["x", "c.lora_A"], ["c.h"], pads=[1, 1, 1, 1]), node("Conv", ["c.h", "c.lora_B"], ["c.d"]),
+        node("Add", ["a", "c.d"], ["sum"]),
+    ]  # fmt: skip
+    nodes = [made.graph.node[0], *branch, *made.graph.node[1:]]
+    del made.graph.node[:]
+    made.graph.node.extend(nodes)
+    for name, shape, empty in (
+        ("c.lora_A", ["r", 3, 3, 3], (1, 3, 3, 3)),
+        ("c.lora_B", [16, "r", 1, 1], (16, 1, 1, 1)),
+    ):
+        made.graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+        made.graph.initializer.append(numpy_helper.from_array(np.zeros(empty, np.float32), name))
+    return made, ["c.lora_A", "c.lora_B"]
+
+
+@pytest.mark.parametrize("ends", [(0.0, 6.0), (-1.0, 1.0)])
+def test_codes_leave_an_adapter_room_to_move_what_is_cut(ends: tuple[float, float]) -> None:
+    (made, slots), x = with_slot("Clip", *ends), images(96)
+    small = quantize(made, 8, slots=slots, calibration=[{"x": x[:64]}]).model
+    error = relative(exactly(made, x=x[64:]), exactly(small, x=x[64:]))
+    assert error < 0.03, error  # 0.034 and 0.074 where all that the convolution answers is coded
+    rng = np.random.default_rng(5)
+    moves = {"c.lora_A": rng.standard_normal((2, 3, 3, 3)) * 0.1, "c.lora_B": rng.standard_normal((16, 2, 1, 1))}
+    feeds = {"x": x[64:], **{k: v.astype(np.float32) for k, v in moves.items()}}
+    moved = exactly(made, **feeds)
+    assert relative(exactly(made, x=x[64:]), moved) > 0.1, "the adapter must matter for this test"
+    assert relative(moved, exactly(small, **feeds)) < 0.04
 
 
 @pytest.mark.assets
