@@ -36,6 +36,8 @@ from onnxruntime.quantization import (
 from ..runtime import session_options
 from .products import inner_reads
 
+#: The opset from which on a channel can have a scale of its own.
+CHANNELS_FROM = 13
 #: Tables below this many bytes are not worth the extra nodes.
 MIN_TABLE_BYTES = 16_384
 _MATRIX_OPS = ("MatMul", "Gemm")

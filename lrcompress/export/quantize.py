@@ -27,7 +27,7 @@ from onnx import numpy_helper
 
 from ..errors import LrcompressWarning, ModelError
 from ..plan.bits import BLOCK, row_block
-from .int8 import MIN_TABLE_BYTES, dynamic_matrices, quantize_tables, quiet, static_convs
+from .int8 import CHANNELS_FROM, MIN_TABLE_BYTES, dynamic_matrices, quantize_tables, quiet, static_convs
 from .packing import Packed, constants, halves, nbits, tables
 from .products import Product, inner_reads, products, put
 from .refit import Refit, refit, round_only
@@ -81,15 +81,14 @@ def quantize(
     branches = branch_nodes(model.graph, slots)
     found = products(model.graph, branches)
     batches = None if calibration is None else list(calibration)
-    wanted = _wanted(found, bits, bool(batches), may_raise)
+    opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0)
+    static = bool(batches) and opset >= CHANNELS_FROM
+    wanted = _wanted(found, bits, static, may_raise)
     result = Quantized(model)
     _check_slots(model, slots)
-    if not batches and any(b == 8 and p.kind == "conv" for p, b in wanted):
-        warnings.warn(
-            "convolutions stay in 16 bits: int8 needs calibration data for them (--calib)",
-            LrcompressWarning,
-            stacklevel=2,
-        )
+    if not static and any(b == 8 and p.kind == "conv" for p, b in wanted):
+        needed = f"a graph of opset {CHANNELS_FROM} or later" if batches else "calibration data for them (--calib)"
+        warnings.warn(f"convolutions stay in 16 bits: int8 needs {needed}", LrcompressWarning, stacklevel=2)
         wanted = [(p, 16 if b == 8 and p.kind == "conv" else b) for p, b in wanted]
     fitted = _fitted(model, found, wanted, batches or [], block, refits)
     put(model.graph, fitted.arrays.items())
