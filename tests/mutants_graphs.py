@@ -57,7 +57,6 @@ GRAPH_FAULTS: list[tuple[str, str, str, str, str]] = [
     ("export/quantize.py", "constants.IR if four else 0", "0", _B, "opset"),
     ("export/quantize.py", "if source in by_name}, **by_name}", "if False}, **by_name}", "test_quantize", "both_places"),
     ("export/int8.py", "nodes_to_quantize=[*convs, *_cuts(model.graph, convs)]", "nodes_to_quantize=list(convs)", _B, "cut"),
-    ("export/int8.py", " and _readers(graph, node.input[0]) == [node]", "", _B, "cut"),
     ("export/int8.py", "return low <= 0 <= high and", "return low <= high and", _B, "cut"),
     ("export/int8.py", "low - (high - low)", "low", _B, "room"),
     ("export/int8.py", '"TensorQuantOverrides": ranges', "", _B, "room"),
