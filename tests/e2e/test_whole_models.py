@@ -27,6 +27,7 @@ from lrcompress.data import Data
 from lrcompress.errors import HostError, ParityError
 from lrcompress.export.targets import onnx as onnx_target
 from lrcompress.model import InputSpec, OpenedModel, open_model
+from lrcompress.runtime import session_options
 from lrcompress.validate.arm_root import CHECKED_CPUS, arm_root
 from lrcompress.verbs.predict import predictor
 from tests.e2e.test_real_recipes import assets, need_minilm
@@ -277,7 +278,7 @@ def test_a_decoder_goes_on_from_its_cache(tmp_path: Path, size: str, bits: str) 
     lrcompress.export(source, calib=found.data, quantize=bits, kv_cache=True, slots=("lora",), output=out)
     report = lrcompress.validate(out, on=["cpu", *(f"arm64:{cpu}" for cpu in _emulated())]).data
     assert report["passed"], report["misses"]
-    session = ort.InferenceSession(str(out / "model.onnx"))
+    session = ort.InferenceSession(str(out / "model.onnx"), session_options(1))
     ids = next(iter(found.data.take(slice(0, 3)).batches(3))).inputs["input_ids"][:, :24]
     whole = predictor(opened, opened.module)({"input_ids": ids, "attention_mask": np.ones_like(ids)})["logits"]
     past = {i.name: np.zeros((3, 4, 0, 8), np.float32) for i in session.get_inputs() if i.name.startswith("past")}
