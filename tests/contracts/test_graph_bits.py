@@ -51,7 +51,10 @@ def choosing() -> onnx.ModelProto:
         "first": w(32, 48), "second": w(48, 64, seed=1), "third": w(64, 48, seed=2), "last": w(64, 8, seed=3),
         "zero": np.float32(0),
     }  # fmt: skip
-    return model(nodes, constants, ("n", 32))
+    made = model(nodes, constants, ("n", 32))
+    made.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 8]))
+    onnx.checker.check_model(made)  # so that what is made of it is checked, too
+    return made
 
 
 def test_what_a_branch_reads_is_no_product_of_the_graph_around_it() -> None:
