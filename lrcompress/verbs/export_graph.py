@@ -99,13 +99,18 @@ def _check(slots: Sequence[str] | None, quantize: str, others: Mapping[str, Any]
 
 
 def _check_device(found: GraphCheckpoint, profile: DeviceProfile | None) -> None:
-    needed = needed_runtime(found.graph.model)
+    needed = _least_runtime(found.graph.model)
     if profile is not None and profile.ort.max is not None and version_key(profile.ort.max) < version_key(needed):
         got = f"{profile.ort.max} on {profile.name}"
         raise ModelError(
             found.path / GRAPH, f"ONNX Runtime {needed} or newer for opset {found.graph.opset}, IR {found.graph.model.ir_version}",
             got, "export the original with an older opset",
         )  # fmt: skip
+
+
+def _least_runtime(model: onnx.ModelProto) -> str:
+    """Return the oldest runtime for a graph: opsets that fewer bits raise it to need none newer than a device has anyway."""
+    return max(needed_runtime(model), FLOOR, key=version_key)
 
 
 def _batches(graph: OnnxGraph, calib: str | Path | Data) -> list[dict[str, np.ndarray]]:
@@ -206,7 +211,7 @@ def _write(
         "slots_id": slots_id(slots=[], factors=found.digest), "factors_digest": found.digest, "files": files,
         "inputs": [p.as_dict() for p in found.graph.inputs], "outputs": [p.as_dict() for p in found.graph.outputs],
         "opset": opset_of(model), "ir": model.ir_version,
-        "ort": {"min": max(needed_runtime(model), FLOOR, key=version_key), "max": None},
+        "ort": {"min": _least_runtime(model), "max": None},
         "precision": precision, "slots": [], "tolerances": tolerances(precision), "factors": factors,
         "params": found.graph.n_params,
         "compressed": {"path": os.path.relpath(found.path.resolve(), dest.resolve()), "digest": found.digest},

@@ -157,7 +157,9 @@ def test_a_session_that_is_swapped_under_load(tmp_path: Path, n: int, rounds: in
     (a, of_a), (b, of_b) = payload(exported, 1, 2), payload(exported, 2, 7)
     session.swap(a)
     with Load(lambda: session.run({"x": INPUT})["output"], {of_a: "a", of_b: "b"}) as load:
-        print(f"Session: {held(load, lambda i: session.swap((b, a)[i % 2]), n, rounds)}")
+        found = held(load, lambda i: session.swap((b, a)[i % 2]), n, rounds)
+        assert load.seen == {"a", "b"} and not any(load.wrong), found
+        print(f"Session: {found}")
 
 
 @pytest.mark.parametrize(("n", "rounds"), [(50, 4), LONG])
