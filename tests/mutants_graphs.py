@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 _F, _O, _S = "test_onnx_factorize", "test_onnx_opening", "test_ssh"
+_U, _R = "test_undone_gauges", "test_refit"
 _B, _H, _D = "test_graph_bits", "test_shrinkage", "test_device_plan"
 
 #: (file in lrcompress, text, what it becomes, file in tests/contracts, which of its tests to run)
@@ -53,13 +54,25 @@ GRAPH_FAULTS: list[tuple[str, str, str, str, str]] = [
     ("export/products.py", "graph.input} | inner_reads(graph)", "graph.input}", _B, "branch"),
     ("export/quantize.py", "    read |= inner_reads(graph)\n", "", _B, "branch"),
     ("export/quantize.py", "for o in graph.output} | inner_reads(graph)", "for o in graph.output}", _B, "branch"),
-    ("export/quantize.py", "(n < _MIN_CONSTANT or not four)", "n < _MIN_CONSTANT", _B, "opset"),
+    ("export/quantize.py", "(n < MIN_CONSTANT or not four)", "n < MIN_CONSTANT", _B, "opset"),
     ("export/quantize.py", "constants.IR if four else 0", "0", _B, "opset"),
     ("export/quantize.py", "if source in by_name}, **by_name}", "if False}, **by_name}", "test_quantize", "both_places"),
     ("export/int8.py", "nodes_to_quantize=[*convs, *_cuts(model.graph, convs)]", "nodes_to_quantize=list(convs)", _B, "cut"),
     ("export/int8.py", "return low <= 0 <= high and", "return low <= high and", _B, "cut"),
     ("export/int8.py", "low - (high - low)", "low", _B, "room"),
     ("export/int8.py", '"TensorQuantOverrides": ranges', "", _B, "room"),
+    ("export/int8.py", "options.graph_optimization_level = ort", "unused = ort", _U, "says_which_layers"),
+    ("export/refit/gptq.py", "pick = (near < fed)[:, None]", "pick = (near < -1)[:, None]", _R, "no_row_loses"),
+    ("export/refit/gptq.py", "pick = (near < fed)[:, None]", "pick = (near > -1)[:, None]", _R, "no_row_loses"),
+    ("export/packing/constants.py", '{"perm": [1, 0]})] if turned', '{"perm": [1, 0]})] if False', "test_bits", "only_stored"),
+    ("export/quantize.py", "if b == 8 and (p.weight not in stored or", "if b == 8 and (True or", "test_bits", "only_stored"),
+    ("export/plain.py", "ends = (low, high)", "pass", _U, "alone_reads_it"),
+    ("export/plain.py", "if not kept or len(kept) < len(found):", "if not kept:", _U, "alone_reads_it"),
+    ("export/plain.py", 'read if func.__name__ != "__get__" else ()', "read", _U, "alone_reads_it"),
+    ("export/plain.py", "tree_leaves((args, kwargs))", "args", _U, "alone_reads_it"),
+    ("export/plain.py", "rough = _activation(rough)", "pass", _U, "can_do_without"),
+    ("export/plain.py", "8 if errors[1] <= STORED_WORSE * plain_error else 16", "8", _U, "bear"),
+    ("export/plain.py", "codes = bits == 8 and not self.stored", "codes = bits == 8", _U, "bear"),
     ("export/packing/halves.py", "order.get(n, -1)", "order.get(n, len(order))", _B, "branch"),
     ("verbs/export_graph.py", "np.array_equal(a, golden", "True or np.array_equal(a, golden", _B, "opset"),
     # few positions

@@ -5,6 +5,9 @@
     8     dynamic (`int8`)               static, with calibration data      rows of s8 with one scale each
     4     MatMulNBits in blocks          constants, dense when loaded       GatherBlockQuantized
 
+What is named as `stored` has 8 bits in the file only: multiplied out when the graph is loaded, nothing that it reads or
+makes is rounded.
+
 What rounding costs is first made up for (`refit`); then ONNX Runtime's tools and operators take the values, whose grids
 reproduce them. The tools would turn a slot's empty default into a constant and so delete the slot, silently. So the
 defaults are held back while they work (a slot is then a plain input), the nodes of the branches are left out by name,
@@ -15,7 +18,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +39,7 @@ from .refit.moments import lookups, observe
 from .rewrites import Refusal
 
 #: A constant of 4 bits comes with four nodes: smaller ones stay at 8.
-_MIN_CONSTANT = 1024
+MIN_CONSTANT = 1024
 #: What a constant is called that a transposition was folded into.
 _TURNED = "_Transposed"
 #: What is stored in 16 bits comes with a cast.
@@ -63,13 +66,14 @@ def quantize_int8(
 def quantize(
     src_model: onnx.ModelProto, bits: int | Mapping[str, int], *, slots: Sequence[str],
     calibration: Iterable[dict[str, np.ndarray]] | None, block: int | Mapping[str, int] = BLOCK, refits: bool = True,
-    may_raise: bool = True,
+    may_raise: bool = True, stored: Collection[str] = (),
 ) -> Quantized:  # fmt: skip
     """Return `src_model` with weights in `bits`, all alike or by name (others stay); the source is not changed.
 
     `slots` name the inputs whose defaults and branches stay as they are. `calibration`: feeds of the model's own inputs;
     needed for convolutions in 8 bits, and for the best refits. `block`: inputs that share a scale at 4 bits, of all or by
     name. `may_raise`: whether the graph may become one of opset 21, which convolutions of 4 bits need; they get 8 otherwise.
+    `stored`: weights, of fewer than 16 bits, that get 8 and are computed with in 32.
     Factor `name` becomes `name_quantized` (see `renamed`).
     Raises `ModelError` if a slot did not survive.
     """
@@ -78,19 +82,22 @@ def quantize(
     name_nodes(model.graph)
     fold_transposes(model.graph)
     bits, block = _with_turned(bits, model.graph), _with_turned(block, model.graph)
+    stored = {t.name for t in model.graph.initializer if t.name.removesuffix(_TURNED) in set(stored)}
     branches = branch_nodes(model.graph, slots)
     found = products(model.graph, branches)
     batches = None if calibration is None else list(calibration)
     opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0)
     static = bool(batches) and opset >= CHANNELS_FROM
-    wanted = _wanted(found, bits, static, may_raise)
+    wanted = _wanted(found, bits, static, may_raise, stored)
     result = Quantized(model)
     _check_slots(model, slots)
-    if not static and any(b == 8 and p.kind == "conv" for p, b in wanted):
+    eight = [p for p, b in wanted if b == 8 and (p.weight not in stored or p.kind == "table")]
+    if not static and any(p.kind == "conv" for p in eight):
         needed = f"a graph of opset {CHANNELS_FROM} or later" if batches else "calibration data for them (--calib)"
         warnings.warn(f"convolutions stay in 16 bits: int8 needs {needed}", LrcompressWarning, stacklevel=2)
-        wanted = [(p, 16 if b == 8 and p.kind == "conv" else b) for p, b in wanted]
-    fitted = _fitted(model, found, wanted, batches or [], block, refits)
+        wanted = [(p, 16 if p in eight and p.kind == "conv" else b) for p, b in wanted]
+        eight = [p for p in eight if p.kind != "conv"]
+    fitted = _fitted(model, found, wanted, batches or [], block, refits, stored)
     put(model.graph, fitted.arrays.items())
     result.coded = fitted.coded
     by_node = {o: n.name for n in model.graph.node for o in n.output}
@@ -98,15 +105,15 @@ def quantize(
     for tensor in held:
         model.graph.initializer.remove(tensor)
     with tempfile.TemporaryDirectory() as scratch, quiet():
-        convs = [by_node[p.output] for p, b in wanted if b == 8 and p.kind == "conv"]
+        convs = [by_node[p.output] for p in eight if p.kind == "conv"]
         model = static_convs(model, convs, batches or [], held, branches, Path(scratch))
-        matrices = {p.weight for p, b in wanted if b == 8 and p.kind in ("matmul", "gemm")}
+        matrices = {p.weight for p in eight if p.kind in ("matmul", "gemm")}
         nodes = [n.name for n in model.graph.node if n.op_type in ("MatMul", "Gemm") and matrices & set(n.input[:2])]
         model = dynamic_matrices(model, nodes, Path(scratch))
-    quantize_tables(model.graph, {p.weight for p, b in wanted if b == 8 and p.kind == "table"})
+    quantize_tables(model.graph, {p.weight for p in eight if p.kind == "table"})
     wanted += _left_over(model, src_model, wanted, bits, slots)
     model.graph.initializer.extend(held)
-    model = _packed(model, wanted, fitted, result)
+    model = _packed(model, wanted, fitted, result, stored)
     drop_unused(model.graph, keep=set(slots))
     restore_header(model, src_model)
     _check_inputs(model, src_model, slots)
@@ -136,7 +143,7 @@ def _row(p: Product, bits: int, error: Any, result: Quantized) -> dict[str, Any]
 
 
 def _wanted(
-    found: Sequence[Product], bits: int | Mapping[str, int], calibrated: bool, four: bool
+    found: Sequence[Product], bits: int | Mapping[str, int], calibrated: bool, four: bool, stored: Collection[str]
 ) -> list[tuple[Product, int]]:
     """Return the products that leave 32 bits, and to how many; what is too small to gain stays with the next wider."""
     wanted = []
@@ -147,8 +154,10 @@ def _wanted(
             b = 16
         if p.kind == "table" and b == 4 and p.shape[1] % 2:
             b = 8  # two codes fill a byte
-        if p.kind in ("conv", "conv_transpose") and b == 4 and (n < _MIN_CONSTANT or not four):
+        if p.kind in ("conv", "conv_transpose") and b == 4 and (n < MIN_CONSTANT or not four):
             b = 8 if p.kind == "conv" and calibrated else 16
+        if p.weight in stored and b < 16:
+            b = 8
         if p.kind == "conv_transpose" and b < 16:
             b = 16
         if b != 32:
@@ -172,9 +181,11 @@ def _left_over(
     return found
 
 
-def grid_of(p: Product, bits: int, block: int) -> Grid | None:
+def grid_of(p: Product, bits: int, block: int, *, stored: bool = False) -> Grid | None:
     """Return the grid that the runtime reads this product's weight from; None where there is none."""
     columns = int(np.prod(p.shape)) // p.n_rows
+    if stored and bits == 8 and p.kind != "table":
+        return signed(8, columns)
     if bits == 8:
         return ROW8
     if bits != 4:
@@ -186,31 +197,40 @@ def grid_of(p: Product, bits: int, block: int) -> Grid | None:
 
 def _fitted(
     model: onnx.ModelProto, found: Sequence[Product], wanted: Sequence[tuple[Product, int]],
-    batches: Sequence[dict[str, np.ndarray]], block: int | Mapping[str, int], refits: bool,
+    batches: Sequence[dict[str, np.ndarray]], block: int | Mapping[str, int], refits: bool, stored: Collection[str],
 ) -> Refit:  # fmt: skip
     widths = {p.weight: block if isinstance(block, int) else block.get(p.weight, BLOCK) for p in found}
-    grids = {p.weight: g for p, b in wanted if (g := grid_of(p, b, widths[p.weight])) is not None}
+    grids = {
+        p.weight: g for p, b in wanted if (g := grid_of(p, b, widths[p.weight], stored=p.weight in stored)) is not None
+    }
     if not refits:
         return round_only(model, found, grids)
     seen = observe(model, found, batches)
-    eight = {p.kind for p, b in wanted if b == 8}
+    eight = {p.kind for p, b in wanted if b == 8 and p.weight not in stored}
     counts = lookups(found, batches)
     return refit(model, found, grids, seen, counts=counts, rounds_activations=bool(eight - {"table"}))
 
 
 def _packed(
-    model: onnx.ModelProto, wanted: Sequence[tuple[Product, int]], fitted: Refit, result: Quantized
+    model: onnx.ModelProto,
+    wanted: Sequence[tuple[Product, int]],
+    fitted: Refit,
+    result: Quantized,
+    stored: Collection[str],
 ) -> onnx.ModelProto:
     """Put what ONNX Runtime's tools do not write into the graph."""
     four = [Packed(p, fitted.coded[p.weight]) for p, b in wanted if b == 4]
     half = [Packed(p) for p, b in wanted if b == 16]
-    if not four and not half:
+    dense = [
+        Packed(p, fitted.coded[p.weight]) for p, b in wanted if b == 8 and p.weight in stored and p.kind != "table"
+    ]
+    if not four and not half and not dense:
         return model
     graph = ir.from_proto(model)
     groups = (
         (nbits, [w for w in four if w.product.kind in ("matmul", "gemm")]),
         (tables, [w for w in four if w.product.kind == "table"]),
-        (constants, [w for w in four if w.product.kind == "conv"]),
+        (constants, [*(w for w in four if w.product.kind == "conv"), *dense]),
         (halves, half),
     )
     for writer, weights in groups:

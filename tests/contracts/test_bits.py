@@ -17,7 +17,7 @@ from lrcompress.data import Data
 from lrcompress.errors import CommandError, ModelError, ProfileError
 from lrcompress.export.needs import Need, check_device, needs
 from lrcompress.export.packing.nbits import pack
-from lrcompress.export.products import products
+from lrcompress.export.products import products, put
 from lrcompress.export.quantize import quantize, renamed
 from lrcompress.export.rewrites import Refusal
 from lrcompress.manifest import Manifest
@@ -136,6 +136,40 @@ def test_convolutions_of_four_bits_are_dense_when_loaded(tmp_path):
     assert {(32, 16, 3, 3), (64, 32, 3, 3)} <= held
     x = pictures(16, seed=3)
     assert relative(run(model, x=x), run(found.model, x=x)) < 0.15
+
+
+@pytest.mark.parametrize("kind", ["conv", "matmul", "gemm", "transposed"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_what_is_only_stored_in_eight_bits_is_computed_as_it_was(kind, bits, tmp_path):
+    """Nothing that is read or made is rounded, other weights are what they would be, and no node is left of it."""
+    if kind == "conv":
+        (model, slots), x, names = cnn(True), pictures(32), ["c1.weight", "c2.weight"]
+    else:
+        (model, slots), x, names = mlp(kind), rows(64), ["fc0.weight"]
+    found = quantize(model, dict.fromkeys(names, bits), slots=slots, calibration=batches(x), stored=names)
+    assert {r["bits"] for r in found.rows} == {8} and len(found.rows) == len(names)
+    operators = {n.op_type for n in found.model.graph.node}
+    assert not operators & {
+        "QuantizeLinear",
+        "DequantizeLinear",
+        "DynamicQuantizeLinear",
+        "MatMulInteger",
+        "MatMulNBits",
+    }
+    assert {o.version for o in found.model.opset_import} == {o.version for o in model.opset_import}
+    whole = onnx.ModelProto()
+    whole.CopyFrom(model)
+    for name in names:
+        rounded = found.coded[renamed(found.model, [name])[name].removesuffix("_quantized")].values().numpy()
+        shape = stored(model)[name].shape
+        put(whole.graph, [(name, rounded.T if shape == rounded.T.shape else rounded.reshape(shape))])
+    feeds = adapter(model, slots, rank=3)
+    put(whole.graph, [(n, v) for n, v in stored(found.model).items() if n.endswith("bias")])
+    np.testing.assert_allclose(run(found.model, x=x, **feeds), run(whole, x=x, **feeds), rtol=1e-4, atol=1e-5)
+    assert relative(run(model, x=x, **feeds), run(found.model, x=x, **feeds)) < 0.01
+    assert found.model.ByteSize() < 0.6 * model.ByteSize()
+    left = {n.op_type for n in optimized(found.model, tmp_path / "o.onnx").graph.node}
+    assert not left & {"Cast", "Mul", "Reshape", "Transpose"}
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])

@@ -62,12 +62,15 @@ def test_after_every_column_nothing_is_left_for_the_columns_after_it():
     w, h = normal(5, 12), moments(12)
     damped = h + 0.01 * h.diagonal().mean() * torch.eye(12, dtype=torch.float64)
     q = quantize(w, ROW8, h).values().double()
+    nearest = quantize(w, ROW8).values().double()
+    fed = (q != nearest).any(1)
+    assert int(fed.sum()) > 2
     for j in range(1, 12):
         # The best values of the others, given the first j, are what error feedback made of them.
         best = w[:, j:] - (q[:, :j] - w[:, :j]) @ damped[:j, j:] @ torch.linalg.inv(damped[j:, j:])
         step = w.abs().amax(1) / 127
         pinned = w.abs().argmax(1) == j
-        assert bool(((best[:, 0] - q[:, j]).abs() <= 0.5 * step * (1 + 1e-5))[~pinned].all())
+        assert bool(((best[:, 0] - q[:, j]).abs() <= 0.5 * step * (1 + 1e-5))[~pinned & fed].all())
 
 
 def test_feeding_errors_forward_pays_in_its_metric():
@@ -104,6 +107,18 @@ def test_the_largest_entry_keeps_the_largest_code():
     scale = values.abs().amax(1) / 127
     torch.testing.assert_close(scale, coded.scales[:, 0], rtol=1e-6, atol=0)
     assert torch.equal(torch.round(values / scale[:, None]).short(), coded.codes)
+
+
+def test_no_row_loses_more_than_rounding_to_nearest_would():
+    """The entry that keeps its code comes last, where nothing is left to make up for what was fed to it."""
+    h = torch.full((12, 12), 0.999, dtype=torch.float64) + 0.001 * torch.eye(12, dtype=torch.float64)
+    w = normal(64, 12, seed=5)
+    w[:, -1] = 3 * w.abs().amax(1)
+    losses = [((q.values().double() - w) @ h * (q.values().double() - w)).sum(1) for q in (quantize(w, ROW8, h), quantize(w, ROW8))]  # fmt: skip
+    assert bool((losses[0] <= losses[1] * (1 + 1e-9)).all())
+    assert float(losses[0].sum()) < 0.8 * float(losses[1].sum()), "and feeding pays where it can"
+    coded = quantize(w, ROW8, h)
+    assert torch.equal(coded.codes[:, -1].abs(), torch.full((64,), 127, dtype=torch.int16))
 
 
 # joint moments and refits -------------------------------------------------------------------------------------------

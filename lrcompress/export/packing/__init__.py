@@ -5,7 +5,7 @@ float constants. What it cannot hold it refuses with the reason, and leaves as i
 
     nbits       MatMul, Gemm   x · W      =  MatMulNBits(x, codes, scales)
     tables      Gather         W[i]       =  GatherBlockQuantized(codes, i, scales)
-    constants   Conv           W          =  Cast(codes) · scales, multiplied out when the graph is loaded
+    constants   Conv, products W          =  Cast(codes) · scales, multiplied out when the graph is loaded
     halves      any            W          =  Cast(W in 16 bits); of a table, only the rows that are read are cast
 """
 

@@ -1,9 +1,10 @@
-"""Weights of 4 bits that are multiplied out when the graph is loaded: small on disk, dense in memory.
+"""Weights of 4 or 8 bits that are multiplied out when the graph is loaded: small on disk, dense in memory.
 
-    Conv(x, W)  =  Conv(x, Reshape(Cast(codes) · scales, W.shape))        codes s4 (blocks, block), scales (blocks, 1)
+    Conv(x, W)    =  Conv(x, Reshape(Cast(codes) · scales, W.shape))      codes (blocks, block), scales (blocks, 1)
+    MatMul(x, W)  =  MatMul(x, Transpose(Reshape(…)))                     of outputs' rows, too
 
-The runtime has no 4-bit convolution; all four nodes read constants only and are gone when the model runs. Four bits are
-a type of opset 21.
+The runtime has no 4-bit convolution, and none of 8 bits whose input is not rounded; all these nodes read constants only
+and are gone when the model runs. Four bits are a type of opset 21.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def raise_opset(model: onnx.ModelProto) -> None:
 
 
 def pack(model: ir.Model, weights: Sequence[Packed]) -> Applied:
-    graph, fired, refused = model.graph, 0, []
+    graph, fired, refused, four = model.graph, 0, [], False
     for w in weights:
         assert w.coded is not None
         name = w.product.weight
@@ -40,14 +41,16 @@ def pack(model: ir.Model, weights: Sequence[Packed]) -> Applied:
         block = w.coded.grid.width(codes.shape[1])
         order = {n: i for i, n in enumerate(graph)}
         first = min((u.node for u in value.uses()), key=lambda n: order[n])
-        stored = constant(
-            graph, f"{name}_quantized", codes.reshape(-1, block).astype(ml_dtypes.int4), ir.DataType.INT4
-        )  # fmt: skip
+        kind, dtype = (ml_dtypes.int4, ir.DataType.INT4) if w.coded.grid.bits == 4 else (np.int8, ir.DataType.INT8)
+        four = four or dtype == ir.DataType.INT4
+        stored = constant(graph, f"{name}_quantized", codes.reshape(-1, block).astype(kind), dtype)
         wide = scales(graph, name, w.coded.scales.numpy().reshape(-1, 1), first)
-        shape = constant(graph, f"{name}_shape", np.array(w.product.shape, np.int64))
+        turned = w.product.kind in ("matmul", "gemm") and not w.product.turned
+        shape = constant(graph, f"{name}_shape", np.array(w.product.shape[:: -1 if turned else 1], np.int64))
         last: ir.Value = stored
         for node in (
-            ir.node("Cast", [stored], {"to": int(ir.DataType.FLOAT)}), ir.node("Mul", [None, wide]), ir.node("Reshape", [None, shape])
+            ir.node("Cast", [stored], {"to": int(ir.DataType.FLOAT)}), ir.node("Mul", [None, wide]), ir.node("Reshape", [None, shape]),
+            *([ir.node("Transpose", [None], {"perm": [1, 0]})] if turned else []),
         ):  # fmt: skip
             if node.inputs[0] is None:
                 node.replace_input_with(0, last)
@@ -58,6 +61,6 @@ def pack(model: ir.Model, weights: Sequence[Packed]) -> Applied:
         value.replace_all_uses_with(last)
         retire(graph, name)
         fired += 1
-    if fired:
+    if four:
         model.opset_imports[""] = max(model.opset_imports.get("", 0), OPSET)
     return Applied(fired, tuple(refused))

@@ -3,7 +3,8 @@
     min E‖(W − Q)x‖²,  H = E[x xᵀ] + λI,  H⁻¹ = Rᵀ R, R upper:   q_j = Q(w_j),  w_{j:} −= (w_j − q_j)/R_jj · R_{j,j:}
 
 With a diagonal H, or none, this is rounding to nearest. Rows are independent; each has its own scales, chosen when its
-block begins, from the weights as they are then.
+block begins, from the weights as they are then. A row that loses more than rounding to nearest would is rounded so: where
+its largest entry has to keep its code, what it cannot make up for may be far more than was rounded.
 
 Source: Frantar et al., GPTQ, arXiv 2210.17323, algorithm 1 (in the order of the columns).
 """
@@ -24,11 +25,24 @@ def quantize(weight: Tensor, grid: Grid, h: Tensor | None = None, *, damping: fl
 
     Inputs that are never active are rounded to nearest. Raises `ValueError` for a weight that is not finite.
     """
-    w = weight.detach().double().clone()
+    w = weight.detach().double()
     if not bool(torch.isfinite(w).all()):
         raise ValueError("expected a finite weight")
+    upper, importance = _factor(h, w.shape[1], damping)
+    found = _rounded(w, grid, upper, importance)
+    if upper is None or h is None:
+        return found
+    nearer = _rounded(w, grid, None, importance)
+    near, fed = (((q.values().double() - w) @ h.double() * (q.values().double() - w)).sum(1) for q in (nearer, found))
+    pick = (near < fed)[:, None]
+    pairs = ((nearer.codes, found.codes), (nearer.scales, found.scales), (nearer.zeros, found.zeros))
+    return Coded(grid, *(torch.where(pick, a, b) for a, b in pairs))
+
+
+def _rounded(weight: Tensor, grid: Grid, upper: Tensor | None, importance: Tensor) -> Coded:
+    """Return the codes of one pass over the columns, which feeds errors forward where `upper` says how."""
+    w = weight.clone()
     rows, columns = w.shape
-    upper, importance = _factor(h, columns, damping)
     width = grid.width(columns)
     n_blocks = -(-columns // width) if columns else 0
     scales, zeros = torch.ones(rows, n_blocks), torch.zeros(rows, n_blocks)

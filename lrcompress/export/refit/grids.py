@@ -7,7 +7,7 @@ the codes, so that whatever is fitted against it holds on the device.
 
     ROW8      s8, one scale per output, codes −127…127: what `quantize_dynamic` and `quantize_static` write
     blocks    u4 (u2, u8) in blocks of 16…256, scales stored in 16 bits: MatMulNBits, GatherBlockQuantized
-    signed    s4, zero 0, blocks of any length: constants that are multiplied out when the graph is loaded
+    signed    s4 or s8, zero 0, blocks of any length: constants that are multiplied out when the graph is loaded
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def limits(grid: Grid) -> tuple[int, int]:
 
 def pinned(grid: Grid) -> bool:
     """Return whether the scale of a row is that of its largest entry, which keeps the largest code."""
-    return grid.block is None and grid.bits == 8
+    return grid.block is None and grid.bits == 8 and not grid.half_scales
 
 
 def scale_of(part: Tensor, weights: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

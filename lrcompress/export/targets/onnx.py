@@ -44,7 +44,7 @@ def write(stage: Path, request: Request) -> Written:
     cored = [s.layer for s in layers if s.kind == "core"]
     undone = undo_gauges(module, request.opened, request.calibration or (), planned, cored)
     if undone:
-        planned |= {n: 16 for n, u in undone.items() if u.halved}
+        planned |= {n: u.stored for n, u in undone.items() if u.stored}
         slotted = copy.deepcopy(module)
         layers = attach_slots(slotted, request.slot_include, request.slots) if layers else []
     for _, layer in factorized_layers(slotted):
@@ -70,7 +70,10 @@ def write(stage: Path, request: Request) -> Written:
     if request.quantize != "none":
         bits = _of_weights(model, request.quantize, planned)
         blocks = {n: request.blocks.get(n.rpartition(".")[0], request.block) for n in bits}
-        quantized = quantize(model, bits, slots=slot_names, calibration=request.calibration, block=blocks)
+        stored = [n for n in bits if (u := undone.get(n.rpartition(".")[0])) and u.stored]
+        quantized = quantize(
+            model, bits, slots=slot_names, calibration=request.calibration, block=blocks, stored=stored
+        )
         model, weights = quantized.model, quantized.rows
     model = finish(model, slot_names)
     strip(model)
@@ -87,6 +90,7 @@ def write(stage: Path, request: Request) -> Written:
     weights += [_told(name, u) for name, u in undone.items()]
     opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
     dense = {*rebuilt, *(w["name"].rpartition(".")[0] for w in weights if w["kind"] == "conv" and w.get("bits") == 4)}
+    dense |= {n for n, u in undone.items() if u.stored}
     about = {"opset": opset, "ir": model.ir_version, "dense_at_run_time": sorted(dense)}
     return Written(entries, _outputs(model, request.golden), factors, about, weights, need.version)
 
@@ -126,7 +130,7 @@ def _made_whole(layer: FactorizedLayer) -> int:
 
 def _told(name: str, undone: Undone) -> dict[str, Any]:
     """Return the row of a pivoted layer that is to be rounded."""
-    if not undone.halved:
+    if not undone.stored:
         return {
             "name": name,
             "kind": "layer",
@@ -136,7 +140,7 @@ def _told(name: str, undone: Undone) -> dict[str, Any]:
     return {
         "name": name,
         "kind": "layer",
-        "gauge": f"{name} stays in 16 bits: an adapter lies between its factors; {cost}",
+        "gauge": f"{name} is stored in {undone.stored} bits and computed in 32: an adapter lies between its factors; {cost}",
     }
 
 
