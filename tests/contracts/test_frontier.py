@@ -10,10 +10,10 @@ import torch
 from lrcompress.data import Data
 from lrcompress.model import InputSpec, open_model
 from tests.benchmarks.bench_frontier import budgets
-from tests.benchmarks.frontier.archs import mobilenet, resnet8
 from tests.benchmarks.frontier.comparing import broken_promises, dominated, dominates, measure, table
 from tests.benchmarks.frontier.rows import ONE_LINE, OURS, PLANNER, Kept, Row, dense_rows
 from tests.benchmarks.frontier.subjects import Subject
+from tests.support.archs import mobilenet, resnet8
 from tests.support.nets import small
 
 

@@ -18,8 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 import lrcompress
 from lrcompress import metrics
@@ -31,6 +30,7 @@ from lrcompress.runtime import session_options
 from lrcompress.validate.arm_root import CHECKED_CPUS, arm_root
 from lrcompress.verbs.predict import predictor
 from tests.e2e.test_real_recipes import assets, need_minilm
+from tests.support import characters
 
 pytestmark = [pytest.mark.assets, pytest.mark.slow, pytest.mark.timeout(3600)]
 TOP = Path(__file__).parents[2]
@@ -126,44 +126,13 @@ def kws_dscnn(_: Path) -> Whole:
 
 
 def char_step(folder: Path) -> Whole:
-    found = load_file(assets() / "models/charrnn_shakespeare/model.safetensors")
-    cell = "rnnlm/multi_rnn_cell/cell_{}/basic_lstm_cell/"
-    named = {
-        "embedding.weight": found["embedding"],
-        "softmax.weight": found["rnnlm/softmax_w"].T,
-        "softmax.bias": found["rnnlm/softmax_b"],
-    }
-    for k in (0, 1):
-        named[f"cell{k}.weight"] = found[cell.format(k) + "weights"].T
-        named[f"cell{k}.bias"] = found[cell.format(k) + "biases"]
-    save_file({k: np.ascontiguousarray(v) for k, v in named.items()}, folder / "char.safetensors")
-    inputs = (
-        InputSpec("ids", "int64", ("batch",)),
-        InputSpec("h", "float32", ("batch", 2, 128)),
-        InputSpec("c", "float32", ("batch", 2, 128)),
-    )
-    net = open_model(folder / "char.safetensors", arch=f"{ARCHS}:char_step", inputs=inputs).module
-    return Whole(folder / "char.safetensors", f"{ARCHS}:char_step", inputs, speech(net))
-
-
-def speech(net: Any, steps: int = 60, rows: int = 16) -> Data:
-    """What the network reads on its own text: characters with the states it has there."""
-    import json
-
-    text = (assets() / "data/tinyshakespeare.txt").read_text()[-100_000:]
-    vocabulary = json.loads((assets() / "models/charrnn_shakespeare/vocab.json").read_text())
-    ids = np.array([vocabulary[t] for t in text if t in vocabulary])[: rows * steps].reshape(rows, steps)
-    h = c = torch.zeros(rows, 2, 128)
-    kept: dict[str, list[np.ndarray]] = {"ids": [], "h": [], "c": []}
-    losses = []
-    with torch.no_grad():
-        for t in range(steps - 1):
-            for name, value in (("ids", ids[:, t]), ("h", h.numpy()), ("c", c.numpy())):
-                kept[name].append(np.asarray(value))
-            logits, h, c = net(torch.as_tensor(ids[:, t]), h, c)
-            losses.append(torch.nn.functional.cross_entropy(logits, torch.as_tensor(ids[:, t + 1])).item())
+    save_file(characters.weights(assets()), folder / "char.safetensors")
+    opened = open_model(folder / "char.safetensors", arch=f"{ARCHS}:char_step", inputs=characters.INPUTS)
+    predict, ids = predictor(opened, opened.module), characters.rows(assets(), 16, 60, before=97_000)
+    losses = [nll.mean() for _, nll in characters.walk(predict, ids)]
     assert np.mean(losses[20:]) < 2.1, f"{np.mean(losses[20:]):.3f} nats per character: the gates are in another order"
-    return Data.of_arrays({k: np.concatenate(v) for k, v in kept.items()})
+    data = characters.read_on(predict, ids)
+    return Whole(folder / "char.safetensors", f"{ARCHS}:char_step", characters.INPUTS, data)
 
 
 def stories(_: Path) -> Whole:

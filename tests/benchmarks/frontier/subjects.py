@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from lrcompress import metrics, recipe
 from lrcompress.data import Data, open_data
-from lrcompress.metrics import Predict
+from lrcompress.metrics import MetricResult, Predict
 from lrcompress.model import InputSpec, OpenedModel, open_model
+from lrcompress.verbs.predict import predictor
 from lrcompress.verbs.sources import for_model
 
 ROOT = Path(__file__).resolve().parents[3]
-ARCHS = Path(__file__).with_name("archs.py")
+ARCHS = ROOT / "tests" / "support" / "archs.py"
 _BATCH = 100
 
 
@@ -39,6 +41,8 @@ class Subject:
     calibration: Data
     evaluation: Data
     metric: str
+    #: How the network is judged where answers to single samples do not tell.
+    judged: Callable[[Predict], MetricResult] | None = None
 
     @property
     def best(self) -> str:
@@ -46,6 +50,8 @@ class Subject:
 
     def judge(self, predict: Predict) -> dict[str, Any]:
         """Return the metric on held-out data with its standard error."""
+        if self.judged is not None:
+            return self.judged(predict).as_dict()
         return metrics.get(self.metric).evaluate(predict, self.evaluation, _BATCH).as_dict()
 
     def request(self) -> dict[str, np.ndarray]:
@@ -82,17 +88,53 @@ def _cut(calibration: Data, evaluation: Data, samples: int, quick: bool) -> tupl
     return calibration.take(slice(0, max(len(calibration) // few, 64))), evaluation.take(slice(0, samples // few))
 
 
-def _mobilenet(quick: bool) -> Subject:
+def _photos(name: str, folder: str, size: int, mean: float, std: float) -> Callable[[bool], Subject]:
     """ImageNet sample: every fifth image calibrates, the others judge (they are of the training set, as the readme says)."""
-    spec = InputSpec("x", "float32", ("batch", 3, 160, 160))
-    source = assets() / "models" / "mobilenet_v1_0.5_160" / "model.safetensors"
-    model = open_model(source, arch=f"{ARCHS}:mobilenet", inputs=(spec,))
-    scaled = {"x": {"layout": "nhwc_to_nchw", "scale": 1 / 255, "mean": [0.5] * 3, "std": [0.5] * 3}}
-    images = open_data(assets() / "data" / "imagenet_sample_a", inputs=(spec,), preprocess=scaled)
-    at = np.arange(len(images))
-    return Subject(
-        "mobilenet", model, *_cut(images.take(at[::5]), images.take(at[at % 5 != 0]), 400, quick), "accuracy"
-    )
+
+    def opened(quick: bool) -> Subject:
+        spec = InputSpec("x", "float32", ("batch", 3, size, size))
+        source = assets() / "models" / folder / "model.safetensors"
+        model = open_model(source, arch=f"{ARCHS}:{name}", inputs=(spec,))
+        scaled = {"x": {"layout": "nhwc_to_nchw", "scale": 1 / 255, "mean": [mean] * 3, "std": [std] * 3}}
+        images = open_data(assets() / "data" / "imagenet_sample_a", inputs=(spec,), preprocess=scaled)
+        at = np.arange(len(images))
+        return Subject(name, model, *_cut(images.take(at[::5]), images.take(at[at % 5 != 0]), 400, quick), "accuracy")
+
+    return opened
+
+
+def _keywords(quick: bool) -> Subject:
+    """Speech commands: every fifth clip calibrates, the others judge."""
+    spec = InputSpec("x", "float32", ("batch", 1, 49, 10))
+    source = assets() / "models" / "kws_dscnn" / "model.safetensors"
+    model = open_model(source, arch=f"{ARCHS}:kws_dscnn", inputs=(spec,))
+    with np.load(assets() / "data" / "kws01_a.npz") as found:
+        x, y = found["x_int8"].astype(np.float32)[:, None], found["y"].astype(np.int64)
+    clips = Data.of_arrays({"x": (x - 83) * np.float32(0.5847029089927673)}, y)
+    at = np.arange(len(clips))
+    return Subject("kws_dscnn", model, *_cut(clips.take(at[::5]), clips.take(at[at % 5 != 0]), 400, quick), "accuracy")
+
+
+def _characters(quick: bool) -> Subject:
+    """Shakespeare, which it was trained on: the last 500 rows of 200 characters judge, what it reads before them calibrates.
+
+    Every network walks through the rows by itself, with its own states; the first 50 characters of a row do not count.
+    """
+    from tests.support import archs, characters
+
+    net = archs.char_step()
+    net.load_state_dict({k: torch.from_numpy(v) for k, v in characters.weights(assets()).items()})
+    model = open_model(net.eval(), inputs=characters.INPUTS)
+    ids = characters.rows(assets(), 50 if quick else 500, 200)
+    earlier = characters.rows(assets(), 16, 64, before=500 * 200)
+    data = characters.read_on(predictor(model, net), earlier)
+    nll = metrics.get("nll")
+
+    def judged(predict: Predict) -> MetricResult:
+        losses = [loss for _, loss in characters.walk(predict, ids)]
+        return nll.of(np.mean(losses[50:], 0), None)
+
+    return Subject("char_lstm", model, data, data, "nll", judged)
 
 
 def _resnet8(quick: bool) -> Subject:
@@ -120,7 +162,10 @@ def _stories(quick: bool) -> Subject:
 SUBJECTS: dict[str, Callable[[bool], Subject]] = {
     "resnet20": _of_recipe("resnet20-cifar10", "accuracy", 5000),
     "resnet8": _resnet8,
-    "mobilenet": _mobilenet,
+    "mobilenet": _photos("mobilenet", "mobilenet_v1_0.5_160", 160, 0.5, 0.5),
+    "tiny_darknet": _photos("tiny_darknet", "tiny_darknet", 224, 0.0, 1.0),
+    "kws_dscnn": _keywords,
+    "char_lstm": _characters,
     "stories260k": _stories,
     "minilm": _of_recipe("minilm-sts", "spearman", 1380),
 }
