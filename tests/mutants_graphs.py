@@ -72,7 +72,7 @@ GRAPH_FAULTS: list[tuple[str, str, str, str, str]] = [
     ("export/plain.py", "tree_leaves((args, kwargs))", "args", _U, "alone_reads_it"),
     ("export/plain.py", "rough = _activation(rough)", "pass", _U, "can_do_without"),
     ("export/plain.py", "8 if errors[1] <= STORED_WORSE * plain_error else 16", "8", _U, "bear"),
-    ("export/plain.py", "codes = bits == 8 and not self.stored", "codes = bits == 8", _U, "bear"),
+    ("export/plain.py", "codes = bits == 8 and not self.stored", "codes = bits == 8", _U, "weights_alone"),
     ("export/packing/halves.py", "order.get(n, -1)", "order.get(n, len(order))", _B, "branch"),
     ("verbs/export_graph.py", "np.array_equal(a, golden", "True or np.array_equal(a, golden", _B, "opset"),
     # few positions

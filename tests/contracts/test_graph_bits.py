@@ -37,7 +37,7 @@ def choosing() -> onnx.ModelProto:
             [made], name, [], [helper.make_tensor_value_info(made.output[0], TensorProto.FLOAT, None)]
         )
 
-    inside = node("If", ["positive"], ["inside"], then_branch=graph("a", node("Identity", ["h"], ["a_y"])),
+    inside = node("If", ["positive"], ["inside"], then_branch=graph("a", node("MatMul", ["h", "fourth"], ["a_y"])),
                   else_branch=graph("b", node("MatMul", ["h", "third_t"], ["b_y"])))  # fmt: skip
     nodes = [
         node("MatMul", ["x", "first"], ["a"]), node("Relu", ["a"], ["h"]), node("ReduceSum", ["a"], ["sum"], keepdims=0),
@@ -49,6 +49,7 @@ def choosing() -> onnx.ModelProto:
     ]  # fmt: skip
     constants = {
         "first": w(32, 48), "second": w(48, 64, seed=1), "third": w(64, 48, seed=2), "last": w(64, 8, seed=3),
+        "fourth": w(48, 64, seed=4),
         "zero": np.float32(0),
     }  # fmt: skip
     made = model(nodes, constants, ("n", 32))
@@ -59,7 +60,7 @@ def choosing() -> onnx.ModelProto:
 
 def test_what_a_branch_reads_is_no_product_of_the_graph_around_it() -> None:
     made = choosing()
-    assert {"second", "third_t", "h"} <= inner_reads(made.graph)
+    assert {"second", "third_t", "fourth", "h"} <= inner_reads(made.graph)
     assert [p.weight for p in products(made.graph)] == ["first", "last"]
 
 
@@ -70,7 +71,7 @@ def test_branches_answer_as_before(bits: int, within: float) -> None:
     for rows in (x[32:48], -x[32:48]):  # one branch, then the other
         assert relative(exactly(made, x=rows), exactly(small, x=rows)) < within
     stored = {t.name: t.data_type for t in small.graph.initializer}
-    for name in ("second", "third"):
+    for name in ("second", "third", "fourth"):
         assert stored[f"{name}_quantized"] == TensorProto.FLOAT16, "what only a branch reads is stored halved"
     assert small.ByteSize() < made.ByteSize()
 

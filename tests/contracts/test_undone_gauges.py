@@ -13,6 +13,8 @@ import lrcompress
 from lrcompress.data import Data
 from lrcompress.export import plain
 from lrcompress.export.plain import WORSE, Rounding, undo_gauges
+from lrcompress.export.refit.gptq import quantize
+from lrcompress.export.refit.grids import signed
 from lrcompress.factorize import form
 from lrcompress.manifest import Manifest
 from lrcompress.model import InputSpec, open_model
@@ -140,6 +142,14 @@ def test_rounding_is_what_it_says(bits):
     with torch.no_grad():
         error = float((y - layer(x)).norm() / layer(x).norm())
     assert {8: 0.001, 4: 0.02}[bits] < error < {8: 0.02, 4: 0.2}[bits]
+
+
+def test_what_is_only_stored_is_rounded_in_its_weights_alone():
+    layer, x = nn.Conv2d(8, 16, 3), torch.randn(4, 8, 6, 6, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), Rounding(8, stored=True):
+        y = layer(x)
+    weight = quantize(layer.weight.detach().flatten(1), signed(8, 72)).values().reshape(layer.weight.shape)
+    assert torch.equal(y, nn.functional.conv2d(x, weight, layer.bias.detach()))
 
 
 def test_an_export_says_which_layers_changed_and_serves_the_same_payloads(tmp_path):
