@@ -32,7 +32,7 @@ from ..errors import LrcompressWarning, ModelError
 from ..plan.bits import BLOCK, row_block
 from .int8 import CHANNELS_FROM, MIN_TABLE_BYTES, dynamic_matrices, quantize_tables, quiet, static_convs
 from .packing import Packed, constants, halves, nbits, tables
-from .products import Product, inner_reads, products, put
+from .products import Product, inner_reads, products, put, readers
 from .refit import Refit, refit, round_only
 from .refit.grids import ROW8, Coded, Grid, blocks, signed
 from .refit.moments import lookups, observe
@@ -80,7 +80,7 @@ def quantize(
     model = onnx.ModelProto()
     model.CopyFrom(src_model)
     name_nodes(model.graph)
-    fold_transposes(model.graph)
+    fold_transposes(model.graph, bits)
     bits, block = _with_turned(bits, model.graph), _with_turned(block, model.graph)
     stored = {t.name for t in model.graph.initializer if t.name.removesuffix(_TURNED) in set(stored)}
     branches = branch_nodes(model.graph, slots)
@@ -295,11 +295,11 @@ def name_nodes(graph: onnx.GraphProto) -> None:
             taken.add(name)
 
 
-def fold_transposes(graph: onnx.GraphProto) -> None:
+def fold_transposes(graph: onnx.GraphProto, bits: int | Mapping[str, int]) -> None:
     """Turn `Transpose(constant)`, which is how a traced linear layer holds its weight, into a constant of its own.
 
     The quantizers look for constant operands and would leave these products alone. A table that is also read as it
-    stands (tied embeddings) then exists twice, in int8 still half of what it was.
+    stands (tied embeddings) then exists twice, in int8 still half of what it was; in 16 and 32 bits it stays one.
     """
     constants = {t.name: t for t in graph.initializer}
     outputs = {o.name for o in graph.output} | inner_reads(graph)
@@ -308,6 +308,9 @@ def fold_transposes(graph: onnx.GraphProto) -> None:
     ]:
         source = constants[node.input[0]]
         if len(source.dims) != 2 or source.data_type != onnx.TensorProto.FLOAT or _axes(node) != [1, 0]:
+            continue
+        asked = bits if isinstance(bits, int) else bits.get(source.name, 32)
+        if asked >= 16 and any(r.op_type != "Transpose" for r in readers(graph, source.name)):
             continue
         name = f"{source.name}{_TURNED}"
         if name not in constants:

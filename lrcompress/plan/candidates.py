@@ -77,7 +77,7 @@ def candidates_of(
 
     `price`: ms of a form at a rank in so many bits, None where it cannot be told. `noise`: by precision, what rounding
     the dense weight and its inputs loses; each factor that is rounded adds as much. `copies`: how often a dense weight of
-    fewer bits is stored: a table that is a product's weight, too, lies the other way round there.
+    8 or 4 bits is stored: a table that is a product's weight, too, lies the other way round there.
     """
     layer = menu.layer
     wanted = precisions(bits if layer.may_be_rounded else (32,))
@@ -99,7 +99,7 @@ def candidates_of(
             ms = price(option.form, option.rank, p.bits)
             if ms is not None:
                 size = stored_bytes(option.form, layer, option.rank, p.bits, statistics, p.block or BLOCK)
-                size *= copies if option.form == "dense" and p.bits < 32 else 1
+                size *= copies if option.form == "dense" and p.bits < 16 else 1
                 loss = option.loss + count * noise.get(p, 0.0)
                 found.append(Candidate(option.form, option.rank, p.bits, option.n_params, size, ms, loss, p.block))
     return undominated(found)

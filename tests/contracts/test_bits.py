@@ -297,6 +297,22 @@ def test_a_table_that_is_also_a_weight_works_in_both_places():
     assert relative(run(model, ids=ids), run(found.model, ids=ids)) < 0.2
 
 
+@pytest.mark.parametrize("bits", [{"other": 8}, {"emb.weight": 16, "other": 8}, 16], ids=["32", "16", "all 16"])
+def test_a_table_that_is_also_a_weight_is_stored_once_where_it_is_not_rounded(bits):
+    g = Graph()
+    table = g.weight("emb.weight", 300, 32)
+    x = g.node("MatMul", [g.node("Gather", [table, "ids"], "rows", axis=0), g.weight("other", 32, 32)], "h")
+    w = g.node("Transpose", [table], "emb.t", perm=[1, 0])
+    model = g.model("ids", TensorProto.INT64, ["batch"], g.node("MatMul", [x, w], "scores"), 300)
+    small = quantize(model, bits, slots=[], calibration=None).model
+    numbers = [int(np.prod(t.dims)) for t in small.graph.initializer]
+    assert numbers.count(300 * 32) == 1
+    width = 4 if bits == {"other": 8} else 2
+    assert small.ByteSize() < width * 300 * 32 + 4500
+    ids = np.arange(64)
+    assert relative(run(model, ids=ids), run(small, ids=ids)) < 0.03
+
+
 def test_what_no_operator_reads_in_fewer_bits_is_stored_in_sixteen():
     """A left operand, and a tensor that no product reads; one without elements stays what it is."""
     g = Graph()
