@@ -190,9 +190,7 @@ def request_ms(threads: int) -> float:
     names, times = list(graph.outputs), []
     for _ in range(500):
         t = time.perf_counter()
-        feeds = {k: ort.OrtValue.ortvalue_from_numpy(v) for k, v in graph.feeds.items()}
-        for value in session.run_with_ort_values(names, feeds):
-            value.numpy()
+        session.run(names, graph.feeds)
         times.append(time.perf_counter() - t)
     return float(np.median(times)) * 1e3
 

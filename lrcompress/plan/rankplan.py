@@ -221,8 +221,8 @@ def read_plan(path: Path, layers: Sequence[Layer], model_digest: str | None = No
     return [planned.get(layer.name, dense(layer, layer.reason or "not in the plan")) for layer in layers]
 
 
-def read_bits(path: Path) -> dict[str, int]:
-    """Return the bits of a plan's layers that it gives other than 32: what an export makes of them.
+def read_bits(path: Path) -> dict[str, int] | None:
+    """Return the bits of a plan's layers that it gives other than 32: what an export makes of them; None where it gives none.
 
     Raises `PlanError` for a file that is no plan, or bits that no export writes.
     """
@@ -231,7 +231,7 @@ def read_bits(path: Path) -> dict[str, int]:
         bits = entry.get("bits") if isinstance(entry, dict) else None
         if bits is not None:
             found[str(entry.get("name"))] = _checked_bits(f"{path}: layers[{i}] ({entry.get('name')})", bits)
-    return {name: bits for name, bits in found.items() if bits < 32}
+    return {name: bits for name, bits in found.items() if bits < 32} if found else None
 
 
 def read_blocks(path: Path) -> dict[str, int]:

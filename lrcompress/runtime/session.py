@@ -103,13 +103,14 @@ class Session:
         """Run with something prepared that need not be active: what a trial does."""
         self._check(inputs)
         wanted = list(self._outputs if outputs is None else outputs)
-        # Not ascontiguousarray, which makes one axis of a scalar.
-        feeds = {k: ort.OrtValue.ortvalue_from_numpy(np.asarray(v, order="C")) for k, v in inputs.items()}
+        # Not ascontiguousarray, which makes one axis of a scalar. And not `run_with_ort_values`, which takes 0.1 ms more for
+        # each request: `run` takes values of the runtime, too.
+        feeds = {k: np.asarray(v, order="C") for k, v in inputs.items()}
         try:
-            found = self._session.run_with_ort_values(wanted, {**feeds, **active.feeds})
+            found = self._session.run(wanted, {**feeds, **active.feeds})
         except Exception as e:  # the same private family: shapes that only the graph knows
             raise DataError("inference", "inputs that the graph takes", e, "see 'inputs' in manifest.json") from e
-        return {name: value.numpy() for name, value in zip(wanted, found, strict=True)}
+        return dict(zip(wanted, found, strict=True))
 
     def _check(self, inputs: Mapping[str, np.ndarray]) -> None:
         if set(inputs) != set(self._inputs):

@@ -186,7 +186,7 @@ def _planned_bits(source: _Source) -> tuple[dict[str, int], dict[str, int]]:
     """
     spec = {} if source.compressed is None else source.compressed.spec
     bits = spec.get("bits")
-    if not bits:
+    if bits is None:
         raise CommandError(
             "lrcompress export --quantize plan", "a model that was factorized by a plan with bits", "none",
             "factorize with --plan, or choose fp16, int8 or int4",

@@ -216,10 +216,10 @@ def _write(
         write_compressed(stage, dest, opened, tensors=tensors, layers=specs, report=about, folded=folded)
 
 
-def _bits(plan: str | Path | None) -> dict[str, dict[str, int]]:
+def _bits(plan: str | Path | None) -> dict[str, dict[str, int] | None]:
     """Return the bits that a plan gives its layers, and how many inputs share a scale; nothing without a plan."""
     found = {} if plan is None else {"bits": read_bits(Path(plan)), "blocks": read_blocks(Path(plan))}
-    return {k: v for k, v in found.items() if v}
+    return {k: v for k, v in found.items() if v or (k == "bits" and v is not None)}
 
 
 def _check_options(

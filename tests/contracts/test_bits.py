@@ -381,6 +381,26 @@ def test_a_plan_carries_its_bits_to_the_export(base, tmp_path):
     assert lrcompress.validate(tmp_path / "e").passed
 
 
+def test_a_plan_that_gives_no_layer_fewer_bits_is_a_plan_with_bits(base, tmp_path):
+    plan = json.loads((base / "plan.json").read_text())
+    for layer in plan["layers"]:
+        layer["bits"] = 32
+        layer.pop("block", None)
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    lrcompress.factorize(
+        base / "model.pt",
+        arch="tests.support.nets:small",
+        inputs=SPEC,
+        plan=tmp_path / "plan.json",
+        output=tmp_path / "c",
+    )
+    sizes = [
+        lrcompress.export(tmp_path / "c", quantize=q, output=tmp_path / q).data["bytes"]["base"]
+        for q in ("plan", "none")
+    ]
+    assert sizes[0] == sizes[1]
+
+
 @pytest.mark.parametrize("precision", ["fp16", "int4"])
 def test_a_precision_for_all_layers(base, tmp_path, precision):
     calib = Data.of_arrays({"x": X})
