@@ -445,7 +445,7 @@ class Apart(nn.Module):
         return self.last(torch.relu(self.apart(torch.relu(self.wide(x)))).mean((2, 3)))
 
 
-@pytest.mark.parametrize("made", [Tied, Apart])
+@pytest.mark.parametrize("made", [Tied, pytest.param(Apart, marks=pytest.mark.slow)])
 def test_a_budget_that_dense_int8_just_meets_is_met_by_the_file(made, tmp_path):
     torch.manual_seed(0)
     net, rng = made().eval(), np.random.default_rng(0)
@@ -473,7 +473,7 @@ def test_a_budget_that_dense_int8_just_meets_is_met_by_the_file(made, tmp_path):
     assert size(tmp_path / "e") <= budget
 
 
-@pytest.mark.parametrize("predicted", [1e-9, 0.0])
+@pytest.mark.parametrize("predicted", [pytest.param(1e-9, marks=pytest.mark.slow), 0.0])
 def test_a_precision_that_measures_far_worse_than_predicted_is_chosen_around(folder, loose, monkeypatch, predicted):
     """Four bits that seem free and are not: the layers that took them are measured, and take something else."""
     from lrcompress.verbs import budgeting

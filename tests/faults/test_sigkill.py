@@ -119,7 +119,10 @@ def killed(place: Place, zygote: Zygote, **task: Any) -> bool:
     return bool(found["killed"])
 
 
-@pytest.mark.parametrize(("newest", "every"), [("good", 2), ("bad", 5), ("truncated", 7)])
+@pytest.mark.parametrize(
+    ("newest", "every"),
+    [("good", 2), pytest.param("bad", 5, marks=pytest.mark.slow), pytest.param("truncated", 7, marks=pytest.mark.slow)],
+)
 def test_killed_before_calls_to_the_disk(tmp_path: Path, zygote: Zygote, newest: str, every: int) -> None:
     before_calls(tmp_path, zygote, newest, every)
 
