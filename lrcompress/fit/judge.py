@@ -28,6 +28,9 @@ class Judge:
         with torch.no_grad():
             self._wanted = [self._answer(original, b) for b in batches]
         self.evaluations = 0
+        rows = sum(len(y) for y in self._wanted)
+        #: The mean square of the answers, which is what an answer of nothing loses.
+        self.energy = sum(float(y.double().square().sum()) for y in self._wanted) / max(rows, 1)
 
     def loss(self, network: nn.Module) -> float:
         """Run `network` on all inputs and return what its answers lose."""

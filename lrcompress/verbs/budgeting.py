@@ -4,7 +4,8 @@
     plan = device_plan(market, Limits(n_bytes=6_000_000, ms=20.0), …)
 
 Losses are those of the answer, by the same measured points as every plan; rounding is measured with the whole network in
-8 and in 4 bits. The dense network in every precision is tried too, and taken where it loses no more.
+8 and in 4 bits. The dense network in every precision is tried too, and taken where it loses no more, or so little that nobody
+notices, for fewer bytes.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ from .rounding_noise import measured_noise, rounding_noise, won_by_refits
 _SLACK_BYTES = 600
 #: How often choices are checked by measuring, and what share of a loss may be missed before it is raised.
 _CHECKS, _TOLERATED = 40, 1.5
+#: What share of the square of the answers nobody notices: a hundredth of their size. Bytes that save less are not spent.
+NOTICED = 1e-4
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,11 @@ class Market:
         fixed = _fixed(prepared, heads, request, priced)
         return cls(prepared, menus, layers, fixed, prices, bench, kinds, measured, method, refitted)
 
+    @property
+    def unnoticed(self) -> float:
+        """What a choice may lose before bytes are spent on losing less."""
+        return 0.0 if self.bench is None else NOTICED * self.bench.judge.energy
+
     def uniform(self, precision: Precision) -> Chosen | None:
         """Return the dense network with all layers in one precision; None where a layer cannot be."""
         narrow = precision._replace(block=min(precision.block, BLOCK))  # what convolutions have instead
@@ -264,6 +272,11 @@ class Market:
         return found if found is not None and math.isfinite(found) else None
 
 
+def _is_less(a: Chosen, b: Chosen) -> bool:
+    """Return whether a takes fewer bytes than b, and no more time."""
+    return a.n_bytes < b.n_bytes and a.ms <= b.ms
+
+
 def _option(c: Candidate) -> Option:
     return Option(c.n_params, c.loss, c.form, c.rank)
 
@@ -335,7 +348,12 @@ def device_plan(market: Market, limits: Limits) -> RankPlan:
         rows.append(
             {"name": f"dense, {p}", "bytes": uniform.n_bytes, "ms": _ms(uniform.ms, market), "predicted_loss": _six(uniform.loss), "measured_loss": _six(loss), "fits": fits}
         )  # fmt: skip
-        if fits and loss is not None and measured is not None and loss <= measured:
+        if (
+            fits
+            and loss is not None
+            and measured is not None
+            and (loss <= measured or (loss <= market.unnoticed and _is_less(uniform, found)))
+        ):
             found, measured = replace(uniform, bound=found.bound, prices=found.prices), loss
     layers = [
         _planned(m, c, own, found.prices, market)

@@ -100,6 +100,25 @@ def test_no_dense_network_that_fits_loses_less(tight):
     assert [u["name"] for u in tight["uniform"]] == [f"dense, {p}" for p in precisions(BITS)]
 
 
+@pytest.mark.parametrize("noticed", [0.0, 1e-4, 1e9])
+def test_bytes_that_save_what_nobody_notices_are_not_spent(folder, monkeypatch, noticed):
+    """The smallest dense network that nobody can tell from the choice is what is taken; with nothing unnoticed, the best."""
+    from lrcompress.verbs import budgeting
+
+    monkeypatch.setattr(budgeting, "NOTICED", noticed)
+    found = planned(folder, max_bytes=10**7, max_ms=100.0)
+    rows = {u["name"]: u for u in found["uniform"]}
+    bits = {p["bits"] for p in found["layers"]}
+    if noticed == 0.0:
+        assert found["measured_loss"] == 0.0 and 32 in bits
+    elif noticed == 1e-4:
+        assert 0 < found["measured_loss"] <= rows["dense, 16 bits"]["measured_loss"]
+        assert found["bytes"] <= rows["dense, 16 bits"]["bytes"] < rows["dense, 8 bits"]["bytes"] * 2.2
+    else:
+        quick = [u for u in rows.values() if u["ms"] <= rows["dense, 32 bits"]["ms"]]
+        assert found["bytes"] == min(u["bytes"] for u in quick)
+
+
 def test_a_dense_network_that_measures_better_than_the_choice_is_taken_instead(folder, loose, monkeypatch):
     """Predictions may favour factors that lose more when they are measured."""
     from lrcompress.verbs import budgeting, rounding_noise
