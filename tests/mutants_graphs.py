@@ -69,7 +69,7 @@ GRAPH_FAULTS: list[tuple[str, str, str, str, str]] = [
     ("export/plain.py", "ends = (low, high)", "pass", _U, "alone_reads_it"),
     ("verbs/budgeting.py", "loss <= market.unnoticed and", "False and", _D, "nobody_notices"),
     ("verbs/budgeting.py", "loss <= market.unnoticed and", "True and", _D, "nobody_notices"),
-    ("verbs/budgeting.py", "return a.n_bytes < b.n_bytes and a.ms <= b.ms", "return a.n_bytes < b.n_bytes", _D, "nobody_notices"),
+    ("verbs/budgeting.py", "return a.n_bytes < b.n_bytes and a.ms <= b.ms", "return a.n_bytes < b.n_bytes", _D, "milliseconds_that_are_spent"),
     ("export/plain.py", "if not kept or len(kept) < len(found):", "if not kept:", _U, "alone_reads_it"),
     ("export/plain.py", 'read if func.__name__ != "__get__" else ()', "read", _U, "alone_reads_it"),
     ("export/plain.py", "tree_leaves((args, kwargs))", "args", _U, "alone_reads_it"),

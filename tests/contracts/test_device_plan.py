@@ -119,6 +119,18 @@ def test_bytes_that_save_what_nobody_notices_are_not_spent(folder, monkeypatch, 
         assert found["bytes"] == min(u["bytes"] for u in quick)
 
 
+def test_nobody_notices_bytes_that_are_saved_but_milliseconds_that_are_spent():
+    from lrcompress.plan.candidates import Chosen
+    from lrcompress.verbs.budgeting import _is_less
+
+    def chosen(n_bytes, ms):
+        return Chosen((), n_bytes, ms, loss=0.0, bound=0.0, prices=(0.0, 0.0))
+
+    taken = chosen(100, 1.0)
+    assert _is_less(chosen(99, 1.0), taken) and _is_less(chosen(99, 0.9), taken)
+    assert not _is_less(chosen(99, 1.1), taken) and not _is_less(chosen(100, 0.5), taken)
+
+
 def test_a_dense_network_that_measures_better_than_the_choice_is_taken_instead(folder, loose, monkeypatch):
     """Predictions may favour factors that lose more when they are measured."""
     from lrcompress.verbs import budgeting, rounding_noise
