@@ -45,9 +45,14 @@ def place(tmp_path_factory):
     torch.manual_seed(0)
     weights = {f"l{i}.weight": torch.randn(900, 800) for i in range(LAYERS)}
     torch.save({**weights, "c.weight": torch.randn(32, 16, 3, 3)}, folder / "m.pt")
-    done = run(folder, "serial")
-    assert done.returncode == 0, done.stderr
     return folder
+
+
+@pytest.fixture(scope="module")
+def serial(place):
+    done = run(place, "serial")
+    assert done.returncode == 0, done.stderr
+    return place / "serial"
 
 
 class Loopback:
@@ -120,12 +125,13 @@ def one_line(err: str) -> str:
     return lines[0]
 
 
-def test_serial_workers_and_a_cluster_give_the_same_bytes(place, cluster):
+@pytest.mark.slow
+def test_serial_workers_and_a_cluster_give_the_same_bytes(place, serial, cluster):
     """One worker is killed midway; the other does its share."""
     assert run(place, "workers", "--workers", "2").returncode == 0
     code, _, err = during(place, "cluster", cluster.address, cluster.workers[0].kill)
     assert code == 0, err
-    expected = sha256_tree(place / "serial")
+    expected = sha256_tree(serial)
     assert sha256_tree(place / "workers") == expected and sha256_tree(place / "cluster") == expected
     assert not list(place.glob(".*.work-*"))
 
@@ -142,14 +148,14 @@ def test_a_budget_on_a_cluster_gives_the_same_bytes(place, cluster):
 
 
 @pytest.mark.slow
-def test_a_scheduler_that_dies_is_one_line_and_the_work_continues(place, cluster):
+def test_a_scheduler_that_dies_is_one_line_and_the_work_continues(place, serial, cluster):
     started = time.monotonic()
     code, out, err = during(place, "dies", cluster.address, cluster.scheduler.kill)
     assert code == 10 and "cluster" in one_line(err) and time.monotonic() - started < 120
     assert json.loads(out)["error"]["kind"] == "environment" and "continues" in json.loads(out)["error"]["remedy"]
     assert len(list(place.glob(".dies.work-*/*.safetensors"))) >= 2 and not (place / "dies").exists()
     assert run(place, "dies").returncode == 0
-    assert sha256_tree(place / "dies") == sha256_tree(place / "serial")
+    assert sha256_tree(place / "dies") == sha256_tree(serial)
 
 
 @pytest.mark.slow
