@@ -9,8 +9,9 @@ graph, so that outputs are moved in every request: half of a transformer's encod
 
 A layer with an adapter between its factors keeps its gauge, which the adapter's payloads are written in. Both gauges are
 tried on what it reads from the calibration data, with weights (and, at 8 bits, activations) rounded the way the runtime
-rounds them; where that would cost it too much nothing but its weights is rounded: to 8 bits, or to 16 if need be. What counts is what the network keeps of its
-answers: behind a clip at 6 the plain gauge's codes are of 0 to 6, a pivoted one's of all that its terms may be.
+rounds them; where that would cost it too much nothing but its weights is rounded: to 8 bits, or to 16 if need be. What
+counts is what the network keeps of its answers: behind a clip at 6 the plain gauge's codes are of 0 to 6, a pivoted one's
+of all that its terms may be.
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@
     plan = device_plan(market, Limits(n_bytes=6_000_000, ms=20.0), …)
 
 Losses are those of the answer, by the same measured points as every plan; rounding is measured with the whole network in
-8 and in 4 bits. The dense network in every precision is tried too, and taken where it loses no more, or so little that nobody
-notices, for fewer bytes.
+8 and in 4 bits. The dense network in every precision is tried too, and taken where it loses no more, or nothing to notice.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ from .rounding_noise import measured_noise, rounding_noise, won_by_refits
 _SLACK_BYTES = 600
 #: How often choices are checked by measuring, and what share of a loss may be missed before it is raised.
 _CHECKS, _TOLERATED = 40, 1.5
-#: What share of the square of the answers nobody notices: a hundredth of their size. Bytes that save less are not spent.
+#: What share of the square of the answers nobody notices, a hundredth of their size: bytes that save less are not spent.
 NOTICED = 1e-4
 
 
@@ -348,12 +347,9 @@ def device_plan(market: Market, limits: Limits) -> RankPlan:
         rows.append(
             {"name": f"dense, {p}", "bytes": uniform.n_bytes, "ms": _ms(uniform.ms, market), "predicted_loss": _six(uniform.loss), "measured_loss": _six(loss), "fits": fits}
         )  # fmt: skip
-        if (
-            fits
-            and loss is not None
-            and measured is not None
-            and (loss <= measured or (loss <= market.unnoticed and _is_less(uniform, found)))
-        ):
+        if not fits or loss is None or measured is None:
+            continue
+        if loss <= measured or (loss <= market.unnoticed and _is_less(uniform, found)):
             found, measured = replace(uniform, bound=found.bound, prices=found.prices), loss
     layers = [
         _planned(m, c, own, found.prices, market)

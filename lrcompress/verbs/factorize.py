@@ -216,10 +216,12 @@ def _write(
         write_compressed(stage, dest, opened, tensors=tensors, layers=specs, report=about, folded=folded)
 
 
-def _bits(plan: str | Path | None) -> dict[str, dict[str, int] | None]:
+def _bits(plan: str | Path | None) -> dict[str, dict[str, int]]:
     """Return the bits that a plan gives its layers, and how many inputs share a scale; nothing without a plan."""
-    found = {} if plan is None else {"bits": read_bits(Path(plan)), "blocks": read_blocks(Path(plan))}
-    return {k: v for k, v in found.items() if v or (k == "bits" and v is not None)}
+    if plan is None:
+        return {}
+    found = {"bits": read_bits(Path(plan)), "blocks": read_blocks(Path(plan)) or None}
+    return {k: v for k, v in found.items() if v is not None}
 
 
 def _check_options(
