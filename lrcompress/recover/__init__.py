@@ -8,10 +8,11 @@ The start is a candidate like any other: training never ends below it. One file 
 (several processes), `trained` (which parameters, in which gauge), `blocks` (hidden states, checkpointing).
 """
 
+from .objective import Networks
 from .settings import Outcome, Settings
 from .state import Saved
 from .trained import Trained
-from .training import Networks, Training
+from .training import Training
 from .world import World
 
 __all__ = ["Networks", "Outcome", "Saved", "Settings", "Trained", "Training", "World"]

@@ -48,6 +48,15 @@ class Asked:
         return {n: a.float() if a.dtype in (torch.float16, torch.bfloat16) else a for n, a in answers.items()}
 
 
+@dataclass(frozen=True)
+class Networks:
+    """Whom to ask. `lockstep`: the teacher is spread over the processes, which must all ask it together."""
+
+    student: Asked
+    teacher: Asked | None
+    lockstep: bool = False
+
+
 @contextlib.contextmanager
 def asking(
     forward: Forward, module: nn.Module, hidden: Sequence[str], precision: torch.dtype | None

@@ -35,6 +35,9 @@ class State:
     rates: list[tuple[float, float]] = field(default_factory=list)
     start: float = 0.0
     best: float = 0.0
+    #: The losses there; 0 where the loss is what decides.
+    start_loss: float = 0.0
+    best_loss: float = 0.0
     best_step: int = 0
     since_best: int = 0
     evaluations: int = 0

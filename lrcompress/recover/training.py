@@ -25,7 +25,7 @@ from ..progress import Progress, Silent
 from ..work.jobs import Packed
 from .logs import Log, NoLog
 from .mixing import Mix
-from .objective import Asked, Held, Objective, check_inputs, laid_out
+from .objective import Held, Networks, Objective, check_inputs, laid_out
 from .order import Augment, Order, read_units, width_of
 from .schedule import Clock, Schedule, Shown, harmed
 from .settings import Outcome, Settings
@@ -47,18 +47,9 @@ class Diverged(ModelError):
     """The loss is no number any more: the rate is too high."""
 
 
-@dataclass(frozen=True)
-class Networks:
-    """Whom to ask. `lockstep`: the teacher is spread over the processes, which must all ask it together."""
-
-    student: Asked
-    teacher: Asked | None
-    lockstep: bool = False
-
-
 @dataclass
 class Training:
-    """One run. `score` returns what decides, lower is better; None: the mean loss on `select`.
+    """One run. `score` returns what decides, lower is better, and the loss where it is equal; None: the mean loss on `select`.
 
     `finish` is called on the best state and may change the network in a way that leaves its answers: it is judged again.
     """
@@ -141,8 +132,8 @@ class Training:
         s = self.state
         if self.finish is not None and s.best_step > 0:
             self.finish()
-            s.best = self.decide()
-            if not s.best < s.start:  # rounding took back what was won
+            s.best, s.best_loss = found = self.decide(), self._loss()
+            if not found < (s.start, s.start_loss):  # rounding took back what was won
                 s.best, s.best_step = s.start, 0
         return Outcome(
             s.start, s.best, s.best_step, s.step, self.clock.seconds, tuple((a, b) for a, b in s.history), s.rate or 0.0,
@@ -177,6 +168,10 @@ class Training:
         value = self.held.mean() if self.score is None else self.score()
         return float(self.world.from_first(value))
 
+    def _loss(self) -> float:
+        """Return what decides between equal scores."""
+        return 0.0 if self.score is None else self.held.mean()
+
     def _start(self) -> None:
         before = time.perf_counter()
         value = self.decide()
@@ -186,6 +181,7 @@ class Training:
             )
         self.state.reserve_seconds = self.world.from_first(time.perf_counter() - before)
         self.state.start = self.state.best = value
+        self.state.start_loss = self.state.best_loss = self._loss()
         self.state.history = [(0, value)]
         self.state.kept = self._copies()
         self.state.evaluations = self._evaluations()
@@ -256,10 +252,11 @@ class Training:
         state.done_evaluations = math.floor(min(place, 1.0) * state.evaluations)
         state.history.append((state.step, value))
         self.log.add_scalar("loss/select" if self.score is None else "score/select", value, state.step)
-        if math.isfinite(value) and value < state.best:
-            state.best, state.best_step, state.since_best, state.kept = value, state.step, 0, self._copies()
-        else:
-            state.since_best += 1
+        state.since_best += 1
+        # Few samples are often answered equally well by states of which one is surer.
+        if value <= state.best and (value, loss := self._loss()) < (state.best, state.best_loss):
+            state.best, state.best_loss, state.best_step, state.since_best = value, loss, state.step, 0
+            state.kept = self._copies()
         told = "loss" if self.score is None else "score"
         if self.settings.learning_rate is None and harmed(value, state.start, place, told, gained=state.best_step > 0):
             self._lower()
@@ -354,12 +351,11 @@ class Training:
         keep = not self.changes and not net.lockstep
         # What is asked once is asked exactly.
         ask = partial(net.teacher, exact=keep)
-        first = [p for units in self.order.epoch(0) for p in self._pieces(units) if len(p)]
-        if self.world.size > 1:  # later epochs bring samples that were other processes' first
-            first = [
-                p for units in self.order.epoch(0) for r in range(self.world.size)
-                for p in np.array_split(units[r :: self.world.size], self.settings.accumulate) if len(p)
-            ]  # fmt: skip
+        # Those of all processes: later epochs bring samples that were other processes' first.
+        first = [
+            p for units in self.order.epoch(0) for r in range(self.world.size)
+            for p in np.array_split(units[r :: self.world.size], self.settings.accumulate) if len(p)
+        ]  # fmt: skip
         return Teacher(ask, self._read, first, units=self.order.units, width=width_of(self.train_data), keep=keep)
 
     def _read(self, units: np.ndarray) -> Mapping[str, Tensor]:

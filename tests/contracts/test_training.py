@@ -106,10 +106,11 @@ def test_the_time_of_the_search_counts_even_if_the_run_is_broken_off_behind_it(p
     assert ticking.shares == expected and sha256_tree(tmp_path / "broken") == sha256_tree(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("train", ["adapters", "factors"])
-def test_broken_off_anywhere_it_ends_with_the_same_bytes(place, tmp_path, train, ticking):
+@pytest.mark.parametrize(("train", "metric"), [("adapters", None), ("factors", None), ("adapters", "accuracy")])
+def test_broken_off_anywhere_it_ends_with_the_same_bytes(place, tmp_path, train, metric, ticking):
     """Four batches an epoch: in the first step, at the end of an epoch, and in the middle of the third, again and again."""
     options = {
+        "metric": metric,
         "data": data(), "select": data(20, 9), "train": train, "steps": 14, "batch_size": 16, "accumulate": 2,
         "augment": train == "adapters", "save_seconds": 0.0, "evaluations": 5, "closed": "off", **RATE,
     }  # fmt: skip
@@ -188,6 +189,39 @@ def test_what_remains_is_the_best_state_not_the_last(place, scripted, monkeypatc
     state = found.model.state_dict()
     now = {n: state[n.replace(".lora", ".adapters.recover.lora")] for n in seen[1]}
     assert all(torch.equal(now[n], seen[1][n]) for n in now) and any(not torch.equal(now[n], seen[3][n]) for n in now)
+
+
+@pytest.mark.parametrize(
+    ("scores", "after_each", "step"),
+    [
+        ([-0.5, -0.5, -0.5, -0.5], [3.0, 2.0, 1.0, 2.0], 2),  # the surest of equals, the start among them
+        ([-0.5, -0.5, -0.5, -0.5], [1.0, 2.0, 1.0, 2.0], 0),
+        ([-0.5, -0.6, -0.5, -0.6], [3.0, 2.0, 0.5, 1.0], 3),  # a score is never given for a loss
+        ([-0.5, -0.6, -0.6, -0.6], [3.0, math.nan, 0.5, 0.7], 1),  # and better than no number there is nothing
+    ],
+)
+def test_of_equal_scores_the_loss_decides(place, monkeypatch, scripted, scores, after_each, step):
+    def loss(self):
+        return after_each[len(self.state.history) - 1 if self.state.history else 0]
+
+    monkeypatch.setattr(Training, "_loss", loss)
+    scripted(*scores)
+    options = {"data": data(), "metric": "accuracy", "evaluations": 3, "batch_size": 20, "closed": "off", **RATE}
+    found = recover(place / "small", steps=3, **options).data
+    assert found["best_step"] == step and found["loss"]["after"] == scores[step]
+
+
+def test_a_score_that_cannot_move_leaves_what_has_the_lowest_loss(place):
+    """One sample, answered as its label says: the loss goes down and the accuracy stays."""
+    x, _ = images(1, 3)
+    y = small()(torch.as_tensor(x)).argmax(1).numpy()
+    select = Data.of_arrays({"x": x}, y)
+    options = {"data": data(), "select": select, "loss": "labels", "steps": 12, "batch_size": 20, "closed": "off", **RATE}
+    by_loss, by_score = (recover(place / "small", metric=m, **options) for m in (None, "accuracy"))
+    assert by_score.data["before"] == by_score.data["after"] == 1.0 and by_score.data["loss"]["decides"] == "metric"
+    assert by_score.data["best_step"] == by_loss.data["best_step"] > 0
+    one, other = by_loss.model.state_dict(), by_score.model.state_dict()
+    assert all(torch.equal(one[n], other[n]) for n in one)
 
 
 @pytest.mark.parametrize("metric", [None, "accuracy"])
