@@ -24,7 +24,7 @@ from .output import Result, Shell, common, human_bytes, table
 )
 @click.option("--max-bytes", type=Size(), default="16KB", show_default=True, metavar="SIZE", help="As float16 numbers.")
 @click.option("--name", default="adapt", show_default=True, help="Name of the adapter.")
-@click.option("--metric", help="Metric on --select that decides; default: the loss.")
+@click.option("--metric", help="Metric on --select that decides, the loss among equals; default: the loss.")
 @click.option(
     "--loss", default="auto", show_default=True, metavar="NAME[=WEIGHT],…", help="Default: labels, if there are any."
 )

@@ -53,7 +53,9 @@ from .output import Result, Shell, common, human_bytes
     default=None,
     help="Blend samples in pairs  [default: where inputs are no tokens and no labels are learnt]",
 )
-@click.option("--metric", help="Metric on --select that picks the best state; default: the loss.")
+@click.option(
+    "--metric", help="Metric on --select that picks the best state, the loss among equals; default: the loss."
+)
 @click.option("--steps", type=int, help="Steps of training  [default: 400, or what --max-seconds allows]")
 @click.option(
     "--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Samples of all processes."

@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 from onnx import helper, numpy_helper
 from onnxruntime.quantization import (
     CalibrationDataReader,
@@ -33,7 +32,7 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 
-from ..runtime import session_options
+from ..graphs.running import watching
 from .products import inner_reads
 
 #: The opset from which on a channel can have a scale of its own.
@@ -169,14 +168,7 @@ def _narrowed(
     """Return ranges for answers that are cut off later: what is left, and as much again on both sides for an adapter to move."""
     if not cut:
         return {}
-    watched = onnx.ModelProto()
-    watched.CopyFrom(model)
-    own = {o.name for o in model.graph.output}
-    watched.graph.output.extend(onnx.ValueInfoProto(name=n) for n in cut if n not in own)
-    options = session_options(1)
-    # Sums that the runtime folds into a convolution are gone, outputs of the graph or not, and the session is refused.
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(watched.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = watching(model, cut)
     seen = dict.fromkeys(cut, (0.0, 0.0))
     for batch in feeds:
         for n, v in zip(cut, session.run(list(cut), batch), strict=True):

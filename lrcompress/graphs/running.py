@@ -11,7 +11,7 @@ In data the first axis is the sample. A graph may have its batch on another axis
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ import onnxruntime as ort
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from ..errors import DataError, ModelError
-from ..runtime.session import EXACT_INT8
+from ..runtime import session_options
 from .layers import Scope, find_layers
 from .opening import OnnxGraph, Port, line
 
@@ -67,12 +67,27 @@ class Run:
         return outputs, {name: np.asarray(value) for name, value in seen.items() if value is not None}
 
 
+def watching(
+    model: ModelProto, values: Iterable[str], *, threads: int = 1, as_written: bool = True
+) -> ort.InferenceSession:
+    """Return a session whose outputs are a graph's own and these values of it.
+
+    `as_written`: no node is fused. The runtime's optimizer takes sums into convolutions with what lies between them,
+    outputs or not, and then refuses the session.
+    """
+    watched = ModelProto()
+    watched.CopyFrom(model)
+    own = {o.name for o in model.graph.output}
+    watched.graph.output.extend(ValueInfoProto(name=n) for n in dict.fromkeys(values) if n not in own)
+    options = session_options(threads)
+    if as_written:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return ort.InferenceSession(watched.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
 def session(path: Path, model: ModelProto, *, threads: int = 1) -> ort.InferenceSession:
     """Return a session over a model whose external data lie beside `path`; `ModelError` where ONNX Runtime refuses."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.add_session_config_entry(*EXACT_INT8)
+    options = session_options(threads)
     folder = str(path.parent.resolve())
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     if model.ByteSize() > _MOST_BYTES:

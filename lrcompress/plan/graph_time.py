@@ -22,6 +22,7 @@ import onnxruntime as ort
 from onnx import helper
 
 from ..errors import ModelError
+from ..graphs.running import watching
 from ..latency import Dims
 from ..runtime import session_options
 from .prices import Prices
@@ -136,14 +137,8 @@ def _as_it_runs(
         ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         model = onnx.load(options.optimized_model_filepath)
     shapes = {t.name: tuple(t.dims) for t in model.graph.initializer} | {k: v.shape for k, v in feeds.items()}
-    outputs = {o.name for o in model.graph.output}
-    asked = onnx.ModelProto()
-    asked.CopyFrom(model)
     made = [n for node in model.graph.node for n in node.output if n]
-    asked.graph.output.extend(helper.make_empty_tensor_value_info(n) for n in made if n not in outputs)
-    options = session_options(1)
-    options.graph_optimization_level = levels.ORT_DISABLE_ALL
-    session = ort.InferenceSession(asked.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = watching(model, made)
     wanted = {i.name for i in session.get_inputs()}
     for name, value in zip(made, session.run(made, {k: v for k, v in feeds.items() if k in wanted}), strict=True):
         shapes[name] = tuple(np.shape(value))

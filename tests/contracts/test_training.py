@@ -216,7 +216,15 @@ def test_a_score_that_cannot_move_leaves_what_has_the_lowest_loss(place):
     x, _ = images(1, 3)
     y = small()(torch.as_tensor(x)).argmax(1).numpy()
     select = Data.of_arrays({"x": x}, y)
-    options = {"data": data(), "select": select, "loss": "labels", "steps": 12, "batch_size": 20, "closed": "off", **RATE}
+    options = {
+        "data": data(),
+        "select": select,
+        "loss": "labels",
+        "steps": 12,
+        "batch_size": 20,
+        "closed": "off",
+        **RATE,
+    }
     by_loss, by_score = (recover(place / "small", metric=m, **options) for m in (None, "accuracy"))
     assert by_score.data["before"] == by_score.data["after"] == 1.0 and by_score.data["loss"]["decides"] == "metric"
     assert by_score.data["best_step"] == by_loss.data["best_step"] > 0

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import torch
 import torch.nn.functional as F
 from onnx import helper
 from torch import Tensor
 
-from ...runtime.session import EXACT_INT8
+from ...graphs.running import watching
 from ..products import Product
 
 #: Patches of one batch, and samples that are kept whole, per convolution.
@@ -101,7 +100,7 @@ def observe(
         return {}
     inputs = {i.name for i in model.graph.input}
     names = list(dict.fromkeys(p.source for p in wanted if p.source not in inputs))
-    session = _session(model, names)
+    session = watching(model, names, threads=torch.get_num_threads(), as_written=False)
     generator = torch.Generator().manual_seed(0)
     sums: dict[object, _Sum] = {}
     for feed in feeds:
@@ -127,19 +126,6 @@ def lookups(products: Sequence[Product], feeds: Sequence[Mapping[str, np.ndarray
             total += np.bincount(ids % p.shape[0], minlength=p.shape[0])
         found[p.weight] = total
     return found
-
-
-def _session(model: onnx.ModelProto, names: Sequence[str]) -> ort.InferenceSession:
-    watched = onnx.ModelProto()
-    watched.CopyFrom(model)
-    have = {o.name for o in watched.graph.output}
-    for name in names:
-        if name not in have:
-            watched.graph.output.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
-    options = ort.SessionOptions()
-    options.log_severity_level, options.intra_op_num_threads = 3, torch.get_num_threads()
-    options.add_session_config_entry(*EXACT_INT8)
-    return ort.InferenceSession(watched.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 class _Sum:
