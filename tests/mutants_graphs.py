@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 _F, _O, _S = "test_onnx_factorize", "test_onnx_opening", "test_ssh"
+_V = "test_onnx_factorize_verb"
 _U, _R = "test_undone_gauges", "test_refit"
 _B, _H, _D = "test_graph_bits", "test_shrinkage", "test_device_plan"
 
@@ -46,9 +47,9 @@ GRAPH_FAULTS: list[tuple[str, str, str, str, str]] = [
     ("graphs/rewriting.py", "{k: a.T for k, a in arrays.items()} if layer.kind", "{k: a for k, a in arrays.items()} if layer.kind", _F, "full_rank"),
     ("graphs/rewriting.py", "_unread(self.graph.model.graph))\n        return", "set())\n        return", _F, "nothing_ever_read"),
     ("graphs/rewriting.py", "self.model.ir_version = 4", "pass", _F, "old_files"),
-    ("graphs/checkpoint.py", "if found != recorded:", "if False:", _F, "told_apart"),
-    ("graphs/checkpoint.py", "str(8 + size + start)", "str(size + start)", _F, "as_typed"),
-    ("graphs/checkpoint.py", "if opened.digest != source", "if False and opened.digest != source", _F, "told_apart"),
+    ("graphs/checkpoint.py", "if found != recorded:", "if False:", _V, "told_apart"),
+    ("graphs/checkpoint.py", "str(8 + size + start)", "str(size + start)", _V, "as_typed"),
+    ("graphs/checkpoint.py", "if opened.digest != source", "if False and opened.digest != source", _V, "told_apart"),
     # fewer bits
     ("export/products.py", "found |= inner_reads(inner)", "pass", _B, "branch"),
     ("export/products.py", "graph.input} | inner_reads(graph)", "graph.input}", _B, "branch"),

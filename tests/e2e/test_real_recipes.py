@@ -14,20 +14,10 @@ from lrcompress import metrics, pipeline, recipe
 from lrcompress.model import open_model
 from lrcompress.recipe import Recipe, open_split, resolve
 from lrcompress.verbs.predict import predictor
+from tests.support.pretrained import assets
 
 TOP = Path(__file__).parents[2]
 pytestmark = pytest.mark.assets
-
-
-def assets() -> Path:
-    """Return the folder of pretrained models, or skip with the reason; under CI a folder that is there must be used."""
-    place = Path(os.environ.get("LRCOMPRESS_ASSETS") or TOP.parent / "shared" / "assets")
-    missing = [n for n in ("models", "data") if not (place / n).is_dir()]
-    if missing:
-        if place.is_dir() and os.environ.get("CI") == "true":
-            pytest.fail(f"{place} is there, but without {', '.join(missing)}")
-        pytest.skip(f"no pretrained models at {place} (set LRCOMPRESS_ASSETS)")
-    return place
 
 
 def need_minilm() -> None:
