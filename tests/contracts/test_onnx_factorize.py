@@ -340,12 +340,14 @@ def test_the_batch_axis_is_found_wherever_it_stands(tmp_path):
     made = model(nodes, {"zero": np.array(0), "fc.weight": w(8, 8)}, ("batch", 8))
     made.graph.input.append(onnx.helper.make_tensor_value_info("state", TensorProto.FLOAT, [2, "batch", 8]))
     made.graph.input.append(onnx.helper.make_tensor_value_info("gain", TensorProto.FLOAT, []))
+    made.graph.input.append(onnx.helper.make_tensor_value_info("last", TensorProto.FLOAT, [2, 3, "batch"]))
     graph = open_graph(save(made, tmp_path / "m.onnx"))
     feeds = Feeds(graph)
-    assert [p.shape for p in feeds.ports] == [("batch", 8), ("batch", 2, 8), ("batch",)]
-    given = {"x": w(5, 8), "state": w(5, 2, 8), "gain": np.full(5, 2, np.float32)}
+    assert [p.shape for p in feeds.ports] == [("batch", 8), ("batch", 2, 8), ("batch",), ("batch", 2, 3)]
+    given = {"x": w(5, 8), "state": w(5, 2, 8), "gain": np.full(5, 2, np.float32), "last": w(5, 2, 3)}
     placed = feeds(given)
     assert placed["state"].shape == (2, 5, 8) and placed["gain"].shape == ()
+    np.testing.assert_array_equal(placed["last"], given["last"].transpose(1, 2, 0))
     got = Run(graph)(placed)[0]["y"]
     np.testing.assert_allclose(got, 2 * (given["x"] + given["state"][:, 0]) @ w(8, 8), rtol=1e-4, atol=1e-5)
     with pytest.raises(DataError, match="one value for all samples"):
