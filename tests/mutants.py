@@ -22,7 +22,10 @@ from tests.mutants_graphs import GRAPH_FAULTS
 from tests.mutants_training import TRAINING_FAULTS
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = [f"tests/contracts/test_{name}.py" for name in ("factorize", "special_forms", "groups_and_bases", "pivoted_gauges", "curves", "anchor")]
+TESTS = [
+    f"tests/contracts/test_{name}.py"
+    for name in ("factorize", "special_forms", "groups_and_bases", "pivoted_gauges", "curves", "anchor")
+]
 
 #: (file in lrcompress/factorize, text, what it becomes, which tests to run)
 FAULTS: list[tuple[str, str, str, str]] = [

@@ -1,6 +1,7 @@
 """Find a learning rate: short runs from the start on the same batches, judged on held-out samples.
 
 Uphill and downhill, for adapters: a rate is compared with its neighbours, a factor √10 apart, until both are worse.
+Of those whose trials end alike, within a standard error of the difference, the highest: a trial prefers low ones.
 Where no rate gains anything in a trial, the loss says only that less was done: then the highest one that did no harm.
 
 Downhill only, for factors (`descending`): the first rate from the centre down whose trial does no harm. A trial
@@ -19,6 +20,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ..errors import ModelError
 from .objective import Held
@@ -45,6 +48,7 @@ def find_rate(training: Training, centre: float, *, descending: bool) -> None:
         return
     steps = _telling(training) if descending else _length(training)
     scores: dict[int, float] = {}
+    losses: dict[int, Tensor] = {}
     start = math.inf
     if steps:
         probe = _probe(training)
@@ -53,7 +57,7 @@ def find_rate(training: Training, centre: float, *, descending: bool) -> None:
             while (k := _next(scores, start if descending else None)) is not None and len(scores) < _TRIED:
                 if scores and _late(training):
                     break
-                scores[k] = _try(training, rate_at(centre, k), steps, probe)
+                scores[k], losses[k] = _try(training, rate_at(centre, k), steps, probe)
                 advance(1, f"{rate_at(centre, k):.2g}: loss {scores[k]:.4f}")
     training.restart()
     chosen = min(scores, key=lambda k: (scores[k], k)) if scores else 0
@@ -61,6 +65,9 @@ def find_rate(training: Training, centre: float, *, descending: bool) -> None:
         chosen = min(scores) - 1
     elif not descending and scores and not scores[chosen] < start:
         chosen = max((k for k in scores if scores[k] <= _HARM * start), default=min(scores))
+    elif not descending and scores:
+        higher = [k for k, score in scores.items() if k > chosen and math.isfinite(score)]
+        chosen = max([chosen, *(k for k in higher if _alike(probe, losses[k], losses[chosen]))])
     state.rate = rate_at(centre, chosen)
     state.rates = [(rate_at(centre, k), v) for k, v in sorted(scores.items())]
 
@@ -126,15 +133,22 @@ def _late(training: Training) -> bool:
     return limit is not None and bool(training.world.from_first(training.clock.seconds > 1.5 * _SHARE * limit))
 
 
-def _try(training: Training, rate: float, steps: int, probe: Held) -> float:
-    """Return the loss after a short run; infinite where it does not stay finite."""
+def _try(training: Training, rate: float, steps: int, probe: Held) -> tuple[float, Tensor]:
+    """Return the mean loss after a short run, infinite where it does not stay finite, and that of each sample."""
     training.restart()
     try:
         _steps(training, rate, steps)
     except ModelError:
-        return math.inf
-    value = training.world.from_first(probe.mean())
-    return float(value) if math.isfinite(value) else math.inf
+        return math.inf, torch.full((1,), math.inf)
+    losses = probe.losses()
+    value = training.world.from_first(probe.mean_of(losses)[0])
+    return float(value) if math.isfinite(value) else math.inf, losses
+
+
+def _alike(probe: Held, losses: Tensor, best: Tensor) -> bool:
+    """Tell whether losses of samples are larger than the best ones by no more than one standard error of the difference."""
+    mean, error = probe.mean_of(losses - best)
+    return mean <= error
 
 
 def _steps(training: Training, rate: float, steps: int) -> None:
