@@ -18,7 +18,7 @@ TRAINING_FAULTS: list[tuple[str, str, str, str, str]] = [
     ("recover/objective.py", "mask.shape == answer.shape[:2] else None", "mask.shape == answer.shape else None", "test_training_objective", "padding"),
     ("recover/objective.py", "self.energies[name] = losses.energy_of(answer, mask_of(inputs, answer),", "self.energies[name] = losses.energy_of(answer, None,", "test_training_objective", "padding"),
     ("recover/objective.py", "cast = None if exact else self._precision", "cast = self._precision", "test_training_gradients", "bf16"),
-    ("recover/objective.py", "[found.sum(), torch.tensor(len(found),", "[found.mean(), torch.tensor(1,", "test_training_objective", "over_batches"),
+    ("recover/objective.py", "inputs).double())", "inputs).double().mean(0, keepdim=True))", "test_training_objective", "over_batches"),
     # the run
     ("recover/training.py", "inputs).sum() / samples", "inputs).mean()", "test_training_gradients", "in_pieces"),
     ("recover/training.py", "inputs).sum() / samples", "inputs).sum()", "test_training_gradients", "in_pieces"),
