@@ -59,7 +59,7 @@ TRAINING_FAULTS: list[tuple[str, str, str, str, str]] = [
     ("recover/rates.py", "chosen = min(scores) - 1", "pass", "test_training_objective", "no_harm"),
     ("recover/rates.py", "return mean <= error", "return mean <= 0", "test_training_objective", "end_alike"),
     ("recover/rates.py", "return mean <= error", "return mean <= 2 * error + 0.1", "test_training_objective", "end_alike"),
-    ("recover/rates.py", "k > chosen and math.isfinite(score)", "k > chosen", "test_training_objective", "end_alike"),
+    ("recover/rates.py", "(k > chosen and", "(k < chosen and", "test_training_objective", "end_alike"),
     ("recover/objective.py", "max(n - 1, 1) / n)", "max(n - 1, 1))", "test_training_objective", "end_alike"),
     ("recover/rates.py", "_EACH * total < _TELLING", "_EACH * total <= _TELLING", "test_training_objective", "too_short"),
     ("recover/whitening.py", "g.flatten(1) @ root.inverse", "g.flatten(1) @ root.root", "test_training_white", "other_coordinates"),

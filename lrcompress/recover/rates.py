@@ -66,8 +66,7 @@ def find_rate(training: Training, centre: float, *, descending: bool) -> None:
     elif not descending and scores and not scores[chosen] < start:
         chosen = max((k for k in scores if scores[k] <= _HARM * start), default=min(scores))
     elif not descending and scores:
-        higher = [k for k, score in scores.items() if k > chosen and math.isfinite(score)]
-        chosen = max([chosen, *(k for k in higher if _alike(probe, losses[k], losses[chosen]))])
+        chosen = max(k for k in scores if k == chosen or (k > chosen and _alike(probe, losses[k], losses[chosen])))
     state.rate = rate_at(centre, chosen)
     state.rates = [(rate_at(centre, k), v) for k, v in sorted(scores.items())]
 
@@ -139,7 +138,7 @@ def _try(training: Training, rate: float, steps: int, probe: Held) -> tuple[floa
     try:
         _steps(training, rate, steps)
     except ModelError:
-        return math.inf, torch.full((1,), math.inf)
+        return math.inf, torch.full((1,), math.inf, device=training.world.device)
     losses = probe.losses()
     value = training.world.from_first(probe.mean_of(losses)[0])
     return float(value) if math.isfinite(value) else math.inf, losses
