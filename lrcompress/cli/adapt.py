@@ -63,7 +63,7 @@ def describe(d: dict[str, Any]) -> str:
     rows = [
         [
             ("* " if row["kind"] == d["best"] else "  ") + row["kind"], human_bytes(row["bytes"]), f"{row['numbers']:,}",
-            str(len(row["ranks"])), f"{row['before']:.4f}", f"{row['after']:.4f}", "–" if row["loss"] is None else f"{row['loss']:.4g}",
+            str(len(row["ranks"])), f"{row['before']:.4f}", f"{row['after']:.4f}", f"{row['loss']:.4g}",
             f"{row['steps']}", f"{row['seconds']:.1f}",
         ]
         for row in d["kinds"]

@@ -35,7 +35,7 @@ class State:
     rates: list[tuple[float, float]] = field(default_factory=list)
     start: float = 0.0
     best: float = 0.0
-    #: The losses there; 0 where the loss is what decides.
+    #: The losses there, which are the same numbers where no score decides.
     start_loss: float = 0.0
     best_loss: float = 0.0
     best_step: int = 0

@@ -94,9 +94,9 @@ class Training:
             return self._run(find_rate)
 
     def judge(self) -> float:
-        """Return what decides about the network as it is; nothing is trained."""
+        """Return the loss of the network as it is; nothing is trained."""
         self._look()
-        return self.decide()
+        return float(self.world.from_first(self.held.mean()))
 
     def gradient(self, batches: int) -> None:
         """Leave in the parameters the mean gradient of the first so many batches."""
@@ -132,11 +132,12 @@ class Training:
         s = self.state
         if self.finish is not None and s.best_step > 0:
             self.finish()
-            s.best, s.best_loss = found = self.decide(), self._loss()
-            if not found < (s.start, s.start_loss):  # rounding took back what was won
-                s.best, s.best_step = s.start, 0
+            s.best = self.decide()
+            s.best_loss = self._loss(s.best)
+            if not (s.best, s.best_loss) < (s.start, s.start_loss):  # rounding took back what was won
+                s.best, s.best_loss, s.best_step = s.start, s.start_loss, 0
         return Outcome(
-            s.start, s.best, s.best_step, s.step, self.clock.seconds, tuple((a, b) for a, b in s.history), s.rate or 0.0,
+            s.start_loss, s.best_loss, s.best_step, s.step, self.clock.seconds, tuple((a, b) for a, b in s.history), s.rate or 0.0,
             tuple((a, b) for a, b in s.rates), stopped, resumed,
         )  # fmt: skip
 
@@ -168,9 +169,9 @@ class Training:
         value = self.held.mean() if self.score is None else self.score()
         return float(self.world.from_first(value))
 
-    def _loss(self) -> float:
-        """Return what decides between equal scores."""
-        return 0.0 if self.score is None else self.held.mean()
+    def _loss(self, decided: float) -> float:
+        """Return the loss of the state that this was decided about: what decides between equal scores."""
+        return decided if self.score is None else self.held.mean()
 
     def _start(self) -> None:
         before = time.perf_counter()
@@ -181,7 +182,7 @@ class Training:
             )
         self.state.reserve_seconds = self.world.from_first(time.perf_counter() - before)
         self.state.start = self.state.best = value
-        self.state.start_loss = self.state.best_loss = self._loss()
+        self.state.start_loss = self.state.best_loss = self._loss(value)
         self.state.history = [(0, value)]
         self.state.kept = self._copies()
         self.state.evaluations = self._evaluations()
@@ -254,7 +255,7 @@ class Training:
         self.log.add_scalar("loss/select" if self.score is None else "score/select", value, state.step)
         state.since_best += 1
         # Few samples are often answered equally well by states of which one is surer.
-        if value <= state.best and (value, loss := self._loss()) < (state.best, state.best_loss):
+        if value <= state.best and (value, loss := self._loss(value)) < (state.best, state.best_loss):
             state.best, state.best_loss, state.best_step, state.since_best = value, loss, state.step, 0
             state.kept = self._copies()
         told = "loss" if self.score is None else "score"

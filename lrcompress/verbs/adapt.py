@@ -101,7 +101,7 @@ def adapt(
         shard_teacher=False,
     )  # fmt: skip
     spectra = _spectra(job)
-    plans = {kind: _plan(kind, job, spectra, max_bytes) for kind in _kinds(adapter_kinds, job)}
+    plans, left_out = _plans(adapter_kinds, job, spectra, max_bytes)
 
     def trained(kind: str, ranks: Mapping[str, int], folder: Path) -> dict[str, Any]:
         return recover(
@@ -120,7 +120,7 @@ def adapt(
                 shutil.copytree(place / best["kind"], stage, dirs_exist_ok=True)
     report = {
         "metric": best["metric"], "before": best["before"], "after": best["after"], "best": best["kind"], "n": len(held),
-        "max_bytes": max_bytes, "kinds": rows, "hints": _hints(rows, best, len(held)),
+        "max_bytes": max_bytes, "kinds": rows, "hints": [*left_out, *_hints(rows, best, len(held))],
         "output": None if dest is None else str(dest),
     }  # fmt: skip
     return AdaptResult(report, model, dest)
@@ -202,6 +202,33 @@ def _spectra(job: Job) -> dict[str, Tensor]:
     return found
 
 
+def _plans(
+    asked: Sequence[str], job: Job, spectra: Mapping[str, Tensor], max_bytes: int
+) -> tuple[dict[str, dict[str, int]], list[str]]:
+    """Return the plan of each kind, and what is to be said of kinds that nobody asked for and that do not fit."""
+    plans: dict[str, dict[str, int]] = {}
+    refused: list[tuple[int, str]] = []
+    for kind in _kinds(asked, job):
+        try:
+            plans[kind] = _plan(kind, job, spectra, max_bytes)
+        except _Misfit as e:
+            if asked:
+                raise
+            refused.append((e.least_bytes, kind))
+    if not plans:
+        raise _Misfit(max_bytes, *min(refused))
+    return plans, [f"left out: {kind}, the smallest takes {least:,} bytes" for least, kind in refused]
+
+
+class _Misfit(BudgetError):
+    """Not even the smallest adapter of a kind fits."""
+
+    def __init__(self, max_bytes: int, least_bytes: int, kind: str) -> None:
+        self.least_bytes = least_bytes
+        got = f"{max_bytes} bytes; the smallest {kind} takes {least_bytes}"
+        super().__init__("lrcompress adapt --max-bytes", "room for one layer", got, f"allow {least_bytes}")
+
+
 def _plan(kind: str, job: Job, spectra: Mapping[str, Tensor], max_bytes: int) -> dict[str, int]:
     """Return the rank of every layer that gets an adapter of this kind; `BudgetError` where none fits."""
     offers: dict[str, Prices] = {}
@@ -214,9 +241,7 @@ def _plan(kind: str, job: Job, spectra: Mapping[str, Tensor], max_bytes: int) ->
             )
     found = ranks_within(offers, spectra, max_bytes // BYTES)
     if not found:
-        least = BYTES * min(offer[0][1] for offer in offers.values())
-        got = f"{max_bytes} bytes; the smallest {kind} takes {least}"
-        raise BudgetError("lrcompress adapt --max-bytes", "room for one layer", got, f"allow {least}")
+        raise _Misfit(max_bytes, BYTES * min(offer[0][1] for offer in offers.values()), kind)
     return found
 
 
@@ -227,16 +252,16 @@ def _row(kind: str, ranks: Mapping[str, int], report: Mapping[str, Any]) -> dict
     direction = "min" if str(report["metric"]).startswith("loss_") else report["direction"]
     return {
         "kind": kind, "metric": report["metric"], "direction": direction, "before": report["before"], "after": report["after"],
-        "loss": None if report["loss"]["decides"] == "metric" else report["loss"]["after"], "numbers": report["trainable_params"], "bytes": BYTES * report["trainable_params"],
+        "loss": report["loss"]["after"], "numbers": report["trainable_params"], "bytes": BYTES * report["trainable_params"],
         "ranks": dict(ranks), "steps": report["steps"], "seconds": report["train_seconds"],
         "learning_rate": report["learning_rate"],
     }  # fmt: skip
 
 
 def _best(rows: Sequence[Mapping[str, Any]], *, maximize: bool) -> Mapping[str, Any]:
-    """Return the row of the best score; of equals that with fewer bytes."""
+    """Return the row of the best score; of equals that with the lower loss."""
     sign = -1 if maximize else 1
-    return min(rows, key=lambda r: (sign * r["after"], r["bytes"]))
+    return min(rows, key=lambda r: (sign * r["after"], r["loss"], r["bytes"]))
 
 
 def _hints(rows: Sequence[Mapping[str, Any]], best: Mapping[str, Any], n: int) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,11 +120,12 @@ def _run(
 ) -> RecoverResult:
     """Train, report, write; the states of the run go when the output is there."""
     before = job.scorer.value()
+    worst = job.scorer.decide() if job.scorer.decides else math.inf
     form = ClosedForm(
         job.closed, job.base, job.teacher, set(job.settings.loss) != {"labels"}, job.world.device, trust, progress
     )
     job.adapters = form.start(
-        job.module, job.asked.name, job.adapters, fit=job.train_data, held=job.select_data, decide=lambda: judge(job)
+        job.module, job.asked.name, job.adapters, fit=job.train_data, held=job.select_data, decide=lambda: judge(job, worst)
     )  # fmt: skip
     if job.closed == "only" or job.asked.dora:
         job.restrict()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -220,10 +221,11 @@ def untrained(loss: float) -> Outcome:
     return Outcome(loss, loss, 0, 0, 0.0, ((0, loss),), 0.0, (), "steps")
 
 
-def judge(job: Job) -> float:
-    """Return what decides about the network as it is, on `select`."""
+def judge(job: Job, worst: float = math.inf) -> float:
+    """Return the loss of the network as it is, on `select`; infinite where it scores worse than `worst`."""
     with ready(job, None, NoLog(), Silent()) as training:
-        return training.judge()
+        loss = training.judge()
+    return math.inf if job.scorer.decides and job.scorer.decide() > worst else loss
 
 
 @contextlib.contextmanager
@@ -238,7 +240,7 @@ def ready(job: Job, saved: Saved | None, log: Log, progress: Progress) -> Iterat
         stack.enter_context(trained.cores_in_metric(job.module, job.adapters))
         started = Clock()
         what = job.trained
-        if job.asked.train == "factors":
+        if factors := job.asked.train == "factors":
             what = trained.whitened(what, first_batches(job), answering(opened, job.module))
         stack.enter_context(rebuilt_kernels(job.module))
         if settings.checkpointing:
@@ -252,8 +254,8 @@ def ready(job: Job, saved: Saved | None, log: Log, progress: Progress) -> Iterat
             teacher = stack.enter_context(asking(answering(job.teacher, original), original, job.hidden, precision))
         yield Training(
             what, Networks(student, teacher, job.lockstep), objective, job.train_data, job.select_data, settings, job.world,
-            job.scorer.decide if job.scorer.decides else None, saved, progress, log, job.finish, started,
-            _FORESEEN if job.asked.train == "factors" else 0,
+            job.scorer.decide if job.scorer.decides else None, saved, progress, log, job.finish if factors else None, started,
+            _FORESEEN if factors else 0,
         )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -109,10 +110,24 @@ def test_the_command_prints_a_row_for_every_kind(base, tmp_path, monkeypatch, ca
     assert said["error"]["kind"] == "budget" and "allow" in said["error"]["remedy"]
 
 
+def test_kinds_that_nobody_asked_for_may_be_too_large(base):
+    """Said, not refused; where none fits, the error names what the smallest of all takes."""
+    how = {"data": shifted(80, 1), "select": shifted(40, 2), "steps": 2, "learning_rate": 0.01, "threads": 1}
+    with pytest.raises(BudgetError) as refused:
+        lrcompress.adapt(base / "compressed", max_bytes=10, **how)
+    kind, least = re.search(r"the smallest (\w+) takes (\d+)", str(refused.value)).groups()
+    found = lrcompress.adapt(base / "compressed", max_bytes=int(least), **how).data
+    tried = {row["kind"] for row in found["kinds"]}
+    left_out = {re.match("left out: (\\w+), the smallest takes", h)[1] for h in found["hints"] if "left out" in h}
+    assert kind in tried and left_out and tried | left_out == set(kinds()) and not tried & left_out
+    with pytest.raises(BudgetError, match=f"the smallest {(other := min(left_out))} takes"):
+        lrcompress.adapt(base / "compressed", max_bytes=int(least), adapter_kinds=(kind, other), **how)
+
+
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"max_bytes": 20}, BudgetError),
+        ({"max_bytes": 1}, BudgetError),
         ({"adapter_kinds": ("lora", "lorax")}, CommandError),
         ({"data": shifted(1, 1)}, DataError),
         ({"data": Data.of_arrays({"x": images(40, 1)[0]}, np.full(40, 99))}, DataError),

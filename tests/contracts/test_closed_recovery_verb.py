@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from pathlib import Path
@@ -26,6 +27,7 @@ from lrcompress.recover import closed_adapters, closed_pass
 from lrcompress.runtime import Session
 from lrcompress.verbs.closed import original_network
 from lrcompress.verbs.recover import recover
+from lrcompress.verbs.recovering import Scorer
 from tests.support.nets import images, small
 
 SPEC = (InputSpec("x", "float32", ("batch", 3, 8, 8)),)
@@ -92,6 +94,21 @@ def test_training_starts_from_the_closed_form(base, kind):
     )
     off = recover(base / "compressed", steps=20, rank=64 if kind == "core" else 4, closed="off", **how).data
     assert off["closed"] is None and off["loss"]["before"] == pytest.approx(loss["before"], rel=1e-6)
+
+
+@pytest.mark.parametrize(("after", "applied"), [(-0.5, True), (-0.6, True), (-0.4, False)])
+def test_a_metric_lets_a_closed_form_lower_the_loss_and_no_score(base, monkeypatch, after, applied):
+    """A score that stays is no reason against it, one that gets worse is."""
+    plain, scores = Scorer.decide, iter([-0.5, -0.5])
+    monkeypatch.setattr(Scorer, "decide", lambda self: plain(self) and next(scores, after))
+    how = {"data": str(base / "train.npz"), "select": str(base / "select.npz"), "closed": "only", "rank": 4}
+    with contextlib.nullcontext() if applied else pytest.warns(LrcompressWarning, match="the adapter is zero"):
+        found = recover(base / "compressed", metric="accuracy", **how).data
+    plainly = recover(base / "compressed", **how).data
+    assert any(row["applied"] for row in found["closed"]["layers"]) == applied
+    for d in (found["closed"], found["loss"]):
+        assert d["before"] == pytest.approx(plainly["loss"]["before"])
+        assert d["after"] == pytest.approx(plainly["loss"]["after" if applied else "before"])
 
 
 def test_where_closed_forms_are_left_out(base):

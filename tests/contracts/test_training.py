@@ -201,14 +201,18 @@ def test_what_remains_is_the_best_state_not_the_last(place, scripted, monkeypatc
     ],
 )
 def test_of_equal_scores_the_loss_decides(place, monkeypatch, scripted, scores, after_each, step):
-    def loss(self):
+    def loss(self, _):
         return after_each[len(self.state.history) - 1 if self.state.history else 0]
 
     monkeypatch.setattr(Training, "_loss", loss)
     scripted(*scores)
     options = {"data": data(), "metric": "accuracy", "evaluations": 3, "batch_size": 20, "closed": "off", **RATE}
     found = recover(place / "small", steps=3, **options).data
-    assert found["best_step"] == step and found["loss"]["after"] == scores[step]
+    assert found["best_step"] == step and [s for _, s in found["loss"]["history"]] == scores
+    assert (found["loss"]["before"], found["loss"]["after"]) == (
+        after_each[0],
+        pytest.approx(after_each[step], nan_ok=True),
+    )
 
 
 def test_a_score_that_cannot_move_leaves_what_has_the_lowest_loss(place):
@@ -228,6 +232,8 @@ def test_a_score_that_cannot_move_leaves_what_has_the_lowest_loss(place):
     by_loss, by_score = (recover(place / "small", metric=m, **options) for m in (None, "accuracy"))
     assert by_score.data["before"] == by_score.data["after"] == 1.0 and by_score.data["loss"]["decides"] == "metric"
     assert by_score.data["best_step"] == by_loss.data["best_step"] > 0
+    told = [{k: d["loss"][k] for k in ("before", "after")} for d in (by_loss.data, by_score.data)]
+    assert told[0] == told[1] and told[0]["after"] < told[0]["before"], "the loss is told where a score decides, too"
     one, other = by_loss.model.state_dict(), by_score.model.state_dict()
     assert all(torch.equal(one[n], other[n]) for n in one)
 
@@ -246,7 +252,7 @@ def test_it_never_ends_below_its_start(place, tmp_path, rate, train, metric):
         assert not list(tmp_path.iterdir())
         return
     d = found.data
-    assert d["loss"]["after"] <= d["loss"]["before"] and (not metric or d["after"] >= d["before"])
+    assert d["after"] >= d["before"] if metric else d["loss"]["after"] <= d["loss"]["before"]
     batch = next(iter(select.batches(40)))
     x, y = torch.as_tensor(batch.inputs["x"]), torch.as_tensor(batch.labels)
     with torch.no_grad():
