@@ -257,6 +257,7 @@ def test_a_killed_run_continues_to_the_same_hashes(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_killed_at_forty_moments(done: tuple[Path, Path, dict[str, Any], Seen], tmp_path: Path) -> None:
     path, _, report, _ = done
     chance = random.Random(1)
