@@ -255,7 +255,7 @@ class Training:
         self.log.add_scalar("loss/select" if self.score is None else "score/select", value, state.step)
         state.since_best += 1
         # Few samples are often answered equally well by states of which one is surer.
-        if value <= state.best and (value, loss := self._loss(value)) < (state.best, state.best_loss):
+        if -math.inf < value <= state.best and (value, loss := self._loss(value)) < (state.best, state.best_loss):
             state.best, state.best_loss, state.best_step, state.since_best = value, loss, state.step, 0
             state.kept = self._copies()
         told = "loss" if self.score is None else "score"

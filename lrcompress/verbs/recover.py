@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +119,7 @@ def _run(
 ) -> RecoverResult:
     """Train, report, write; the states of the run go when the output is there."""
     before = job.scorer.value()
-    worst = job.scorer.decide() if job.scorer.decides else math.inf
+    worst = job.scorer.falling(before) if job.scorer.decides and before is not None else None
     form = ClosedForm(
         job.closed, job.base, job.teacher, set(job.settings.loss) != {"labels"}, job.world.device, trust, progress
     )

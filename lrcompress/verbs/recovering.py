@@ -221,11 +221,11 @@ def untrained(loss: float) -> Outcome:
     return Outcome(loss, loss, 0, 0, 0.0, ((0, loss),), 0.0, (), "steps")
 
 
-def judge(job: Job, worst: float = math.inf) -> float:
+def judge(job: Job, worst: float | None = None) -> float:
     """Return the loss of the network as it is, on `select`; infinite where it scores worse than `worst`."""
     with ready(job, None, NoLog(), Silent()) as training:
         loss = training.judge()
-    return math.inf if job.scorer.decides and job.scorer.decide() > worst else loss
+    return math.inf if worst is not None and job.scorer.decide() > worst else loss
 
 
 @contextlib.contextmanager
@@ -358,14 +358,8 @@ class Scorer:
 
     @classmethod
     def of(
-        cls,
-        metric: str | None,
-        opened: OpenedModel,
-        module: nn.Module,
-        teacher: OpenedModel | None,
-        data: Data,
-        device: str,
-    ) -> Scorer:
+        cls, metric: str | None, opened: OpenedModel, module: nn.Module, teacher: OpenedModel | None, data: Data, device: str
+    ) -> Scorer:  # fmt: skip
         """Score by `metric`, or for information only by accuracy where `data` has class numbers."""
         chosen = metrics.get(metric) if metric else None
         if (
@@ -392,6 +386,11 @@ class Scorer:
         return float(self.metric.evaluate(predict, self.data, 250).value)
 
     def decide(self) -> float:
+        """Return what decides about the network as it is, lower is better."""
         value = self.value()
-        assert value is not None and self.metric is not None
-        return -value if self.metric.direction == "max" else value
+        assert value is not None
+        return self.falling(value)
+
+    def falling(self, value: float) -> float:
+        """Return a value of the metric as a number of which less is better."""
+        return -value if self.metric is not None and self.metric.direction == "max" else value

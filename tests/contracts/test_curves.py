@@ -18,8 +18,6 @@ from lrcompress.factorize._memo import Memo
 from lrcompress.factorize._refit import refit, sweep
 from tests.support.weights import randn, statistics, weight
 
-# curves and their fits ------------------------------------------------------------------------------------------------
-
 
 def test_a_memo_answers_for_the_same_weight_in_the_same_metric_only():
     asked = []

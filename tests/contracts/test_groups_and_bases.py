@@ -10,9 +10,8 @@ from lrcompress.factorize import ConvGeometry, Statistics, form
 from lrcompress.factorize._linalg import convolve
 from lrcompress.factorize.grouped_svd import apart
 from lrcompress.factorize.shared import decompose_group, group_params
+from tests.support.served import loaded_and_exported
 from tests.support.weights import randn, statistics, weight
-
-# groups and shared bases ----------------------------------------------------------------------------------------------
 
 
 def test_a_grouped_convolution_is_factorized_group_by_group():
@@ -70,7 +69,6 @@ def test_a_network_with_groups_from_weights_to_the_runtime(tmp_path):
     import lrcompress
     from lrcompress.data import Data
     from lrcompress.model import InputSpec
-    from lrcompress.model.checkpoint import load_compressed
     from lrcompress.runtime import Session
     from tests.support.nets import grouped
 
@@ -90,12 +88,7 @@ def test_a_network_with_groups_from_weights_to_the_runtime(tmp_path):
     assert (rows["wide"]["form"], rows["wide"]["shape"]) == ("grouped_svd", [24, 4, 3, 3])
     assert rows["wide"]["norm"] == "two_sided" and rows["wide"]["params_after"] == 2 * 4 * (12 + 36)
     assert (rows["deep"]["form"], rows["deep"]["reason"]) == ("dense", "depthwise: nothing to save")
-    back = load_compressed(tmp_path / "c").module
-    with torch.no_grad():
-        expected = made.model(torch.as_tensor(x))
-        assert torch.equal(back(torch.as_tensor(x)), expected)
-        torch.testing.assert_close(lrcompress.to_dense(back)(torch.as_tensor(x)), expected, rtol=1e-4, atol=1e-5)
-    lrcompress.export(tmp_path / "c", output=tmp_path / "e")
+    _, expected = loaded_and_exported(made, tmp_path / "c", torch.as_tensor(x), tmp_path / "e")
     np.testing.assert_allclose(Session(tmp_path / "e").run({"x": x})["output"], expected.numpy(), rtol=1e-4, atol=1e-5)
 
 

@@ -11,9 +11,8 @@ import torch
 
 from lrcompress.factorize import ConvGeometry, Refused, form
 from lrcompress.factorize._linalg import convolve
+from tests.support.served import loaded_and_exported
 from tests.support.weights import randn, statistics
-
-# pivoted gauges of a convolution --------------------------------------------------------------------------------------
 
 KERNELS = [(12, 8, 3, 3), (6, 9, 3, 3), (8, 8, 2, 2), (6, 5, 5, 5), (7, 6, 2, 3), (7, 6, 3, 2)]
 
@@ -107,7 +106,6 @@ def test_the_gauge_from_weights_to_the_runtime(tmp_path, method, rank):
     import lrcompress
     from lrcompress.data import Data
     from lrcompress.model import InputSpec
-    from lrcompress.model.checkpoint import load_compressed
     from lrcompress.runtime import Session
     from tests.support.nets import images, small
 
@@ -119,12 +117,7 @@ def test_the_gauge_from_weights_to_the_runtime(tmp_path, method, rank):
     )
     rows = {r["name"]: r for r in made.data["layers"]}
     assert rows["conv2"]["form"] == method and rows["conv2"]["params_after"] < rows["conv2"]["params_before"]
-    back = load_compressed(tmp_path / "c").module
-    with torch.no_grad():
-        expected = made.model(torch.as_tensor(x))
-        assert torch.equal(back(torch.as_tensor(x)), expected)
-        torch.testing.assert_close(lrcompress.to_dense(back)(torch.as_tensor(x)), expected, rtol=1e-4, atol=1e-5)
-    lrcompress.export(tmp_path / "c", output=tmp_path / "e")
+    back, expected = loaded_and_exported(made, tmp_path / "c", torch.as_tensor(x), tmp_path / "e")
     have = {t.name for t in onnx.load(str(tmp_path / "e" / "model.onnx")).graph.initializer}
     assert {f"conv2.{k}" for k in back.conv2.factors} <= have
     for n in (1, 7):
