@@ -121,6 +121,19 @@ class BaseAdapter(nn.Module, abc.ABC):
             return torch.add(y, correction, alpha=share)
         return y.add_(correction, alpha=share)
 
+    @property
+    def turns(self) -> bool:
+        """Whether it has a random side that `turn` can turn."""
+        return False
+
+    def turn(self, left: Tensor, right: Tensor) -> None:
+        """Turn the random side along the gradient left @ right, its length kept; ΔW stays zero.
+
+        left (rows, k) with orthonormal columns, right (k, columns·kernel): the gradient's strongest part, by the weight, or
+        for a kind in the core by the matrix there, (r, k) and (k, r) of each group.
+        """
+        raise NotImplementedError(f"{self.kind} has no side to turn")
+
     @classmethod
     def rank_for(cls, target: Target, rank: int) -> int:
         """Return the rank that asking for `rank` means on a layer: no more than its own."""
@@ -205,6 +218,12 @@ class BaseAdapter(nn.Module, abc.ABC):
             self._parameters.pop(name, None)
         for name in (*expected, *(("magnitude",) if magnitude is not None else ())):
             setattr(self, name, nn.Parameter(tensors[name].detach().clone()))
+
+
+def strongest(matrix: Tensor, rank: int) -> Tensor:
+    """Return the `rank` strongest right singular vectors of `matrix` (…, m, n) as rows, single precision."""
+    found: Tensor = torch.linalg.svd(matrix.double(), full_matrices=False)[2][..., :rank, :]
+    return found.float()
 
 
 def _norms(weight: Tensor, axis: int) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..factorize import ConvGeometry, cp, form, pivoted_spatial, pivoted_tucker, spatial_svd
 from ..factorize._linalg import convolve, pointwise
-from ._base import BaseAdapter
+from ._base import BaseAdapter, strongest
 from ._target import Base, Target
 from .lokh import as_full_rank
 
@@ -295,6 +295,15 @@ class Adapter(BaseAdapter):
             for name, value in zip(names, [v.detach().clone() for v in self.chain()], strict=True):
                 getattr(self, name).copy_(value)
         self.metric = None
+
+    @property
+    def turns(self) -> bool:
+        return "core_Q" in self._parameters
+
+    def turn(self, left: Tensor, right: Tensor) -> None:
+        rows = strongest(right, self.rank)
+        with torch.no_grad():
+            self.core_Q[..., : rows.shape[-2], :] = self.core_Q.norm(dim=-1).mean() * rows
 
     def matrix(self) -> Tensor:
         """Return s·R, (r, r), or (groups, r, r)."""

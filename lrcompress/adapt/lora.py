@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..factorize import ConvGeometry
 from ..factorize._linalg import convolve, pointwise
 from ._adding import added
-from ._base import BaseAdapter
+from ._base import BaseAdapter, strongest
 from ._target import Base, Target, blocked
 
 
@@ -131,6 +131,16 @@ class Adapter(BaseAdapter):
             inner = target.apply(x, self.lora_A)
             return added(y, inner, self.lora_B.flatten(1), scale, channels_first=True)
         return super().add_to(y, x, target, share)
+
+    @property
+    def turns(self) -> bool:
+        return self.groups == 1 and "lora_mid" not in self._parameters
+
+    def turn(self, left: Tensor, right: Tensor) -> None:
+        rows = strongest(right, self.rank)
+        with torch.no_grad():
+            length = self.lora_A.flatten(1).norm(dim=1).mean()
+            self.lora_A[: len(rows)] = (length * rows).view_as(self.lora_A[: len(rows)])
 
     @classmethod
     def n_params(cls, weight_shape: tuple[int, ...], rank: int, **options: Any) -> int:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data import Data
 from ..errors import DataError, ModelError
@@ -70,6 +70,8 @@ class Training:
     #: Batches whose gradients the optimizer has seen before it takes its first step: one that knows no gradient but its
     #: first steps by signs alone, which shakes a network that is nearly right.
     foreseen: int = 0
+    #: Called once, where a run begins: it may change what is trained in a way that leaves the network's answers.
+    prepare: Callable[[Training], None] | None = None
 
     def __post_init__(self) -> None:
         s, data = self.settings, self.train_data
@@ -103,13 +105,28 @@ class Training:
         self.teacher = self._teacher()
         self._look()
         first = self.order.epoch(0)[:batches]
-        for p in self.parameters:
-            p.grad = None
-        for units in first:
-            self._gradients(units, 0, "the first batches")
+        self.gradients(first, self.parameters, name="the first batches")
         for p in self.parameters:
             if p.grad is not None:
                 p.grad.div_(len(first))
+
+    def gradients(
+        self, batches: Sequence[np.ndarray], parameters: Sequence[nn.Parameter], epoch: int = 0, *, name: str
+    ) -> tuple[float, float]:
+        """Leave in `parameters` the sum of all processes' gradients on batches; return the loss, summed, and the
+        seconds of the first process.
+        """
+        for p in parameters:
+            p.grad = None
+        loss, error = 0.0, None
+        try:
+            for units in batches:
+                loss += self._gradients(units, epoch, name)
+        except Exception as e:
+            if self.world.size == 1:
+                raise
+            error = e
+        return self._summed(loss, error, parameters)
 
     def _look(self) -> None:
         with self.world.together():
@@ -123,6 +140,8 @@ class Training:
         self._foresee()
         resumed = self._resume()
         if resumed is None:
+            if self.prepare is not None:
+                self.prepare(self)
             self._start()
         if self.state.rate is None:
             find_rate(self)
@@ -278,15 +297,7 @@ class Training:
         self, units: np.ndarray, epoch: int, rate: float, share: float, *, name: str = "step"
     ) -> tuple[float, float]:
         """Take one step on a batch of all processes; return its loss, and the seconds of the first process."""
-        self.optimizer.zero_grad()
-        loss, error = 0.0, None
-        try:
-            loss = self._gradients(units, epoch, f"{name} {self.state.step + 1}")
-        except Exception as e:
-            if self.world.size == 1:
-                raise
-            error = e
-        loss, seconds = self._summed(loss, error)
+        loss, seconds = self.gradients([units], self.parameters, epoch, name=f"{name} {self.state.step + 1}")
         if not math.isfinite(loss):
             raise Diverged(
                 "recovery", "a finite loss", f"{loss} at {name} {self.state.step + 1}", "lower the learning rate: --lr"
@@ -321,12 +332,12 @@ class Training:
     def _pieces(self, units: np.ndarray) -> list[np.ndarray]:
         return np.array_split(units[self.world.rank :: self.world.size], self.settings.accumulate)
 
-    def _summed(self, loss: float, error: Exception | None) -> tuple[float, float]:
+    def _summed(self, loss: float, error: Exception | None, parameters: Sequence[nn.Parameter]) -> tuple[float, float]:
         """Sum gradients and loss over the processes; an error of one is raised in all."""
         seconds = self.clock.seconds
         if self.world.size == 1:
             return loss, seconds
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         told = torch.tensor(
             [0.0, loss, seconds if self.world.first else 0.0], dtype=torch.float64, device=self.world.device
         )
@@ -338,7 +349,7 @@ class Training:
         if float(flat[-3]) > 0:
             self.world.agree(error)
         start = 0
-        for p in self.parameters:
+        for p in parameters:
             p.grad = flat[start : start + p.numel()].view_as(p).to(p.dtype)
             start += p.numel()
         return float(flat[-2]), float(flat[-1])

@@ -137,10 +137,6 @@ class Whitened:
             ], lr=1.0, fused=True,
         )  # fmt: skip
 
-    def zero_grad(self) -> None:
-        for name, p in self._parameters.items():
-            p.grad = self.seen[name].grad = None
-
     def step(self, rate: float, longest: float) -> None:
         """Take one step at a rate; a gradient longer than `longest` is cut to it."""
         for name, root in self._roots.items():

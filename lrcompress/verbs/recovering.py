@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, TypedDict
 
 import numpy as np
@@ -33,6 +34,7 @@ from ..recover.rates import find_rate
 from ..recover.schedule import Clock
 from ..recover.settings import TRAINED
 from ..recover.sharding import shard
+from ..recover.turning import turn
 from .holding import split
 from .predict import predictor
 
@@ -255,7 +257,7 @@ def ready(job: Job, saved: Saved | None, log: Log, progress: Progress) -> Iterat
         yield Training(
             what, Networks(student, teacher, job.lockstep), objective, job.train_data, job.select_data, settings, job.world,
             job.scorer.decide if job.scorer.decides else None, saved, progress, log, job.finish if factors else None, started,
-            _FORESEEN if factors else 0,
+            _FORESEEN if factors else 0, None if factors else partial(turn, module=job.module, adapters=job.adapters),
         )  # fmt: skip
 
 

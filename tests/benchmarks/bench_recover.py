@@ -23,6 +23,7 @@ from lrcompress.errors import LrcompressError
 from lrcompress.files import write_json
 
 from .peers.networks import ROOT
+from .recovering.choices import some_of
 
 JSON, TEXT = "recover.json", "recover.txt"
 _PARTS = ("speed", "recovery", "adaptation")
@@ -51,14 +52,8 @@ def _part(name: str) -> ModuleType | None:
 
 
 def _options(known: dict[str, ModuleType]) -> argparse.Namespace:
-    def names(text: str) -> list[str]:
-        unknown = [n for n in text.split(",") if n not in known]
-        if unknown:
-            raise argparse.ArgumentTypeError(f"expected some of {', '.join(known)}, got {unknown[0]!r}")
-        return text.split(",")
-
     parser = argparse.ArgumentParser(description="Measure the training of adapters.")
-    parser.add_argument("--only", type=names, default=list(known), help=f"of {','.join(known)}")
+    parser.add_argument("--only", type=some_of(known), default=list(known), help=f"of {','.join(known)}")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "bench-recover")
     for part in known.values():
         part.add_options(parser)

@@ -32,6 +32,7 @@ from lrcompress.verbs.recover import recover
 
 from ..peers.networks import ROOT
 from . import sentiment, speech
+from .choices import some_of
 
 ASSETS = ROOT.parent / "shared" / "assets"
 _MEAN = np.array([0.485, 0.456, 0.406], np.float32)
@@ -55,9 +56,9 @@ class Shift:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add this part's options."""
     group = parser.add_argument_group("adaptation")
-    group.add_argument("--shifts", default=",".join(SHIFTS), help=f"of {','.join(SHIFTS)}")
+    group.add_argument("--shifts", type=some_of(SHIFTS), default=list(SHIFTS), help=f"of {','.join(SHIFTS)}")
     group.add_argument("--budgets", default="1,4,16,64", help="thousands of bytes, separated by commas")
-    group.add_argument("--adapters", default=",".join(kinds()), help="kinds, separated by commas")
+    group.add_argument("--adapters", type=some_of(kinds()), default=list(kinds()), help="kinds, separated by commas")
     group.add_argument("--adapt-steps", type=int, default=300, help="steps of training for each")
 
 
@@ -65,7 +66,7 @@ def run(options: argparse.Namespace, tell: Callable[[str], None]) -> dict[str, A
     """Measure every shift, kind and budget."""
     found: dict[str, Any] = {"steps": options.adapt_steps}
     with tempfile.TemporaryDirectory() as place:
-        for name in options.shifts.split(","):
+        for name in options.shifts:
             shifts = SHIFTS[name](Path(place))
             found[name] = _measured(shifts, options, lambda line, name=name: tell(f"adaptation {name}: {line}"))
     return found
@@ -85,7 +86,7 @@ def _measured(shifts: Sequence[Shift], options: argparse.Namespace, tell: Callab
     stderr = math.sqrt(ceiling * (1 - ceiling) / n)
     rows = []
     for budget in map(float, options.budgets.split(",")):
-        for kind in options.adapters.split(","):
+        for kind in options.adapters:
             try:
                 row = _adapted(shifts, kind, round(budget * 1000), steps)
             except BudgetError as e:

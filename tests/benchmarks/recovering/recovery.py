@@ -21,12 +21,14 @@ from torch import nn
 
 import lrcompress
 from lrcompress import recipe
+from lrcompress.adapt import kinds
 from lrcompress.data import Data
 from lrcompress.verbs.predict import predictor
 from lrcompress.verbs.recover import recover
 from lrcompress.verbs.sources import for_model
 
 from ..peers.networks import PROFILES, ROOT, Network, open_network
+from .choices import some_of
 
 #: network → (shares kept, seconds, what is trained)
 RUNS: dict[str, tuple[tuple[float, ...], float, tuple[str, ...]]] = {
@@ -38,16 +40,17 @@ RUNS: dict[str, tuple[tuple[float, ...], float, tuple[str, ...]]] = {
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add this part's options."""
     group = parser.add_argument_group("recovery")
-    group.add_argument("--networks", default=",".join(RUNS), help=f"of {','.join(RUNS)}")
+    group.add_argument("--networks", type=some_of(RUNS), default=list(RUNS), help=f"of {','.join(RUNS)}")
     group.add_argument("--shares", help="shares kept, instead of the usual ones")
     group.add_argument("--seconds", type=float, help="seconds of training, instead of the usual ones")
-    group.add_argument("--trained", help="of factors and the kinds of adapters, instead of the usual ones")
+    trained = ("factors", *kinds())
+    group.add_argument("--trained", type=some_of(trained), help=f"of {', '.join(trained)}, instead of the usual ones")
 
 
 def run(options: argparse.Namespace, tell: Callable[[str], None]) -> dict[str, Any]:
     """Factorize, train and judge every case."""
     rows = []
-    for name in options.networks.split(","):
+    for name in options.networks:
         shares, seconds, trained = RUNS[name]
         shares = tuple(map(float, options.shares.split(","))) if options.shares else shares
         network = open_network(name, seed=0, quick=False)
@@ -59,7 +62,7 @@ def run(options: argparse.Namespace, tell: Callable[[str], None]) -> dict[str, A
                     network.opened, ratio=network.ratio(share), calib=network.calibration, exclude=network.profile.exclude,
                     output=base,
                 )  # fmt: skip
-                for what in options.trained.split(",") if options.trained else trained:
+                for what in options.trained or trained:
                     rows.append(_trained(network, base, what, options.seconds or seconds, train, select))
                     rows[-1] |= {"network": name, "kept": share}
                     tell(f"recovery: {_line(rows[-1])}")

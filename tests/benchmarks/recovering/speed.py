@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from ..peers.networks import ROOT
+from .choices import some_of
 from .subjects import KINDS, LAYERS, OURS, PEERS, PEFT, Subject, subject
 
 AGAIN = "again"
@@ -42,15 +43,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add this part's options."""
     group = parser.add_argument_group("speed")
     group.add_argument("--rounds", type=int, default=15, help="rounds per layer, kind and thread count")
-    group.add_argument("--kinds", default=",".join(KINDS), help="kinds, separated by commas")
-    group.add_argument("--layers", default=",".join(LAYERS), help="layers, separated by commas")
+    group.add_argument("--kinds", type=some_of(KINDS), default=list(KINDS), help="kinds, separated by commas")
+    group.add_argument("--layers", type=some_of(LAYERS), default=list(LAYERS), help="layers, separated by commas")
     group.add_argument("--rank", type=int, default=8)
     group.add_argument("--thread-counts", default="1,2")
 
 
 def run(options: argparse.Namespace, tell: Callable[[str], None]) -> dict[str, Any]:
     """Measure every case in processes of its own."""
-    layers, kinds = options.layers.split(","), options.kinds.split(",")
+    layers, kinds = options.layers, options.kinds
     places = [(p, t) for t in options.thread_counts.split(",") for p in _PLACES]
     of_memory = [(n, k, p, 1) for n in layers for k in kinds for p in (OURS, *PEERS.get(k, ()))]
     of_speed = [(n, k, p, int(t)) for n in layers for k in kinds for p, t in places]
