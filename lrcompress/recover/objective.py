@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -157,8 +156,7 @@ class Held:
         self._room_bytes -= sum(a.nbytes for a in answers.values())
         return answers
 
-    def losses(self) -> Tensor:
-        """Return the loss of every sample that is this process's to judge, in float64."""
+    def mean(self) -> float:
         found = [torch.zeros(0, dtype=torch.float64, device=self._world.device)]
         with torch.no_grad():
             for (inputs, labels, counts), known in zip(self._mine, self._known, strict=True):
@@ -167,16 +165,9 @@ class Held:
                 if counts:
                     answers = self._student(inputs, exact=True)
                     found.append(self._objective.per_sample(answers, known, labels, inputs).double())
-        return torch.cat(found)
-
-    def mean(self) -> float:
-        return self.mean_of(self.losses())[0]
-
-    def mean_of(self, values: Tensor) -> tuple[float, float]:
-        """Return the mean over the samples of all processes, and its standard error."""
-        n, total = self._world.sum(torch.stack([torch.ones_like(values).sum(), values.sum()])).tolist()
-        squares = float(self._world.sum((values - total / n).square().sum()))
-        return total / n, math.sqrt(squares / max(n - 1, 1) / n)
+        losses = torch.cat(found)
+        n, total = self._world.sum(torch.stack([torch.ones_like(losses).sum(), losses.sum()])).tolist()
+        return float(total / n)
 
 
 def check_inputs(inputs: Mapping[str, Tensor], where: str) -> None:

@@ -180,7 +180,7 @@ def test_white_steps_reach_what_plain_steps_do_not():
         p = nn.Parameter(start.clone())
         own = Whitened({"p": p}, {"p": 1.0}, roots, weight_decay=0.0)
         for i in range(40):
-            own.zero_grad()
+            p.grad = None
             loss = (F.linear(x, p) - x @ target.T).square().mean()
             loss.backward()
             own.step(rate * (1 - i / 40), 1e9)
