@@ -41,8 +41,13 @@ from .sources import device_of, for_model
 
 #: Bytes of a number in a payload of float16.
 BYTES = 2
-#: Batches that the gradient is looked at with, and directions it is looked at along.
-_BATCHES, _DIRECTIONS = 8, 32
+#: Batches that the gradient is looked at with.
+_BATCHES = 8
+#: What the gradient is looked at through, and along how many directions, for kinds outside of a layer's core and in it.
+_PROBES, _DIRECTIONS = {False: "lora", True: "core"}, {False: 32, True: 1 << 20}
+
+#: A network with probes attached, and the spectra of what they saw.
+Look = tuple[nn.Module, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -95,13 +100,19 @@ def adapt(
     trust = {"trust_pickle": trust_pickle, "trust_remote_code": trust_remote_code}
     teacher = original_of(base, original, trust, needed=set(settings.loss) != {"labels"})
     fit, held = split(*samples)
-    probed = Asked(kind="lora", rank=_DIRECTIONS, name=name)
-    job = prepare(
-        base, teacher, probed, settings, (fit, held), metric=None, world=World(device=device_of(compute)),
-        shard_teacher=False,
-    )  # fmt: skip
-    spectra = _spectra(job)
-    plans, left_out = _plans(adapter_kinds, job, spectra, max_bytes)
+
+    def look(probe: Asked) -> Look:
+        job = prepare(
+            base, teacher, probe, settings, (fit, held), metric=None, world=World(device=device_of(compute)),
+            shard_teacher=False,
+        )  # fmt: skip
+        return job.module, _spectra(job)
+
+    chosen = _kinds(adapter_kinds, base.need_module("adapt"))
+    # What a core reaches is told by the gradient by a whole one, all others by that by the weight.
+    in_core = {adapter_class(k).in_core for k in chosen}
+    looks = {c: look(Asked(kind=_PROBES[c], rank=_DIRECTIONS[c], name=name)) for c in sorted(in_core)}
+    plans, left_out = _plans(chosen, looks, max_bytes, asked=bool(adapter_kinds))
 
     def trained(kind: str, ranks: Mapping[str, int], folder: Path) -> dict[str, Any]:
         return recover(
@@ -171,14 +182,18 @@ def _done(about: Path, key: str) -> dict[str, Any] | None:
     return dict(found["report"]) if isinstance(found, dict) and found.get("key") == key else None
 
 
-def _kinds(asked: Sequence[str], job: Job) -> list[str]:
+def _kinds(asked: Sequence[str], module: nn.Module) -> list[str]:
     """Return the kinds to try: those asked for, or all that some layer takes."""
     where = "lrcompress adapt --adapter"
     unknown = [k for k in asked if k not in kinds()]
     if unknown:
         raise CommandError(where, f"some of {', '.join(kinds())}", unknown[0])
-    layers = adaptable_layers(job.module)
-    able = [k for k in asked or kinds() if any(takes(k, layer_target(job.module, n)) for n in layers)]
+
+    def able_on(kind: str) -> bool:
+        layers = adaptable_layers(module, cores=adapter_class(kind).in_core)
+        return any(takes(kind, layer_target(module, n)) for n in layers)
+
+    able = [k for k in asked or kinds() if able_on(k)]
     missing = [k for k in asked if k not in able]
     if missing:
         raise CommandError(
@@ -191,26 +206,27 @@ def _kinds(asked: Sequence[str], job: Job) -> list[str]:
 
 
 def _spectra(job: Job) -> dict[str, Tensor]:
-    """Return the squared singular values of the gradient by each layer's weight, seen along random directions."""
+    """Return the squared singular values of the gradient that each layer's probe saw, summed over groups."""
     with ready(job, None, NoLog(), Silent()) as training:
         training.gradient(_BATCHES)
     found = {}
     for layer, adapter in job.adapters.items():
         gradients = [p.grad for p in adapter.parameters() if p.grad is not None and p.grad.dim() >= 2]
-        largest = max(gradients, key=lambda g: float(g.norm()))
-        found[layer] = torch.linalg.svdvals(largest.flatten(1).double()).square()
+        largest = max(gradients, key=lambda g: float(g.norm())).double()
+        by_group = largest if adapter.in_core and largest.dim() == 3 else largest.flatten(1)[None]
+        found[layer] = torch.linalg.svdvals(by_group).square().sum(0)
     return found
 
 
 def _plans(
-    asked: Sequence[str], job: Job, spectra: Mapping[str, Tensor], max_bytes: int
+    chosen: Sequence[str], looks: Mapping[bool, Look], max_bytes: int, *, asked: bool
 ) -> tuple[dict[str, dict[str, int]], list[str]]:
     """Return the plan of each kind, and what is to be said of kinds that nobody asked for and that do not fit."""
     plans: dict[str, dict[str, int]] = {}
     refused: list[tuple[int, str]] = []
-    for kind in _kinds(asked, job):
+    for kind in chosen:
         try:
-            plans[kind] = _plan(kind, job, spectra, max_bytes)
+            plans[kind] = _plan(kind, *looks[adapter_class(kind).in_core], max_bytes)
         except _Misfit as e:
             if asked:
                 raise
@@ -229,11 +245,11 @@ class _Misfit(BudgetError):
         super().__init__("lrcompress adapt --max-bytes", "room for one layer", got, f"allow {least_bytes}")
 
 
-def _plan(kind: str, job: Job, spectra: Mapping[str, Tensor], max_bytes: int) -> dict[str, int]:
+def _plan(kind: str, module: nn.Module, spectra: Mapping[str, Tensor], max_bytes: int) -> dict[str, int]:
     """Return the rank of every layer that gets an adapter of this kind; `BudgetError` where none fits."""
     offers: dict[str, Prices] = {}
     for layer in spectra:
-        target = wrap_dense(job.module, layer).target
+        target = wrap_dense(module, layer).target
         if takes(kind, target):
             own, options = adapter_class(kind), {"groups": target.groups, "core": target.core}
             offers[layer] = prices(

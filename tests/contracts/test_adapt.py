@@ -12,13 +12,17 @@ import torch
 import lrcompress
 from lrcompress.adapt import kinds
 from lrcompress.adapt._files import read_adapter
+from lrcompress.adapt.core import metric_of
 from lrcompress.cli.main import run
 from lrcompress.data import Data
 from lrcompress.errors import BudgetError, CommandError, DataError
 from lrcompress.model import InputSpec
+from lrcompress.model.checkpoint import load_compressed
+from lrcompress.model.surgery import factorized_layers
 from lrcompress.recover.share import prices, ranks_within
 from lrcompress.verbs import adapt as verb
-from tests.support.nets import images, small
+from tests.support.nets import grouped, images, small
+from tests.support.training import weight_gradients
 
 SPEC = (InputSpec("x", "float32", ("batch", 3, 8, 8)),)
 OPTIONS = {"steps": 40, "learning_rate": 0.02, "threads": 1, "metric": "accuracy"}
@@ -145,6 +149,58 @@ def test_several_processes_are_refused(base, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(CommandError, match="without torchrun"):
         lrcompress.adapt(base / "compressed", data=shifted(80, 1), output=tmp_path / "a", **OPTIONS)
+
+
+def watched(monkeypatch) -> dict[str, torch.Tensor]:
+    """Return the spectra that the last kind's ranks are given by, once they are."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def watching(offers, spectra, most):
+        seen.clear()
+        seen.update(spectra)
+        return ranks_within(offers, spectra, most)
+
+    monkeypatch.setattr(verb, "ranks_within", watching)
+    return seen
+
+
+def test_cores_of_grouped_layers_are_adapted_and_others_leave_them_alone(tmp_path, monkeypatch):
+    """Groups have a core each, which costs one per group; LoRA has no place there."""
+    torch.save(grouped().state_dict(), tmp_path / "model.pt")
+    spec = (InputSpec("x", "float32", ("batch", 8, 9, 9)),)
+    lrcompress.factorize(
+        tmp_path / "model.pt", rank=2, method="svd", arch="tests.support.nets:grouped", inputs=spec, output=tmp_path / "compressed"
+    )  # fmt: skip
+    layers = dict(factorized_layers(load_compressed(tmp_path / "compressed").need_module("the test")))
+    groups = {n: m.target.groups for n, m in layers.items() if m.target.groups > 1 and m.target.core}
+    assert groups
+    random, seen = np.random.default_rng(0), watched(monkeypatch)
+    x = random.standard_normal((96, 8, 9, 9)).astype(np.float32)
+    data = Data.of_arrays({"x": x}, (x[:, 0].mean((1, 2)) > 0).astype(np.int64))
+    found = lrcompress.adapt(
+        tmp_path / "compressed", data=data, adapter_kinds=("lora", "core"), max_bytes=1 << 16, output=tmp_path / "a", **OPTIONS
+    )  # fmt: skip
+    lora, core = found.data["kinds"]
+    assert all(len(seen[n]) == layers[n].target.core for n in groups), "one spectrum, summed over the groups"
+    assert set(groups) <= set(core["ranks"]) and not set(groups) & set(lora["ranks"])
+    sizes = {n: (m.target.groups, m.target.core) for n, m in layers.items()}
+    assert core["numbers"] == sum(sizes[n][0] * sizes[n][1] * min(sizes[n][1], 2 * k) for n, k in core["ranks"].items())
+
+
+def test_a_core_is_worth_the_gradient_by_the_matrix_in_it(base, monkeypatch):
+    """In the units it is trained in, by the chain rule from the gradient of a dense network that holds the same weights."""
+    seen, samples = watched(monkeypatch), shifted(64, 1)
+    how = {**OPTIONS, "steps": 1, "batch_size": 64}
+    lrcompress.adapt(base / "compressed", data=samples, select=shifted(32, 2), adapter_kinds=("core",), **how)
+    module = load_compressed(base / "compressed").need_module("the test")
+    wanted = weight_gradients(module, small(), [next(iter(samples.batches(64)))])
+    assert seen
+    for name, spectrum in seen.items():
+        layer = module.get_submodule(name)
+        u, v = (layer.factors[k].detach().flatten(1).double() for k in ("U", "V"))
+        left, right = metric_of(layer)
+        by_core = left.T @ (u.T @ wanted[name] @ v.T) @ right.T
+        torch.testing.assert_close(spectrum, torch.linalg.svdvals(by_core).square(), rtol=2e-3, atol=1e-9)
 
 
 # ranks ----------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from lrcompress.model.surgery import replace_layer
 from lrcompress.recover import losses
 from lrcompress.recover.blocks import rebuilt_kernels
 from lrcompress.recover.objective import Objective
-from lrcompress.recover.rates import _next, rate_at
+from lrcompress.recover.rates import _length, _next, rate_at
 from lrcompress.recover.training import Training
 from lrcompress.verbs.recover import recover
 from tests.support.nets import images, small
@@ -185,6 +186,15 @@ def test_adapters_that_gain_nothing_in_a_trial_get_the_highest_rate_that_did_no_
     monkeypatch.setattr(Training, "step", lambda self, *_, **__: (1.0, 0.0))
     found = recover(place / "small", data=data(), steps=40, threads=1).data
     assert found["learning_rate"] == rate_at(3e-3, chosen)
+
+
+@pytest.mark.parametrize(
+    ("total", "steps"),
+    [(10, 5), (40, 8), (100, 20), (120, 20), (400, 20), (600, 30), (800, 40), (5000, 40), (None, 40)],
+)
+def test_trials_of_adapters_are_long_enough_to_tell_and_a_small_part_of_long_runs(total, steps):
+    settings = SimpleNamespace(most_steps=total, max_seconds=None)
+    assert _length(SimpleNamespace(settings=settings)) == steps
 
 
 def test_a_run_too_short_for_a_trial_that_tells_takes_the_centre(place, monkeypatch):

@@ -7,20 +7,18 @@ import contextlib
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from lrcompress.adapt import kinds
 from lrcompress.adapt.core import metric_of
 from lrcompress.data import Data
 from lrcompress.model.checkpoint import load_compressed
-from lrcompress.model.layers import FactorizedLayer
 from lrcompress.progress import Silent
 from lrcompress.recover import World
 from lrcompress.recover.logs import NoLog
 from lrcompress.recover.order import read_units
 from lrcompress.verbs.recovering import Asked, prepare, ready, settings_of
 from tests.support.nets import small
-from tests.support.training import compressed, data
+from tests.support.training import compressed, data, weight_gradients
 
 #: 60 samples in batches of 7: the looks read all but the last, and it is not a multiple.
 BATCH, LOOKED = 7, 8
@@ -56,21 +54,8 @@ def begun(place, kind: str, rank: int, samples: Data | None = None, *, before=la
 
 
 def gradients(job, training, batches: int = LOOKED) -> dict[str, torch.Tensor]:
-    """Return the gradient by each layer's weight, (out, columns·kernel), of a dense network that holds the same weights."""
-    net = small()
-    layers = dict(job.module.named_modules())
-    dense = {n: m for n, m in net.named_modules() if n in job.adapters}
-    for name, m in net.named_modules():
-        if isinstance(layers[name], FactorizedLayer):
-            m.weight.data = layers[name].weight.detach().clone()
-            if layers[name].bias is not None:
-                m.bias = torch.nn.Parameter(layers[name].bias.detach().clone())
-    net.bn = layers["bn"]
-    net.train(False)
-    for units in training.order.epoch(0)[:batches]:
-        batch = read_units(job.train_data, units)
-        F.cross_entropy(net(torch.as_tensor(batch.inputs["x"])), torch.as_tensor(batch.labels)).backward()
-    return {n: m.weight.grad.flatten(1).double() for n, m in dense.items()}
+    looked = training.order.epoch(0)[:batches]
+    return weight_gradients(job.module, small(), [read_units(job.train_data, units) for units in looked])
 
 
 def leading(matrix: torch.Tensor, rank: int) -> torch.Tensor:

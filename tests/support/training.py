@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-from lrcompress.data import Data
+from lrcompress.data import Batch, Data
 from lrcompress.model import InputSpec
+from lrcompress.model.layers import FactorizedLayer
 from lrcompress.verbs.factorize import factorize
 from tests.support.blocks import stack
 from tests.support.nets import images, small
@@ -41,3 +45,20 @@ def data(n: int = 60, seed: int = 1) -> Data:
 def rows(n: int = 40, seed: int = 1) -> Data:
     """Return rows of numbers for `stack`."""
     return Data.of_arrays({"x": np.random.default_rng(seed).standard_normal((n, 12)).astype(np.float32)})
+
+
+def weight_gradients(module: nn.Module, net: nn.Module, batches: Iterable[Batch]) -> dict[str, torch.Tensor]:
+    """Return the gradient of cross-entropy by each factorized layer's weight, (out, columns·kernel), summed over batches.
+
+    `net`: the network that `module` was made from, which gets its weights and is asked instead: no factor, no adapter.
+    """
+    net.load_state_dict({n: t for n, t in module.state_dict().items() if n in net.state_dict()}, strict=False)
+    layers = {n: m for n, m in module.named_modules() if isinstance(m, FactorizedLayer)}
+    for name, layer in layers.items():
+        plain = net.get_submodule(name)
+        plain.weight.data = layer.weight.detach().clone()
+        plain.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
+    net.eval().zero_grad()
+    for batch in batches:
+        F.cross_entropy(net(torch.as_tensor(batch.inputs["x"])), torch.as_tensor(batch.labels)).backward()
+    return {n: net.get_submodule(n).weight.grad.flatten(1).double() for n in layers}
