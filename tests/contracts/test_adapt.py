@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import lrcompress
 from lrcompress.adapt import kinds
@@ -169,9 +170,12 @@ def test_cores_of_grouped_layers_are_adapted_and_others_leave_them_alone(tmp_pat
     torch.save(grouped().state_dict(), tmp_path / "model.pt")
     spec = (InputSpec("x", "float32", ("batch", 8, 9, 9)),)
     lrcompress.factorize(
-        tmp_path / "model.pt", rank=2, method="svd", arch="tests.support.nets:grouped", inputs=spec, output=tmp_path / "compressed"
+        tmp_path / "model.pt", rank=3, method="svd", arch="tests.support.nets:grouped", inputs=spec, output=tmp_path / "compressed"
     )  # fmt: skip
     layers = dict(factorized_layers(load_compressed(tmp_path / "compressed").need_module("the test")))
+    assert verb._kinds(("core",), nn.ModuleDict({"wide": layers["wide"]})) == ["core"], (
+        "where no other layer has one, too"
+    )
     groups = {n: m.target.groups for n, m in layers.items() if m.target.groups > 1 and m.target.core}
     assert groups
     random, seen = np.random.default_rng(0), watched(monkeypatch)
