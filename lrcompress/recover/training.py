@@ -123,10 +123,9 @@ class Training:
             for units in batches:
                 loss += self._gradients(units, epoch, name)
         except Exception as e:
-            if self.world.size == 1:
-                raise
             error = e
-        return self._summed(loss, error, parameters)
+        loss, seconds = self.world.sum_gradients(parameters, (loss, self.clock.seconds * self.world.first), error)
+        return loss, seconds
 
     def _look(self) -> None:
         with self.world.together():
@@ -331,28 +330,6 @@ class Training:
 
     def _pieces(self, units: np.ndarray) -> list[np.ndarray]:
         return np.array_split(units[self.world.rank :: self.world.size], self.settings.accumulate)
-
-    def _summed(self, loss: float, error: Exception | None, parameters: Sequence[nn.Parameter]) -> tuple[float, float]:
-        """Sum gradients and loss over the processes; an error of one is raised in all."""
-        seconds = self.clock.seconds
-        if self.world.size == 1:
-            return loss, seconds
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        told = torch.tensor(
-            [0.0, loss, seconds if self.world.first else 0.0], dtype=torch.float64, device=self.world.device
-        )
-        flat = torch.cat([*(g.flatten().double() for g in grads), told])
-        if error is not None:
-            flat = torch.zeros_like(flat)
-            flat[-3] = 1.0
-        flat = self.world.sum(flat)
-        if float(flat[-3]) > 0:
-            self.world.agree(error)
-        start = 0
-        for p in parameters:
-            p.grad = flat[start : start + p.numel()].view_as(p).to(p.dtype)
-            start += p.numel()
-        return float(flat[-2]), float(flat[-1])
 
     # the teacher, and what is kept ------------------------------------------------------------------------------------
 

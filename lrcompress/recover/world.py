@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import HostError, LrcompressError
 
@@ -70,6 +70,32 @@ class World:
 
         total: Tensor = reduce(value, reduction="sum")
         return total
+
+    def sum_gradients(
+        self, parameters: Sequence[nn.Parameter], told: Sequence[float], error: Exception | None
+    ) -> list[float]:
+        """Leave in `parameters` the sum of all processes' gradients; return the sums of the numbers that are told with them.
+
+        An error of one process is raised in all.
+        """
+        if self.size == 1:
+            self.agree(error)
+            return list(told)
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        numbers = torch.tensor([0.0, *told], dtype=torch.float64, device=self.device)
+        flat = torch.cat([numbers, *(g.flatten().double() for g in grads)])
+        if error is not None:
+            flat = torch.zeros_like(flat)
+            flat[0] = 1.0
+        flat = self.sum(flat)
+        if float(flat[0]) > 0:
+            self.agree(error)
+        start = len(numbers)
+        for p in parameters:
+            p.grad = flat[start : start + p.numel()].view_as(p).to(p.dtype)
+            start += p.numel()
+        found: list[float] = flat[1 : len(numbers)].tolist()
+        return found
 
     def from_first(self, value: Any) -> Any:
         """Return what the first process gives: a plain value."""
