@@ -85,7 +85,7 @@ def test_a_run_that_the_clock_ends_keeps_its_remaining_time(place, tmp_path, tic
 
 
 def test_the_time_of_the_search_counts_even_if_the_run_is_broken_off_behind_it(place, tmp_path, ticking, monkeypatch):
-    """Two steps to measure, trials of five until 12 seconds are over, and 23 for training; a search is not done twice."""
+    """Two steps to measure, trials of five until 18 seconds are over, and 18 for training; a search is not done twice."""
     monkeypatch.setattr(rates, "time", types.SimpleNamespace(perf_counter=lambda: Ticks.now))
     options = {
         "data": data(),
@@ -96,13 +96,13 @@ def test_the_time_of_the_search_counts_even_if_the_run_is_broken_off_behind_it(p
         "closed": "off",
     }
     whole = recover(place / "small", output=tmp_path / "whole", **options).data
-    assert whole["steps"] == 23 and len(whole["rates"]) == 3
-    expected, ticking.shares, ticking.dies_after = ticking.shares[17:], [], 17
+    assert whole["steps"] == 18 and len(whole["rates"]) == 4
+    expected, ticking.shares, ticking.dies_after = ticking.shares[22:], [], 22
     with pytest.raises(KeyboardInterrupt):
         recover(place / "small", output=tmp_path / "broken", **options)
     ticking.shares, ticking.dies_after = [], None
     found = recover(place / "small", output=tmp_path / "broken", **options).data
-    assert found["resumed_at"] == 0 and found["steps"] == 23 and found["rates"] == whole["rates"]
+    assert found["resumed_at"] == 0 and found["steps"] == 18 and found["rates"] == whole["rates"]
     assert ticking.shares == expected and sha256_tree(tmp_path / "broken") == sha256_tree(tmp_path / "whole")
 
 
