@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -182,4 +184,15 @@ def test_without_a_gradient_nothing_turns(place):
 def test_looking_is_a_small_part_of_a_run(place, options, looked):
     with begun(place, "lora", 2, **options) as (job, _fresh, training):
         wanted = gradients(job, training, looked)["fc1"]
+        assert_spans(job.adapters["fc1"].lora_A.detach(), leading(wanted, 2))
+
+
+def test_looking_takes_a_small_part_of_the_seconds_that_are_given(place, monkeypatch):
+    """Two seconds a batch, two looks, a tenth of 120 seconds: three batches."""
+    from lrcompress.recover import turning
+
+    ticks = itertools.count(0.0, 2.0)
+    monkeypatch.setattr(turning, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    with begun(place, "lora", 2, max_seconds=120.0) as (job, _fresh, training):
+        wanted = gradients(job, training, 3)["fc1"]
         assert_spans(job.adapters["fc1"].lora_A.detach(), leading(wanted, 2))
