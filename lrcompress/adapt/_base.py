@@ -126,11 +126,11 @@ class BaseAdapter(nn.Module, abc.ABC):
         """Whether it has a random side that `turn` can turn."""
         return False
 
-    def turn(self, left: Tensor, right: Tensor) -> None:
-        """Turn the random side along the gradient left @ right, its length kept; ΔW stays zero.
+    def turn(self, gradient: Tensor) -> None:
+        """Turn the random side along a gradient, its length kept; ΔW stays zero.
 
-        left (rows, k) with orthonormal columns, right (k, columns·kernel): the gradient's strongest part, by the weight, or
-        for a kind in the core by the matrix there, (r, k) and (k, r) of each group.
+        `gradient` (k, columns·kernel): by the weight, in any orthonormal basis of its outputs; for a kind in the core by the
+        matrix there, (k, r) of each group.
         """
         raise NotImplementedError(f"{self.kind} has no side to turn")
 

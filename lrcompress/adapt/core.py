@@ -300,8 +300,8 @@ class Adapter(BaseAdapter):
     def turns(self) -> bool:
         return "core_Q" in self._parameters
 
-    def turn(self, left: Tensor, right: Tensor) -> None:
-        rows = strongest(right, self.rank)
+    def turn(self, gradient: Tensor) -> None:
+        rows = strongest(gradient, self.rank)
         with torch.no_grad():
             self.core_Q[..., : rows.shape[-2], :] = self.core_Q.norm(dim=-1).mean() * rows
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..factorize import ConvGeometry
 from ..factorize._linalg import convolve
 from ._adding import added
-from ._base import BaseAdapter, strongest
+from ._base import BaseAdapter
 from ._target import Base, Target, blocked
 
 
@@ -193,24 +193,6 @@ class Adapter(BaseAdapter):
             mix = second[0].reshape(*second[0].shape, *(1,) * (x.dim() - 2))
             h = convolve(h.flatten(0, 1), mix, ConvGeometry.default(x.dim() - 2))
         return h.reshape(len(x), -1, *h.shape[-(x.dim() - 2) :])
-
-    @property
-    def turns(self) -> bool:
-        return self.groups == 1 and "lokr_w1" in self._parameters and "lokr_t2" not in self._parameters
-
-    def turn(self, left: Tensor, right: Tensor) -> None:
-        """W₁ becomes that of the gradient's nearest Kronecker product, a what is strongest of the W₂ beside it (Van Loan)."""
-        first, (rows, columns) = self.first, self.weight_shape[:2]
-        m1, n1 = first.shape
-        blocks = (left @ right).double().reshape(m1, rows // m1, n1, columns // n1, -1)
-        apart = blocks.movedim(2, 1).reshape(m1 * n1, -1)
-        w1 = torch.linalg.eigh(apart @ apart.T)[1][:, -1]
-        with torch.no_grad():
-            first.copy_((first.norm() * w1).view_as(first))
-            if "lokr_w2_a" in self._parameters:
-                beside = (w1 @ apart).reshape(rows // m1, -1)
-                a = strongest(beside.T, self.rank).T
-                self.lokr_w2_a[:, : a.shape[1]] = self.lokr_w2_a.norm(dim=0).mean() * a
 
     @classmethod
     def n_params(cls, weight_shape: tuple[int, ...], rank: int, **options: Any) -> int:

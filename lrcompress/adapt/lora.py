@@ -136,8 +136,8 @@ class Adapter(BaseAdapter):
     def turns(self) -> bool:
         return self.groups == 1 and "lora_mid" not in self._parameters
 
-    def turn(self, left: Tensor, right: Tensor) -> None:
-        rows = strongest(right, self.rank)
+    def turn(self, gradient: Tensor) -> None:
+        rows = strongest(gradient, self.rank)
         with torch.no_grad():
             length = self.lora_A.flatten(1).norm(dim=1).mean()
             self.lora_A[: len(rows)] = (length * rows).view_as(self.lora_A[: len(rows)])

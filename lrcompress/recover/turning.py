@@ -5,6 +5,9 @@ of rank 1 on a layer of n inputs an n-th of it, as a rule. Here A becomes the st
 long as it was: ΔW is still zero, nothing is taken out of the base, and the first step of B goes where one of this rank
 is worth most. G is seen through an adapter of more directions that takes the place of each for a few batches.
 
+A LoKr that starts as the nearest Kronecker product of G is worse for it (ResNet-20 on noise, 1 and 4 kB, n = 5,000: 0.620
+and 0.761, from a random start 0.683 and 0.773) and is left as it is.
+
 Source: Wang et al., arXiv 2407.05000 (LoRA-GA), who start both sides along G and correct the base for it.
 """
 
@@ -35,26 +38,24 @@ def turn(training: Training, module: nn.Module, adapters: Mapping[str, BaseAdapt
     fresh = {n: a for n, a in adapters.items() if a.turns and any(not bool(p.any()) for p in a.parameters())}
     if not fresh:
         return
-    for layer, (left, right) in _gradients(training, module, fresh).items():
-        if bool(torch.isfinite(right).all()) and bool(right.any()):
-            fresh[layer].turn(left, right)
+    for layer, gradient in _gradients(training, module, fresh).items():
+        if bool(torch.isfinite(gradient).all()) and bool(gradient.any()):
+            fresh[layer].turn(gradient)
 
 
-def _gradients(
-    training: Training, module: nn.Module, adapters: Mapping[str, BaseAdapter]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return (left, right) by layer: left @ right is the gradient's strongest part, left orthonormal."""
+def _gradients(training: Training, module: nn.Module, adapters: Mapping[str, BaseAdapter]) -> dict[str, Tensor]:
+    """Return the strongest part of the gradient by each layer's weight, in a basis of its own, or by its core's matrix."""
     generator = torch.Generator().manual_seed(training.settings.seed)
     probes = {n: _probe(a, generator).to(training.world.device) for n, a in adapters.items()}
     parameters = [p for probe in probes.values() for p in probe.parameters()]
     plain = {n: p for n, p in probes.items() if isinstance(p, LoRA)}
-    found: dict[str, tuple[Tensor, Tensor]] = {}
+    found: dict[str, Tensor] = {}
     with _in_place(module, adapters, probes):
         batches = _batches(training, parameters, passes=2 if plain else 1)
         training.gradients(batches, parameters, name="look at the gradient")
         for name, probe in probes.items():
             if isinstance(probe, Core) and (seen := next(probe.parameters()).grad) is not None:
-                found[name] = torch.eye(probe.core, device=seen.device).expand_as(seen), seen
+                found[name] = seen
         if not plain:
             return found
         with torch.no_grad():
@@ -65,7 +66,7 @@ def _gradients(
         training.gradients(batches, parameters, name="look at the gradient")
         for name, p in plain.items():
             if p.lora_A.grad is not None:
-                found[name] = p.lora_B.detach().flatten(1), p.lora_A.grad.flatten(1)
+                found[name] = p.lora_A.grad.flatten(1)
     return found
 
 

@@ -117,23 +117,6 @@ def test_a_core_sees_them_in_the_units_it_is_trained_in(place):
             assert not adapter.core_P.any()
 
 
-def test_lokr_becomes_the_nearest_kronecker_product_of_the_gradient(place):
-    """Van Loan: W₁ ⊗ W₂ nearest to G is the best rank-1 of G's blocks as rows; a is the best of the W₂ that is beside it."""
-    with begun(place, "lokr", 1) as (job, fresh, training):
-        wanted = gradients(job, training)
-        for name, adapter in job.adapters.items():
-            w1 = adapter.lokr_w1.detach()
-            (m1, n1), (rows, columns) = w1.shape, adapter.weight_shape[:2]
-            m2, n2 = rows // m1, columns // n1
-            blocks = wanted[name].reshape(m1, m2, n1, n2, -1).permute(0, 2, 1, 3, 4).reshape(m1 * n1, -1)
-            u, _, vt = torch.linalg.svd(blocks, full_matrices=False)
-            assert_spans(w1.reshape(1, -1), u[:, :1].T)
-            assert float(w1.norm()) == pytest.approx(float(fresh[name]["lokr_w1"].norm()), rel=1e-4)
-            if (a := adapter.tensors().get("lokr_w2_a")) is not None:
-                assert_spans(a.T, leading(vt[0].reshape(m2, -1).T, 1))
-            assert not adapter.plain_delta().any()
-
-
 # what it leaves ---------------------------------------------------------------------------------------------------------
 
 
@@ -150,7 +133,7 @@ def test_the_network_answers_as_before_and_holds_its_own_adapters(place, kind):
         moved = {
             n for n, a in job.adapters.items() if any(bool((t != fresh[n][k]).any()) for k, t in a.tensors().items())
         }
-        assert bool(moved) == (kind in ("lora", "core", "lokr"))
+        assert bool(moved) == (kind in ("lora", "core"))
 
 
 def test_an_adapter_that_is_not_zero_stays_as_it_is(place):
