@@ -122,17 +122,9 @@ class BaseAdapter(nn.Module, abc.ABC):
         return y.add_(correction, alpha=share)
 
     @property
-    def turns(self) -> bool:
-        """Whether it has a random side that `turn` can turn."""
-        return False
-
-    def turn(self, gradient: Tensor) -> None:
-        """Turn the random side along a gradient, its length kept; ΔW stays zero.
-
-        `gradient` (k, columns·kernel): by the weight, in any orthonormal basis of its outputs; for a kind in the core by the
-        matrix there, (k, r) of each group.
-        """
-        raise NotImplementedError(f"{self.kind} has no side to turn")
+    def random_side(self) -> nn.Parameter | None:
+        """The factor whose rows are the directions of the input that a fresh adapter sees; None where there is no such one."""
+        return None
 
     @classmethod
     def rank_for(cls, target: Target, rank: int) -> int:
@@ -218,12 +210,6 @@ class BaseAdapter(nn.Module, abc.ABC):
             self._parameters.pop(name, None)
         for name in (*expected, *(("magnitude",) if magnitude is not None else ())):
             setattr(self, name, nn.Parameter(tensors[name].detach().clone()))
-
-
-def strongest(matrix: Tensor, rank: int) -> Tensor:
-    """Return the `rank` strongest right singular vectors of `matrix` (…, m, n) as rows, single precision."""
-    found: Tensor = torch.linalg.svd(matrix.double(), full_matrices=False)[2][..., :rank, :]
-    return found.float()
 
 
 def _norms(weight: Tensor, axis: int) -> Tensor:

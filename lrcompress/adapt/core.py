@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..factorize import ConvGeometry, cp, form, pivoted_spatial, pivoted_tucker, spatial_svd
 from ..factorize._linalg import convolve, pointwise
-from ._base import BaseAdapter, strongest
+from ._base import BaseAdapter
 from ._target import Base, Target
 from .lokh import as_full_rank
 
@@ -297,13 +297,8 @@ class Adapter(BaseAdapter):
         self.metric = None
 
     @property
-    def turns(self) -> bool:
-        return "core_Q" in self._parameters
-
-    def turn(self, gradient: Tensor) -> None:
-        rows = strongest(gradient, self.rank)
-        with torch.no_grad():
-            self.core_Q[..., : rows.shape[-2], :] = self.core_Q.norm(dim=-1).mean() * rows
+    def random_side(self) -> nn.Parameter | None:
+        return self._parameters.get("core_Q")
 
     def matrix(self) -> Tensor:
         """Return s·R, (r, r), or (groups, r, r)."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..factorize import ConvGeometry
 from ..factorize._linalg import convolve, pointwise
 from ._adding import added
-from ._base import BaseAdapter, strongest
+from ._base import BaseAdapter
 from ._target import Base, Target, blocked
 
 
@@ -133,14 +133,8 @@ class Adapter(BaseAdapter):
         return super().add_to(y, x, target, share)
 
     @property
-    def turns(self) -> bool:
-        return self.groups == 1 and "lora_mid" not in self._parameters
-
-    def turn(self, gradient: Tensor) -> None:
-        rows = strongest(gradient, self.rank)
-        with torch.no_grad():
-            length = self.lora_A.flatten(1).norm(dim=1).mean()
-            self.lora_A[: len(rows)] = (length * rows).view_as(self.lora_A[: len(rows)])
+    def random_side(self) -> nn.Parameter | None:
+        return self.lora_A if self.groups == 1 and "lora_mid" not in self._parameters else None
 
     @classmethod
     def n_params(cls, weight_shape: tuple[int, ...], rank: int, **options: Any) -> int:

@@ -1,7 +1,7 @@
 """Find a learning rate: short runs from the start on the same batches, judged on held-out samples.
 
 Uphill and downhill, for adapters: a rate is compared with its neighbours, a factor √10 apart, until both are worse.
-A trial has twenty steps, or a fifth of a run that is shorter. (A small network, four kinds of adapters, distilled or on
+A trial has twenty steps, a fifth of a run of less than 100, a twentieth of one of more than 400. (A small network, four kinds of adapters, distilled or on
 labels, turned or not, runs of 100 steps: the rate that trials of 5, 10, 20 and 40 steps prefer leaves the loss 12, 4, 1
 and 6 % above that of the best rate, in the mean.) Where no rate gains anything in a trial, the loss says only that less
 was done: then the highest one that did no harm.

@@ -35,12 +35,27 @@ _SEEN = 32
 
 def turn(training: Training, module: nn.Module, adapters: Mapping[str, BaseAdapter]) -> None:
     """Turn those of the adapters of `module`, {layer: adapter}, that are fresh and have a side to turn."""
-    fresh = {n: a for n, a in adapters.items() if a.turns and any(not bool(p.any()) for p in a.parameters())}
+    fresh = {
+        n: a
+        for n, a in adapters.items()
+        if a.random_side is not None and any(not bool(p.any()) for p in a.parameters())
+    }
     if not fresh:
         return
     for layer, gradient in _gradients(training, module, fresh).items():
         if bool(torch.isfinite(gradient).all()) and bool(gradient.any()):
-            fresh[layer].turn(gradient)
+            side = fresh[layer].random_side
+            assert side is not None
+            _point(side, gradient)
+
+
+def _point(side: nn.Parameter, gradient: Tensor) -> None:
+    """Let the rows of a random side be the strongest right singular vectors of a gradient (…, m, n), as long as they were."""
+    rows = side.detach().reshape(*gradient.shape[:-2], -1, gradient.shape[-1]).clone()
+    strongest = torch.linalg.svd(gradient.double(), full_matrices=False)[2][..., : rows.shape[-2], :]
+    rows[..., : strongest.shape[-2], :] = rows.norm(dim=-1).mean() * strongest.to(rows)
+    with torch.no_grad():
+        side.copy_(rows.view_as(side))
 
 
 def _gradients(training: Training, module: nn.Module, adapters: Mapping[str, BaseAdapter]) -> dict[str, Tensor]:
@@ -52,7 +67,7 @@ def _gradients(training: Training, module: nn.Module, adapters: Mapping[str, Bas
     found: dict[str, Tensor] = {}
     with _in_place(module, adapters, probes):
         batches = _batches(training, parameters, passes=2 if plain else 1)
-        training.gradients(batches, parameters, name="look at the gradient")
+        training.gradients(batches, parameters, name="the first batches")
         for name, probe in probes.items():
             if isinstance(probe, Core) and (seen := next(probe.parameters()).grad) is not None:
                 found[name] = seen
@@ -63,7 +78,7 @@ def _gradients(training: Training, module: nn.Module, adapters: Mapping[str, Bas
                 if p.lora_B.grad is not None:  # what the random directions saw of the gradient's range
                     p.lora_B.copy_(torch.linalg.qr(p.lora_B.grad.flatten(1).double())[0].view_as(p.lora_B))
                 p.lora_A.zero_()
-        training.gradients(batches, parameters, name="look at the gradient")
+        training.gradients(batches, parameters, name="the first batches")
         for name, p in plain.items():
             if p.lora_A.grad is not None:
                 found[name] = p.lora_A.grad.flatten(1)
@@ -108,7 +123,7 @@ def _batches(training: Training, parameters: list[nn.Parameter], *, passes: int)
         most = min(most, int(_SHARE * s.most_steps / passes))
     if s.max_seconds is not None:
         before = time.perf_counter()
-        training.gradients(first[:1], parameters, name="look at the gradient")
+        training.gradients(first[:1], parameters, name="the first batches")
         seconds = training.world.from_first(max(time.perf_counter() - before, 1e-6))
         most = min(most, int(_SHARE * s.max_seconds / passes / seconds))
     return first[: max(1, most)]
