@@ -44,6 +44,8 @@ class Position:
     axis: int = 0
     layers: frozenset[str] = frozenset({"linear", "conv", "embedding"})
     folded: bool = False
+    #: The tail's other axes are the weight's own: the weight is one matrix times the tail, whatever the tail is.
+    own_axes: bool = False
 
     def turned(self, matrix: Tensor, tail: Tensor) -> Tensor:
         """Return `matrix` (r, r), or one per group (groups, r, r), multiplied into the core's axis of the factor."""
@@ -156,7 +158,7 @@ def _train_up(f: Mapping[str, Tensor], z: Tensor, t: Target) -> Tensor:
     return torch.einsum("...ipbc,aip->...abc", z, f["G0"]).flatten(-3)
 
 
-_FACTORS = Position("V", _down, _up)
+_FACTORS = Position("V", _down, _up, own_axes=True)
 POSITIONS: dict[str, Position] = {
     "svd": _FACTORS,
     "shared": _FACTORS,
@@ -167,7 +169,7 @@ POSITIONS: dict[str, Position] = {
     "pivoted_tucker": Position("core", _pivoted_tucker_down, _pivoted_up),
     "spatial_svd": Position("first", _spatial_svd_down, _spatial_up),
     "pivoted_spatial": Position("first", _spatial_down, lambda f, z, t: pivoted_spatial.after(f, z, _walk(t))),
-    "pivoted": Position("P", _pivoted_down, _pivoted_up),
+    "pivoted": Position("P", _pivoted_down, _pivoted_up, own_axes=True),
     "cp": Position("I", lambda f, x, t: pointwise(x, f["I"].T), lambda f, z, t: cp.after(f, z, _walk(t)), axis=1),
     "kronecker": Position("C", _kronecker_down, _kronecker_up, layers=frozenset({"linear", "conv"}), folded=True),
     "tensor_train": Position("G2", _train_down, _train_up, layers=frozenset({"linear"})),
@@ -220,20 +222,36 @@ def metric_of(base: Base) -> tuple[Tensor, Tensor]:
     tail = factors[position.tail].movedim(position.axis, 0)
     rows, r = tail.flatten(1), len(tail)
 
-    def weight(step: Tensor) -> Tensor:
-        """Return the weight with `step` (r, q) in the tail's place."""
-        changed = {**factors, position.tail: step.reshape(tail.shape).movedim(0, position.axis)}
-        found: Tensor = form(base.form).to_tensor(changed, base.shape).flatten()
+    def weight(step: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Return the weight of this shape with `step` (r, …) in the tail's place."""
+        changed = {**factors, position.tail: step.movedim(0, position.axis)}
+        found: Tensor = form(base.form).to_tensor(changed, shape)
         return found
 
-    # ‖weight(u tᵀ)‖² = (uᵀMu)(tᵀCt): both metrics from their effect on one vector of the other side.
-    generator = torch.Generator().manual_seed(0)
-    u, t = (torch.randn(n, generator=generator, dtype=torch.float64).to(rows.device) for n in rows.shape)
-    columns = torch.stack([weight(torch.outer(e, t)) for e in torch.eye(r, dtype=rows.dtype, device=rows.device)])
-    lines = torch.stack([weight(torch.outer(u, row)) for row in rows])
-    both = weight(torch.outer(u, t)).square().sum()
-    size = float(weight(rows).norm()) / math.sqrt(r)
-    return size * _inverse_root(columns @ columns.T), _inverse_root(lines @ lines.T / both)
+    if position.own_axes:
+        ones = (1,) * (tail.dim() - 2)
+        units = torch.eye(r, dtype=rows.dtype, device=rows.device).reshape(r, r, *ones)
+        basis = weight(units, (base.shape[0], r, *ones)).flatten(1)
+        left, right = basis.T @ basis, rows @ rows.T
+    else:
+        # ‖weight(u tᵀ)‖² = (uᵀMu)(tᵀCt): both metrics from their effect on one vector of the other side.
+        generator = torch.Generator().manual_seed(0)
+        u, t = (torch.randn(n, generator=generator, dtype=torch.float64).to(rows.device) for n in rows.shape)
+
+        def along(a: Tensor, b: Tensor) -> Tensor:
+            return weight(torch.outer(a, b).view_as(tail), base.shape)
+
+        left = _gram(lambda a: along(a, t), rows[:, 0])
+        right = _gram(lambda b: along(u, b @ rows), rows[:, 0]) / along(u, t).square().sum()
+    size = float(weight(tail, base.shape).norm()) / math.sqrt(r)
+    return size * _inverse_root(left), _inverse_root(right)
+
+
+def _gram(linear: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
+    """Return JᵀJ (n, n) of a linear map of n numbers, a column at a time: its answers may be large."""
+    pull = torch.func.vjp(linear, torch.zeros_like(like))[1]
+    units = torch.eye(len(like), dtype=like.dtype, device=like.device)
+    return torch.stack([pull(linear(e))[0] for e in units])
 
 
 def _inverse_root(gram: Tensor) -> Tensor:

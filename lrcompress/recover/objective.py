@@ -137,13 +137,17 @@ class Held:
     ) -> None:
         self._objective, self._student, self._teacher, self._world = objective, student, teacher, world
         self._room_bytes = KEPT_BYTES
-        batches = [(laid_out(tensors_of(b.inputs, world.device)), b.labels) for b in data.batches(batch_size)]
+        batches, self._size = [], 0
+        for b in data.batches(batch_size):
+            rows = slice(self._size, self._size + len(next(iter(b.inputs.values()))))
+            batches.append((laid_out(tensors_of(b.inputs, world.device)), b.labels, rows))
+            self._size = rows.stop
         rounds = -(-len(batches) // world.size)
         # All processes ask the teacher equally often: it may be spread over them. A turn too many weighs nothing.
         turns = [world.rank + i * world.size for i in range(rounds)]
         self._mine = [(*batches[min(t, len(batches) - 1)], t < len(batches)) for t in turns]
         with torch.no_grad():
-            self._known = [self._ask(inputs) for inputs, _, _ in self._mine]
+            self._known = [self._ask(inputs) for inputs, *_ in self._mine]
             if teacher is not None:
                 first = {k: v[:_MEASURED] for k, v in batches[0][0].items()}
                 objective.measure(teacher(first, exact=True), first)
@@ -156,18 +160,20 @@ class Held:
         self._room_bytes -= sum(a.nbytes for a in answers.values())
         return answers
 
-    def mean(self) -> float:
-        found = [torch.zeros(0, dtype=torch.float64, device=self._world.device)]
+    def losses(self) -> Tensor:
+        """Return the loss of each sample (samples,), in every process those of all."""
+        found = torch.zeros(self._size, dtype=torch.float64, device=self._world.device)
         with torch.no_grad():
-            for (inputs, labels, counts), known in zip(self._mine, self._known, strict=True):
+            for (inputs, labels, rows, counts), known in zip(self._mine, self._known, strict=True):
                 if known is None and self._teacher is not None:
                     known = self._teacher(inputs, exact=True)
                 if counts:
                     answers = self._student(inputs, exact=True)
-                    found.append(self._objective.per_sample(answers, known, labels, inputs).double())
-        losses = torch.cat(found)
-        n, total = self._world.sum(torch.stack([torch.ones_like(losses).sum(), losses.sum()])).tolist()
-        return float(total / n)
+                    found[rows] = self._objective.per_sample(answers, known, labels, inputs).double()
+        return self._world.sum(found)
+
+    def mean(self) -> float:
+        return float(self.losses().mean())
 
 
 def check_inputs(inputs: Mapping[str, Tensor], where: str) -> None:

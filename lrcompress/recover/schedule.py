@@ -11,7 +11,10 @@ import time
 from dataclasses import dataclass, field
 
 from ..progress import Advance
+from .settings import Settings
 
+#: Part of a run's time that evaluations may take, and of its trained samples that they may read.
+_JUDGING, _JUDGED = 0.15, 0.5
 #: A run in its first half whose loss is so many times that of its start begins again, with a lower rate.
 _RUINED = 2.0
 #: So does one between these parts that is worse by so much and has gained nothing yet.
@@ -28,6 +31,19 @@ def harmed(value: float, start: float, place: float, told: str, *, gained: bool)
     if place >= _LATE or (math.isfinite(value) and (place < _SETTLED or gained)):
         return False
     return not value - start <= _HARM * abs(start)
+
+
+def evaluations(settings: Settings, per_step: int, selected: int, seconds: float) -> int:
+    """Return how often to evaluate: as often as asked for, where that leaves most of the work to training.
+
+    `per_step`: samples of a step, `selected`: of an evaluation, which takes so many seconds.
+    """
+    most, steps = settings.evaluations, settings.most_steps
+    if steps is not None:
+        most = min(most, max(2, int(_JUDGED * steps * per_step / selected)))
+    if settings.max_seconds is not None:
+        most = min(most, max(1, int(_JUDGING * settings.max_seconds / max(seconds, 1e-6))))
+    return most
 
 
 @dataclass

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..work import Store
 from ..work.jobs import Packed
+from .keeping import Seen
 from .whitening import Whitened
 
 _SLOTS = ("even", "odd")
@@ -34,11 +35,14 @@ class State:
     rate: float | None = None
     rates: list[tuple[float, float]] = field(default_factory=list)
     start: float = 0.0
+    #: The state that is kept. The losses there are the same numbers where no score decides.
     best: float = 0.0
-    #: The losses there, which are the same numbers where no score decides.
     start_loss: float = 0.0
     best_loss: float = 0.0
     best_step: int = 0
+    #: The best that was seen: what is kept may be a later state that cannot be told from it.
+    top: float = 0.0
+    top_loss: float = 0.0
     since_best: int = 0
     evaluations: int = 0
     done_evaluations: int = 0
@@ -46,16 +50,18 @@ class State:
     teacher_kept: bool = True
     history: list[tuple[int, float]] = field(default_factory=list)
     kept: dict[str, Tensor] = field(default_factory=dict)
+    seen: Seen = field(default_factory=dict)
 
     def pack(self, parameters: Mapping[str, nn.Parameter], optimizer: Whitened) -> Packed:
         """Return everything as named tensors and plain values; numbers keep all their bits."""
         tensors = {f"kept.{n}": t.cpu() for n, t in self.kept.items()}
+        tensors |= {f"seen.{n}": t.cpu() for n, t in self.seen.items()}
         tensors["random"] = torch.get_rng_state()
         for name, p in parameters.items():
             tensors[f"now.{name}"] = p.detach().cpu().clone()
             for key, value in optimizer.state_of(name).items():
                 tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value).detach().cpu().clone()
-        about = {k: v for k, v in self.__dict__.items() if k != "kept"}
+        about = {k: v for k, v in self.__dict__.items() if k not in ("kept", "seen")}
         return Packed({n: t.contiguous() for n, t in tensors.items()}, _hexed(about))
 
     @classmethod
@@ -66,6 +72,7 @@ class State:
         tensors, about = packed
         state = cls(**_plain(about))
         state.kept = {n: tensors[f"kept.{n}"].to(p.device) for n, p in parameters.items()}
+        state.seen = {k.removeprefix("seen."): t for k, t in tensors.items() if k.startswith("seen.")}
         torch.set_rng_state(tensors["random"])
         with torch.no_grad():
             for name, p in parameters.items():

@@ -23,11 +23,12 @@ from ..errors import DataError, ModelError
 from ..model import tensors_of
 from ..progress import Progress, Silent
 from ..work.jobs import Packed
+from .keeping import Score, Seen, clearly_worse
 from .logs import Log, NoLog
 from .mixing import Mix
 from .objective import Held, Networks, Objective, check_inputs, laid_out
 from .order import Augment, Order, read_units, width_of
-from .schedule import Clock, Schedule, Shown, harmed
+from .schedule import Clock, Schedule, Shown, evaluations, harmed
 from .settings import Outcome, Settings
 from .state import Saved, State
 from .teacher import Teacher
@@ -35,8 +36,6 @@ from .trained import Trained
 from .whitening import Whitened
 from .world import World
 
-#: Part of a run's time that evaluations may take, and of its trained samples that they may read.
-_JUDGING, _JUDGED = 0.15, 0.5
 #: How often a run of so many steps is begun again.
 _AGAIN = 3
 #: The longest gradient that is followed as it is.
@@ -49,7 +48,7 @@ class Diverged(ModelError):
 
 @dataclass
 class Training:
-    """One run. `score` returns what decides, lower is better, and the loss where it is equal; None: the mean loss on `select`.
+    """One run. `score` decides, and the loss where it is equal; None: the mean loss on `select`.
 
     `finish` is called on the best state and may change the network in a way that leaves its answers: it is judged again.
     """
@@ -61,7 +60,7 @@ class Training:
     select_data: Data
     settings: Settings
     world: World = field(default_factory=World)
-    score: Callable[[], float] | None = None
+    score: Score | None = None
     saved: Saved | None = None
     progress: Progress = field(default_factory=Silent)
     log: Log = field(default_factory=NoLog)
@@ -85,6 +84,7 @@ class Training:
         self.parameters = list(self.trained.parameters.values())
         self.state = State()
         self._known: dict[str, dict[str, Any]] = {}
+        self.seen: Seen = {}
 
     def run(self, find_rate: Callable[[Training], None]) -> Outcome:
         """Train, and leave the parameters in their best state on `select`. `find_rate` fills in the state's rate.
@@ -184,12 +184,21 @@ class Training:
 
     def decide(self) -> float:
         """Return what decides about the present state: the same number in every process."""
-        value = self.held.mean() if self.score is None else self.score()
-        return float(self.world.from_first(value))
+        self.seen = {}
+        if self.score is None:
+            return float(self.world.from_first(self.held.mean()))
+        value = float(self.world.from_first(self.score.decide()))
+        self.seen["score"] = self.score.numbers
+        return value
 
     def _loss(self, decided: float) -> float:
         """Return the loss of the state that this was decided about: what decides between equal scores."""
-        return decided if self.score is None else self.held.mean()
+        if self.score is None:
+            return decided
+        losses = self.held.losses()
+        if self.seen:
+            self.seen["loss"] = losses
+        return float(losses.mean())
 
     def _start(self) -> None:
         before = time.perf_counter()
@@ -198,23 +207,14 @@ class Training:
             raise ModelError(
                 "recovery: the start", "a finite loss on the held-out data", value, "check the model and the data"
             )
-        self.state.reserve_seconds = self.world.from_first(time.perf_counter() - before)
         self.state.start = self.state.best = value
         self.state.start_loss = self.state.best_loss = self._loss(value)
+        self.state.reserve_seconds = self.world.from_first(time.perf_counter() - before)
+        self.state.top, self.state.top_loss, self.state.seen = value, self.state.start_loss, self.seen
         self.state.history = [(0, value)]
         self.state.kept = self._copies()
-        self.state.evaluations = self._evaluations()
-
-    def _evaluations(self) -> int:
-        """Return how often to evaluate: as often as asked for, where that leaves most of the work to training."""
-        s, steps = self.settings, self.settings.most_steps
-        most = s.evaluations
-        if steps is not None:
-            read = steps * self.order.per_batch * width_of(self.train_data)
-            most = min(most, max(2, int(_JUDGED * read / len(self.select_data))))
-        if s.max_seconds is not None:
-            most = min(most, max(1, int(_JUDGING * s.max_seconds / max(self.state.reserve_seconds, 1e-6))))
-        return most
+        samples = self.order.per_batch * width_of(self.train_data)
+        self.state.evaluations = evaluations(self.settings, samples, len(self.select_data), self.state.reserve_seconds)
 
     @property
     def schedule(self) -> Schedule:
@@ -272,13 +272,27 @@ class Training:
         state.history.append((state.step, value))
         self.log.add_scalar("loss/select" if self.score is None else "score/select", value, state.step)
         state.since_best += 1
-        # Few samples are often answered equally well by states of which one is surer.
-        if -math.inf < value <= state.best and (value, loss := self._loss(value)) < (state.best, state.best_loss):
-            state.best, state.best_loss, state.best_step, state.since_best = value, loss, state.step, 0
-            state.kept = self._copies()
+        worse = not value <= state.top and self._clearly_worse("score")
+        if -math.inf < value <= state.start and not worse:
+            self._offer(value, self._loss(value))
         told = "loss" if self.score is None else "score"
-        if self.settings.learning_rate is None and harmed(value, state.start, place, told, gained=state.best_step > 0):
+        harm = worse and harmed(value, state.start, place, told, gained=state.best_step > 0)
+        if self.settings.learning_rate is None and harm:
             self._lower()
+
+    def _offer(self, value: float, loss: float) -> None:
+        """Keep the present state if it is the best so far, or later and not clearly worse than that (`keeping`)."""
+        state = self.state
+        # Few samples are often answered equally well by states of which one is surer.
+        if (value, loss) < (state.top, state.top_loss):
+            state.top, state.top_loss, state.seen, state.since_best = value, loss, self.seen, 0
+        elif not (value, loss) < (state.start, state.start_loss) or self._clearly_worse("loss"):
+            return
+        state.best, state.best_loss, state.best_step = value, loss, state.step
+        state.kept = self._copies()
+
+    def _clearly_worse(self, by: str) -> bool:
+        return bool(self.world.from_first(clearly_worse(by, self.seen, self.state.seen, self.score)))
 
     def _lower(self) -> None:
         """Go on from the best state at a lower rate; all over again where nothing was gained and no clock is running."""

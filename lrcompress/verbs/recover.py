@@ -79,7 +79,7 @@ def recover(
     `train`: "adapters" of `adapter_kind` and `rank` on frozen factors, or "factors", which makes another compressed
     folder. `include`: only layers whose path one of these fnmatch patterns fits. `rank_pattern`, `alpha_pattern`: other ranks and alphas by fnmatch pattern on the layer's path, the first
     that fits. `rslora`: LoRA scaled by alpha/√rank; `dora`: LoRA with a trained norm per output, which only slots of
-    kind dora and merging ship. `metric`: what picks the best state; of equals the loss picks. Without `select` a tenth of `data` is held out.
+    kind dora and merging ship. `metric`: what decides, see `recover.keeping`. Without `select` a tenth of `data` is held out.
     `closed`: auto starts adapters from closed forms where these help, only trains nothing, off starts from zero; refit
     changes the base by least squares instead and writes a compressed folder.
     `processes`: how many torchrun must have started. `training`: see `TrainingOptions`. With `output`, a killed run

@@ -36,7 +36,7 @@ from ..recover.settings import TRAINED
 from ..recover.sharding import shard
 from ..recover.turning import turn
 from .holding import split
-from .predict import predictor
+from .scoring import Scorer
 
 #: Where the search for a rate begins: absolute for adapters, relative to a factor's size in white coordinates for factors.
 CENTRES = {"adapters": 3e-3, "factors": 3e-3}
@@ -256,7 +256,7 @@ def ready(job: Job, saved: Saved | None, log: Log, progress: Progress) -> Iterat
             teacher = stack.enter_context(asking(answering(job.teacher, original), original, job.hidden, precision))
         yield Training(
             what, Networks(student, teacher, job.lockstep), objective, job.train_data, job.select_data, settings, job.world,
-            job.scorer.decide if job.scorer.decides else None, saved, progress, log, job.finish if factors else None, started,
+            job.scorer if job.scorer.decides else None, saved, progress, log, job.finish if factors else None, started,
             _FORESEEN if factors else 0, None if factors else partial(turn, module=job.module, adapters=job.adapters),
         )  # fmt: skip
 
@@ -344,55 +344,3 @@ def _first_answer(opened: OpenedModel, module: nn.Module, data: Data, device: st
         outputs = opened.outputs(module, tensors_of(batch.inputs, device))
     name = answer_name(outputs)
     return name, outputs[name].cpu()
-
-
-@dataclass
-class Scorer:
-    """A metric on `select`: its value for a module, and as a number to minimise. `decides`: it was asked for."""
-
-    metric: metrics.Metric | None
-    opened: OpenedModel
-    module: nn.Module
-    data: Data
-    device: str
-    decides: bool = False
-    original: float | None = None
-
-    @classmethod
-    def of(
-        cls, metric: str | None, opened: OpenedModel, module: nn.Module, teacher: OpenedModel | None, data: Data, device: str
-    ) -> Scorer:  # fmt: skip
-        """Score by `metric`, or for information only by accuracy where `data` has class numbers."""
-        chosen = metrics.get(metric) if metric else None
-        if (
-            chosen is None
-            and data.labels is not None
-            and np.issubdtype(data.labels.dtype, np.integer)
-            and not data.pairs
-        ):
-            chosen = metrics.get("accuracy")
-        scorer = cls(chosen, opened, module, data, device, metric is not None)
-        if teacher is not None and teacher.module is not None:
-            scorer.original = scorer.value(teacher.module)
-        return scorer
-
-    @property
-    def name(self) -> str | None:
-        return self.metric.name if self.metric else None
-
-    def value(self, module: nn.Module | None = None) -> float | None:
-        """Return the metric of a module; None where there is no metric."""
-        if self.metric is None:
-            return None
-        predict = predictor(self.opened, module or self.module, self.device)
-        return float(self.metric.evaluate(predict, self.data, 250).value)
-
-    def decide(self) -> float:
-        """Return what decides about the network as it is, lower is better."""
-        value = self.value()
-        assert value is not None
-        return self.falling(value)
-
-    def falling(self, value: float) -> float:
-        """Return a value of the metric as a number of which less is better."""
-        return -value if self.metric is not None and self.metric.direction == "max" else value

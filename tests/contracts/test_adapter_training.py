@@ -168,7 +168,19 @@ def test_what_is_whole_follows_from_the_multiply_adds():
 
 @pytest.mark.parametrize("rank", [3, 99])
 @pytest.mark.parametrize(
-    "name", ["svd", "pivoted", "tucker", "spatial_svd", "pivoted_spatial", "pivoted_tucker", "grouped_svd"]
+    "name",
+    [
+        "svd",
+        "pivoted",
+        "als",
+        "tucker",
+        "spatial_svd",
+        "pivoted_spatial",
+        "pivoted_tucker",
+        "grouped_svd",
+        "cp",
+        "kronecker",
+    ],
 )
 def test_a_core_is_trained_in_units_of_the_output_and_is_the_same_core(name, rank):
     generator = torch.Generator().manual_seed(0)

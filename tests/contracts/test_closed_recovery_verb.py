@@ -27,7 +27,7 @@ from lrcompress.recover import closed_adapters, closed_pass
 from lrcompress.runtime import Session
 from lrcompress.verbs.closed import original_network
 from lrcompress.verbs.recover import recover
-from lrcompress.verbs.recovering import Scorer
+from lrcompress.verbs.scoring import Scorer
 from tests.support.nets import images, small
 
 SPEC = (InputSpec("x", "float32", ("batch", 3, 8, 8)),)

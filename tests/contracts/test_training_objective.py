@@ -19,9 +19,10 @@ from lrcompress.model.adapting import fresh
 from lrcompress.model.surgery import replace_layer
 from lrcompress.recover import losses
 from lrcompress.recover.blocks import rebuilt_kernels
-from lrcompress.recover.objective import Objective
+from lrcompress.recover.objective import Asked, Held, Objective
 from lrcompress.recover.rates import _length, _next, rate_at
 from lrcompress.recover.training import Training
+from lrcompress.recover.world import World
 from lrcompress.verbs.recover import recover
 from tests.support.nets import images, small
 from tests.support.training import RATE, compressed, data
@@ -103,6 +104,22 @@ def test_the_held_out_loss_is_the_mean_over_samples_not_over_batches(place):
         each = losses.logits(found.model(torch.as_tensor(x)), small()(torch.as_tensor(x)), temperature=math.inf)
     assert found.data["loss"]["after"] == pytest.approx(float(each.mean()), rel=1e-4)
     assert float((each[:250].mean() + each[250:].mean()) / 2) != pytest.approx(float(each.mean()), rel=0.05)
+
+
+def test_processes_share_the_held_out_batches_and_know_all_losses(monkeypatch):
+    """Three batches, two processes: what each has is not the other's, and their sum is what one process finds."""
+    objective = Objective({"labels": 1.0}, 1.0, (), {})
+    x, y = images(11, 3)
+    student = Asked(lambda inputs: small()(inputs["x"]), (), {}, None)
+
+    def held(world):
+        return Held(objective, student, None, Data.of_arrays({"x": x}, y), 4, world).losses()
+
+    told = []
+    monkeypatch.setattr(World, "sum", lambda self, value: told.append(value) or value)
+    whole, first, second = (held(w) for w in (World(), World(0, 2), World(1, 2)))
+    assert torch.equal(whole, first + second) and len(told) == 3
+    assert [int((v != 0).sum()) for v in (whole, first, second)] == [11, 7, 4]
 
 
 # rates ----------------------------------------------------------------------------------------------------------------
