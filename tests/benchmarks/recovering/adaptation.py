@@ -241,7 +241,7 @@ def reviews(place: Path) -> tuple[Shift, ...]:
     shifts = []
     for i, judged in enumerate(quarters):
         rest = np.concatenate([q for j, q in enumerate(quarters) if j != i])
-        learnt, held = new.take(rest[100:]), new.take(rest[:100])
+        learnt, held = new.take(rest[200:]), new.take(rest[:200])
         shifts.append(Shift(compressed, learnt, held, new.take(judged), steps=120, batch_size=16))
     return tuple(shifts)
 
