@@ -197,7 +197,7 @@ class Training:
             return decided
         losses = self.held.losses()
         if self.seen:
-            self.seen["loss"] = losses
+            self.seen["loss"] = losses.cpu()
         return float(losses.mean())
 
     def _start(self) -> None:
