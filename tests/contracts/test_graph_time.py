@@ -100,7 +100,9 @@ def test_convolutions_are_priced_by_what_they_write(weight, about, expected, blo
     kind, bits, dims, times = expected
     if blocked and kind == "conv_odd":  # blocks are filled up
         kind, dims = "conv", (dims[0], 16, *dims[2:])
-    assert (kind, bits, dims, times) in kinds(found)
+    # Blocks are of 8 channels, of 16 with AVX-512.
+    possible = [dims, (16, 16, *dims[2:])] if blocked and kind == "depthwise" else [dims]
+    assert any((kind, bits, d, times) in kinds(found) for d in possible)
 
 
 def test_a_graph_takes_the_sum_of_its_operators(tmp_path):
