@@ -54,7 +54,8 @@ from .output import Result, Shell, common, human_bytes
     help="Blend samples in pairs  [default: where inputs are no tokens and no labels are learnt]",
 )
 @click.option(
-    "--metric", help="Metric on --select that decides: the last state not clearly worse than the best; default: the loss."
+    "--metric",
+    help="Metric on --select that decides: the last state not clearly worse than the best; default: the loss.",
 )
 @click.option("--steps", type=int, help="Steps of training  [default: 400, or what --max-seconds allows]")
 @click.option(

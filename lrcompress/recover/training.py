@@ -1,4 +1,4 @@
-"""The training loop of recovery: the best state on held-out data is what remains, and the start is one of the states.
+"""The training loop of recovery: the best state on held-out data is what remains (`keeping`), the start being one.
 
 Everything random comes from the seed: the same seed, data and thread count give the same bytes, however often the run
 is broken off and goes on, unless `max_seconds` ends it. Processes share every batch; their gradients are summed and

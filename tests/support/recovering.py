@@ -11,6 +11,7 @@ from lrcompress.data import Data
 from lrcompress.model import InputSpec
 from lrcompress.verbs.factorize import factorize
 from lrcompress.verbs.recover import RecoverResult, recover
+from tests.support import training
 from tests.support.nets import images, small
 
 SPEC = (InputSpec("x", "float32", ("batch", 3, 8, 8)),)
@@ -34,8 +35,7 @@ def small_compressed(folder: Path) -> Path:
 
 def data(n: int = 160, seed: int = 1) -> Data:
     """Return labelled images."""
-    x, y = images(n, seed)
-    return Data.of_arrays({"x": x}, y)
+    return training.data(n, seed)
 
 
 def run(base: Path, **options: Any) -> RecoverResult:
