@@ -2,7 +2,8 @@
 
 Three threads ask all the time. Windows with swaps and windows without take turns, so that whatever else the machine does
 meets both alike; the pause between two swaps is a millisecond, so that the swapping thread is no fourth one that never
-lets go of the interpreter's lock (such a one raises the 99th percentile by itself, whatever it computes).
+lets go of the interpreter's lock (such a one raises the 99th percentile by itself, whatever it computes). It wakes as
+often where it has nothing to swap: that alone can take two processors' 99th percentile from 0.2 ms to 2.
 """
 
 from __future__ import annotations
@@ -96,8 +97,9 @@ def swapped(load: Load, swap: Callable[[int], None], n: int, start: int = 0) -> 
     """Have `n` swaps happen, in windows that take turns with windows of rest."""
     done = 0
     while done < n and not load.failed and not any(load.wrong):
-        load.swapping = False
-        time.sleep(WINDOW_S)
+        load.swapping, until = False, time.perf_counter() + WINDOW_S
+        while time.perf_counter() < until:
+            time.sleep(PAUSE_S)
         load.swapping, until = True, time.perf_counter() + WINDOW_S
         while done < n and time.perf_counter() < until:
             swap(start + done)
