@@ -144,6 +144,24 @@ def scales_of(data: bytes) -> dict[str, np.ndarray]:
     return {n.removesuffix(".scale"): v for n, v in stored.items() if n.endswith(".scale")}
 
 
+def stored_bytes(shape: Sequence[int], encoding: str) -> int:
+    """Return what the numbers of a tensor take in a payload: codes and their scales; names and golden outputs come on top."""
+    size = math.prod(shape)
+    if encoding == "int8":
+        return size + 4 * (shape[_scaled_axis(shape)] if shape else 1)
+    return size * {"f32": 4, "f16": 2}[encoding]
+
+
+def as_stored(value: np.ndarray, encoding: str) -> np.ndarray:
+    """Return what a device decodes of a tensor that is stored so, which is itself when it is stored so again."""
+    return _decode(_encode("value", np.asarray(value, np.float32), encoding), encoding)["value"]
+
+
+def _scaled_axis(shape: Sequence[int]) -> int:
+    """Return the axis that has a scale for each index: one that is no longer than the others, the rank, so that scales cost little."""
+    return 0 if len(shape) < 2 or shape[0] <= math.prod(shape[1:]) else 1
+
+
 def _encode(name: str, value: np.ndarray, encoding: str, earlier: np.ndarray | None = None) -> dict[str, np.ndarray]:
     if not np.isfinite(value).all():
         raise PayloadError(f"payload: {name}", "finite numbers", "NaN or infinity")
@@ -155,8 +173,7 @@ def _encode(name: str, value: np.ndarray, encoding: str, earlier: np.ndarray | N
                 f"payload: {name}", "numbers that float16 holds", f"{np.abs(value).max():.3g}", "use f32"
             )
         return {name: value.astype("<f2")}
-    # One scale per slice of the shorter of the first two axes: that is the rank, so scales cost little.
-    keep = 0 if value.ndim < 2 or value.shape[0] <= value.shape[1] else 1
+    keep = _scaled_axis(value.shape)
     axes = tuple(i for i in range(value.ndim) if i != keep)
     largest = np.max(np.abs(value), axis=axes, keepdims=True, initial=0.0)
     # A scale that underflows to zero would divide by it.

@@ -131,11 +131,6 @@ class BaseAdapter(nn.Module, abc.ABC):
         """Return the rank that asking for `rank` means on a layer: no more than its own."""
         return max(1, min(rank, target.shape[0], math.prod(target.shape[1:])))
 
-    @classmethod
-    @abc.abstractmethod
-    def n_params(cls, weight_shape: tuple[int, ...], rank: int, **options: Any) -> int:
-        """Return the numbers that a fresh adapter of this rank ships."""
-
     # weight decomposition ---------------------------------------------------------------------------------------------
 
     def decompose(self, weight: Tensor, axis: int = 0) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -370,8 +369,3 @@ class Adapter(BaseAdapter):
     @classmethod
     def rank_for(cls, target: Target, rank: int) -> int:
         return max(1, min(rank, target.core))
-
-    @classmethod
-    def n_params(cls, weight_shape: tuple[int, ...], rank: int, **options: Any) -> int:
-        r = int(options["core"])
-        return int(options.get("groups", 1)) * (r * r if rank >= r else 2 * r * rank)

@@ -114,13 +114,6 @@ class Adapter(BaseAdapter):
         a, b = self.expand()
         return added(y, F.linear(x, a), b, share, channels_first=False)
 
-    @classmethod
-    def n_params(cls, weight_shape: tuple[int, ...], rank: int, **options: Any) -> int:
-        rows, columns, *kernel = weight_shape
-        if options.get("tucker") and math.prod(kernel) > 1:
-            return 2 * (rank * (rows + columns) + rank * rank * math.prod(kernel))
-        return 2 * rank * (rows + columns * math.prod(kernel))
-
 
 class _Summed(torch.autograd.Function):
     """W + s·(B₁A₁) ∘ (B₂A₂); of the two products nothing is kept, the gradient multiplies them again."""

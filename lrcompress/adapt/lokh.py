@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -98,11 +97,6 @@ class Adapter(BaseAdapter):
             rest = rest // a.shape[1]
         assert product is not None
         return self.scaling * product.sum(-2)
-
-    @classmethod
-    def n_params(cls, weight_shape: tuple[int, ...], rank: int, **options: Any) -> int:
-        sizes = options.get("factors") or chain(weight_shape[0])
-        return rank * sum(sizes) * math.prod(weight_shape[1:])
 
     @classmethod
     def rank_for(cls, target: Target, rank: int) -> int:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -193,11 +192,6 @@ class Adapter(BaseAdapter):
             mix = second[0].reshape(*second[0].shape, *(1,) * (x.dim() - 2))
             h = convolve(h.flatten(0, 1), mix, ConvGeometry.default(x.dim() - 2))
         return h.reshape(len(x), -1, *h.shape[-(x.dim() - 2) :])
-
-    @classmethod
-    def n_params(cls, weight_shape: tuple[int, ...], rank: int, **options: Any) -> int:
-        options = {k: v for k, v in options.items() if k not in ("groups", "core")}
-        return sum(math.prod(s) for s in structure(weight_shape, rank, **options).values())
 
 
 def structure(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -135,7 +134,3 @@ class Adapter(BaseAdapter):
     @property
     def random_side(self) -> nn.Parameter | None:
         return self.lora_A if self.groups == 1 and "lora_mid" not in self._parameters else None
-
-    @classmethod
-    def n_params(cls, weight_shape: tuple[int, ...], rank: int, **options: Any) -> int:
-        return sum(p.numel() for p in cls(weight_shape, rank, **options).parameters())

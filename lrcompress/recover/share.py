@@ -1,7 +1,7 @@
-"""Give layers their ranks within a budget of numbers, by how much of the gradient each number can follow.
+"""Give layers their ranks within a budget of bytes, by how much of the gradient each byte can follow.
 
 The first step of an adapter can follow the gradient G of the loss by its weight up to rank r: Σ_{i≤r} σᵢ²(G). A step
-from one rank of one layer to a larger one is worth that gain per number; the best one that fits is taken, until none
+from one rank of one layer to a larger one is worth that gain per byte; the best one that fits is taken, until none
 does. Of other kinds than LoRA this is a proxy: their numbers reach other matrices, not fewer layers.
 """
 
@@ -15,22 +15,22 @@ from torch import Tensor
 #: Ranks that are tried.
 RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
-#: rank → numbers that it takes, ascending in both
+#: rank → bytes that it takes, ascending in both
 Prices = Sequence[tuple[int, int]]
 
 
-def prices(numbers_of: Mapping[int, int]) -> Prices:
-    """Return the ranks that are worth asking for: of those that take the same numbers, or more, the largest."""
+def prices(bytes_of: Mapping[int, int]) -> Prices:
+    """Return the ranks that are worth asking for: of those that take the same bytes, or more, the largest."""
     found: list[tuple[int, int]] = []
-    for rank, numbers in sorted(numbers_of.items()):
-        while found and found[-1][1] >= numbers:
+    for rank, n_bytes in sorted(bytes_of.items()):
+        while found and found[-1][1] >= n_bytes:
             found.pop()
-        found.append((rank, numbers))
+        found.append((rank, n_bytes))
     return found
 
 
 def ranks_within(offers: Mapping[str, Prices], spectra: Mapping[str, Tensor], most: int) -> dict[str, int]:
-    """Return {layer: rank} of at most `most` numbers; layers that get none are left out.
+    """Return {layer: rank} of at most `most` bytes; layers that get none are left out.
 
     `spectra`: squared singular values of each layer's gradient, descending.
     """

@@ -1,7 +1,8 @@
 """The verb `adapt`: a new task or another domain, the base frozen; kinds of adapters at equal bytes, the best is kept.
 
-Every kind gets the same bytes (two per number: payloads travel as float16), spread over the layers by the gradient of
-the loss at the start, and the same training. What they are worth is compared on `select`.
+Every kind gets the same bytes (those of its numbers in a payload: codes of int8 and their scales), spread over the
+layers by the gradient of the loss at the start, and the same training. What they are worth, rounded as they will travel,
+is compared on `select`.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from ..adapt import BaseAdapter, adapter_class, kinds
+from ..adapt import BaseAdapter, Target, adapter_class, kinds
 from ..adapt._files import MARKER, read_adapter
 from ..data import Data
 from ..errors import BudgetError, CommandError, HostError, LrcompressError
 from ..files import check_output, sha256_json, staged_folder, write_json
 from ..model import OpenedModel
-from ..model.adapting import layer_target, takes
+from ..model.adapting import fresh, layer_target, takes
 from ..model.checkpoint import Compressed, load_compressed
 from ..model.surgery import adaptable_layers, attach, wrap_dense
+from ..payload import stored_bytes
 from ..progress import Progress, Silent
 from ..recover import World
 from ..recover.logs import NoLog
@@ -39,8 +41,8 @@ from .recover import MAKER, original_of, recover
 from .recovering import Asked, Job, TrainingOptions, prepare, ready, settings_of
 from .sources import device_of, for_model
 
-#: Bytes of a number in a payload of float16.
-BYTES = 2
+#: How numbers travel, and are rounded.
+ENCODINGS = ("int8", "f16")
 #: Batches that the gradient is looked at with.
 _BATCHES = 8
 #: What the gradient is looked at through, and along how many directions, for kinds outside of a layer's core and in it.
@@ -65,6 +67,7 @@ def adapt(
     data: str | Data,
     adapter_kinds: Sequence[str] = (),
     max_bytes: int = 16384,
+    encoding: str = "int8",
     name: str = "adapt",
     output: str | Path | None = None,
     select: str | Data | None = None,
@@ -80,7 +83,8 @@ def adapt(
 ) -> AdaptResult:
     """Train an adapter of each kind within `max_bytes` and keep the one that is best on `select`.
 
-    `adapter_kinds`: none for all that the layers take. The loss is that of the labels, where the data have any. With
+    `adapter_kinds`: none for all that the layers take. `encoding`: int8 or f16, see above; a payload's names and golden
+    outputs come on top of the bytes. The loss is that of the labels, where the data have any. With
     `output` a killed run continues with what was not done. `training`: as in `recover`, for each kind. Raises
     `BudgetError` where no layer's smallest adapter fits, `CommandError`, `ModelError`, `DataError`.
     """
@@ -89,6 +93,8 @@ def adapt(
         torch.set_num_threads(threads)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise CommandError("lrcompress adapt", "one process", os.environ["WORLD_SIZE"], "start it without torchrun")
+    if encoding not in ENCODINGS:
+        raise CommandError("lrcompress adapt --encoding", " or ".join(ENCODINGS), encoding)
     dest = None if output is None else Path(output)
     if dest is not None:
         check_output(dest, maker=MAKER, marker=MARKER)
@@ -112,16 +118,16 @@ def adapt(
     # What a core reaches is told by the gradient by a whole one, all others by that by the weight.
     in_core = {adapter_class(k).in_core for k in chosen}
     looks = {c: look(Asked(kind=_PROBES[c], rank=_DIRECTIONS[c], name=name)) for c in sorted(in_core)}
-    plans, left_out = _plans(chosen, looks, max_bytes, asked=bool(adapter_kinds))
+    plans, left_out = _plans(chosen, looks, max_bytes, encoding, asked=bool(adapter_kinds))
 
     def trained(kind: str, ranks: Mapping[str, int], folder: Path) -> dict[str, Any]:
         return recover(
             base, data=fit, select=held, adapter_kind=kind, rank=max(ranks.values()), rank_pattern=ranks,
             include=tuple(ranks), name=name, metric=metric, seed=seed, compute=compute, original=teacher, closed="off",
-            progress=progress, output=folder, trust_pickle=trust_pickle, trust_remote_code=trust_remote_code, **training,
+            encoding=encoding, progress=progress, output=folder, trust_pickle=trust_pickle, trust_remote_code=trust_remote_code, **training,
         ).data  # fmt: skip
 
-    key = [base.digest, fit.digest(), held.digest(), settings.deciding(), metric, name]
+    key = [base.digest, fit.digest(), held.digest(), settings.deciding(), metric, name, encoding]
     with _workplace(dest) as place:
         rows = _compared(plans, place, key, trained)
         best = _best(rows, maximize=rows[0]["direction"] == "max")
@@ -131,26 +137,34 @@ def adapt(
                 shutil.copytree(place / best["kind"], stage, dirs_exist_ok=True)
     report = {
         "metric": best["metric"], "before": best["before"], "after": best["after"], "best": best["kind"], "n": len(held),
-        "max_bytes": max_bytes, "kinds": rows, "hints": [*left_out, *_hints(rows, best, len(held))],
+        "max_bytes": max_bytes, "encoding": encoding, "kinds": rows, "hints": [*left_out, *_hints(rows, best, len(held))],
         "output": None if dest is None else str(dest),
     }  # fmt: skip
     return AdaptResult(report, model, dest)
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """The rank of every layer that gets an adapter of a kind, and what all of them take."""
+
+    ranks: dict[str, int]
+    n_bytes: int
+
+
 def _compared(
-    plans: Mapping[str, Mapping[str, int]], place: Path, key: Sequence[Any],
+    plans: Mapping[str, _Plan], place: Path, key: Sequence[Any],
     trained: Callable[[str, Mapping[str, int], Path], dict[str, Any]],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Train what an earlier run of the same command has not, each in a folder of its own; return a row for each kind."""
     rows = []
-    for kind, ranks in plans.items():
+    for kind, plan in plans.items():
         about = place / f"{kind}.json"
-        own = sha256_json([*key, sorted(ranks.items())])
+        own = sha256_json([*key, sorted(plan.ranks.items())])
         report = _done(about, own)
         if report is None:
-            report = trained(kind, ranks, place / kind)
+            report = trained(kind, plan.ranks, place / kind)
             write_json(about, {"key": own, "report": report})
-        rows.append(_row(kind, ranks, report))
+        rows.append(_row(kind, plan, report))
     return rows
 
 
@@ -219,14 +233,14 @@ def _spectra(job: Job) -> dict[str, Tensor]:
 
 
 def _plans(
-    chosen: Sequence[str], looks: Mapping[bool, Look], max_bytes: int, *, asked: bool
-) -> tuple[dict[str, dict[str, int]], list[str]]:
+    chosen: Sequence[str], looks: Mapping[bool, Look], max_bytes: int, encoding: str, *, asked: bool
+) -> tuple[dict[str, _Plan], list[str]]:
     """Return the plan of each kind, and what is to be said of kinds that nobody asked for and that do not fit."""
-    plans: dict[str, dict[str, int]] = {}
+    plans: dict[str, _Plan] = {}
     refused: list[tuple[int, str]] = []
     for kind in chosen:
         try:
-            plans[kind] = _plan(kind, *looks[adapter_class(kind).in_core], max_bytes)
+            plans[kind] = _plan(kind, *looks[adapter_class(kind).in_core], max_bytes, encoding)
         except _Misfit as e:
             if asked:
                 raise
@@ -245,31 +259,36 @@ class _Misfit(BudgetError):
         super().__init__("lrcompress adapt --max-bytes", "room for one layer", got, f"allow {least_bytes}")
 
 
-def _plan(kind: str, module: nn.Module, spectra: Mapping[str, Tensor], max_bytes: int) -> dict[str, int]:
-    """Return the rank of every layer that gets an adapter of this kind; `BudgetError` where none fits."""
+def _plan(kind: str, module: nn.Module, spectra: Mapping[str, Tensor], max_bytes: int, encoding: str) -> _Plan:
+    """Spread the bytes over the layers that take this kind; `BudgetError` where none fits."""
     offers: dict[str, Prices] = {}
     for layer in spectra:
         target = wrap_dense(module, layer).target
         if takes(kind, target):
-            own, options = adapter_class(kind), {"groups": target.groups, "core": target.core}
-            offers[layer] = prices(
-                {(r := own.rank_for(target, rank)): own.n_params(target.shape, r, **options) for rank in RANKS}
-            )
-    found = ranks_within(offers, spectra, max_bytes // BYTES)
+            own = adapter_class(kind)
+            offers[layer] = prices({(r := own.rank_for(target, k)): _bytes(kind, target, r, encoding) for k in RANKS})
+    found = ranks_within(offers, spectra, max_bytes)
     if not found:
-        raise _Misfit(max_bytes, BYTES * min(offer[0][1] for offer in offers.values()), kind)
-    return found
+        raise _Misfit(max_bytes, min(offer[0][1] for offer in offers.values()), kind)
+    return _Plan(found, sum(dict(offers[layer])[rank] for layer, rank in found.items()))
+
+
+def _bytes(kind: str, target: Target, rank: int, encoding: str) -> int:
+    """Return what the numbers of a fresh adapter take in a payload."""
+    with torch.device("meta"):
+        shapes = [p.shape for p in fresh(kind, target, rank).parameters()]
+    return sum(stored_bytes(shape, encoding) for shape in shapes)
 
 
 # results --------------------------------------------------------------------------------------------------------------
 
 
-def _row(kind: str, ranks: Mapping[str, int], report: Mapping[str, Any]) -> dict[str, Any]:
+def _row(kind: str, plan: _Plan, report: Mapping[str, Any]) -> dict[str, Any]:
     direction = "min" if str(report["metric"]).startswith("loss_") else report["direction"]
     return {
         "kind": kind, "metric": report["metric"], "direction": direction, "before": report["before"], "after": report["after"],
-        "loss": report["loss"]["after"], "numbers": report["trainable_params"], "bytes": BYTES * report["trainable_params"],
-        "ranks": dict(ranks), "steps": report["steps"], "seconds": report["train_seconds"],
+        "loss": report["loss"]["after"], "numbers": report["trainable_params"], "bytes": plan.n_bytes,
+        "ranks": plan.ranks, "steps": report["steps"], "seconds": report["train_seconds"],
         "learning_rate": report["learning_rate"],
     }  # fmt: skip
 

@@ -71,6 +71,7 @@ def recover(
     log: str | Path | None = None,
     trust_pickle: bool = False,
     trust_remote_code: bool = False,
+    encoding: str | None = None,
     progress: Progress | None = None,
     **training: Unpack[TrainingOptions],
 ) -> RecoverResult:
@@ -82,6 +83,7 @@ def recover(
     kind dora and merging ship. `metric`: what decides, see `recover.keeping`. Without `select` a tenth of `data` is held out.
     `closed`: auto starts adapters from closed forms where these help, only trains nothing, off starts from zero; refit
     changes the base by least squares instead and writes a compressed folder.
+    `encoding`: adapters are rounded to what a payload of it holds before they are judged.
     `processes`: how many torchrun must have started. `training`: see `TrainingOptions`. With `output`, a killed run
     continues where the same is asked again. Raises `CommandError`, `ModelError`, `DataError`, `HostError`.
     """
@@ -108,6 +110,7 @@ def recover(
             job = prepare(
                 base, teacher, asked, settings, samples, metric=metric, world=world, shard_teacher=shard_teacher
             )
+            job.encoding = encoding
             job.closed = closed if asked.train == "adapters" and not shard_teacher else "off"
             store = stack.enter_context(_store(job, dest))
             logged = stack.enter_context(_log(job, dest, log))

@@ -24,6 +24,7 @@ from ..model import OpenedModel, tensors_of
 from ..model.adapting import by_pattern, fresh, layer_target, takes
 from ..model.checkpoint import Compressed
 from ..model.surgery import adaptable_layers, attach, factorized_layers, wrap_dense
+from ..payload import as_stored
 from ..progress import Progress, Silent
 from ..recover import Networks, Outcome, Saved, Settings, Trained, Training, World, losses, mixing, trained
 from ..recover.blocks import checkpointed, hidden_states, rebuilt_kernels
@@ -150,6 +151,8 @@ class Job:
     forms: dict[str, str]
     lockstep: bool = False
     closed: str = "off"
+    #: What adapters are rounded to when they are trained: an encoding of payloads.
+    encoding: str | None = None
 
     def finish(self) -> None:
         """Put trained factors into the gauge that the checkpoint keeps."""
@@ -171,7 +174,7 @@ class Job:
             "metric": self.scorer.name if self.scorer.decides else None,
             "original": None if self.teacher is None else self.teacher.digest, "processes": self.world.size,
             "device": self.world.device, "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "lockstep": self.lockstep, "closed": self.closed,
+            "lockstep": self.lockstep, "closed": self.closed, "encoding": self.encoding,
         }  # fmt: skip
 
 
@@ -213,9 +216,32 @@ def prepare(
 
 
 def train(job: Job, *, saved: Saved | None, log: Log, progress: Progress) -> Outcome:
-    """Train what the job says in place."""
+    """Train what the job says in place; adapters are rounded to its encoding, if it has one."""
+    fresh = {n: copy.deepcopy(a.state_dict()) for n, a in job.adapters.items()}
     with ready(job, saved, log, progress) as training:
-        return training.run(lambda t: find_rate(t, CENTRES[job.asked.train], descending=job.asked.train == "factors"))
+        outcome = training.run(
+            lambda t: find_rate(t, CENTRES[job.asked.train], descending=job.asked.train == "factors")
+        )
+    return outcome if job.encoding is None or outcome.best_step == 0 else _as_stored(job, job.encoding, outcome, fresh)
+
+
+def _as_stored(job: Job, encoding: str, outcome: Outcome, fresh: Mapping[str, Mapping[str, Tensor]]) -> Outcome:
+    """Round adapters to what a payload holds; where rounding took back what was won, they are fresh again."""
+
+    def store() -> None:
+        with torch.no_grad():
+            for p in (p for adapter in job.adapters.values() for p in adapter.parameters()):
+                p.copy_(torch.from_numpy(as_stored(p.cpu().numpy(), encoding)))
+
+    store()
+    loss = judge(job)
+    store()  # a core has been in other units meanwhile, which costs the last bits
+    decided = job.scorer.decide() if job.scorer.decides else loss
+    if (decided, loss) < (outcome.history[0][1], outcome.start_loss):
+        return replace(outcome, best_loss=loss)
+    for name, adapter in job.adapters.items():
+        adapter.load_state_dict(fresh[name])
+    return replace(outcome, best_loss=outcome.start_loss, best_step=0)
 
 
 def untrained(loss: float) -> Outcome:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lrcompress.adapt import adapter, adapter_class, kinds, lokr
+from lrcompress.adapt import adapter, adapter_class, kinds, lokh, lokr
 from lrcompress.adapt._files import read_adapter, write_adapter
 from lrcompress.errors import ModelError
 from lrcompress.factorize import form
@@ -96,9 +96,12 @@ class TestEveryKind:
         assert one.scaling == 1.0
 
     def test_counts(self, kind, shape):
-        assert adapter_class(kind).n_params(shape, 3) == sum(
-            p.numel() for p in random_adapter(kind, shape).parameters()
-        )
+        out, inner, kernel = shape[0], math.prod(shape[1:]), math.prod(shape[2:])
+        (m1, m2), (n1, n2) = lokr.factorization(out), lokr.factorization(shape[1])
+        second = 3 * (m2 + n2 * kernel) if max(m2, n2) / 2 > 3 else m2 * n2 * kernel
+        chained = 3 * sum(lokh.chain(out)) * inner
+        expected = {"lora": 3 * (out + inner), "loha": 6 * (out + inner), "lokr": m1 * n1 + second, "lokh": chained}
+        assert sum(p.numel() for p in random_adapter(kind, shape).parameters()) == expected[kind]
 
     def test_same_seed_same_bytes(self, kind, shape):
         one, two = (adapter(kind, weight_shape=shape, rank=2, generator=generator(4)) for _ in range(2))

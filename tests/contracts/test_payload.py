@@ -6,6 +6,7 @@ What may be wrong with its bytes stands in `tests/attacks/test_payload_bytes.py`
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from lrcompress.errors import PayloadError
 from lrcompress.expansions import expand
 from lrcompress.files import sha256_bytes
 from lrcompress.manifest import Manifest, base_id, slots_id
-from lrcompress.payload import build, parse
+from lrcompress.payload import as_stored, build, parse, stored_bytes
 from tests.support.graphs import cnn, run, write_exported
 from tests.support.payloads import GOLDEN, META, X, base, loha, lora, made, stored, taken_apart
 
@@ -97,6 +98,20 @@ def test_encodings_keep_what_they_promise(manifest: Manifest) -> None:
             else:
                 assert np.array_equal(got, value if encoding == "f32" else value.astype(np.float16).astype(np.float32))
     assert sizes["int8"] < sizes["f16"] < sizes["f32"]
+
+
+@pytest.mark.parametrize("encoding", ["f32", "f16", "int8"])
+@pytest.mark.parametrize("shape", [(3, 40), (40, 3), (2, 40, 3, 3), (3, 2, 3, 3), (1, 1), (5,)])
+def test_what_is_stored_is_known_before(encoding: str, shape: tuple[int, ...]) -> None:
+    """Its bytes, and its numbers: those of the least error that codes have, one scale per rank, which is the shorter side."""
+    value = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    once = as_stored(value, encoding)
+    np.testing.assert_allclose(as_stored(once, encoding), once, rtol=2e-6)
+    step = {"f32": 0.0, "f16": 2.0**-11, "int8": 0.501 / 127}[encoding]
+    assert once.dtype == np.float32 and np.abs(once - value).max() <= step * np.abs(value).max()
+    rank = min(shape[0], math.prod(shape[1:]))
+    scales = {"int8": 4 * (rank if len(shape) > 1 else shape[0])}.get(encoding, 0)
+    assert stored_bytes(shape, encoding) == value.size * {"f32": 4, "f16": 2, "int8": 1}[encoding] + scales
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-45, 1e-38, 3e38])

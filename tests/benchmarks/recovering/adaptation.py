@@ -4,7 +4,7 @@ Shifts: `noise`, CIFAR-10 images with Gaussian noise (σ 0.08) on ResNet-20 at h
 a voice that a small network never heard; `sentences`, a new task: MiniLM at half of its encoder, which learnt to tell what
 is alike, tells what is praise in film sentences (SST-2; its head is fitted to the frozen encoder); `reviews`, the same
 network on IMDB's reviews, each quarter judged by what learnt from the other three, for there are few. Adapters are
-rounded to float16, as they are shipped, before they are judged on test data that nothing else saw. *Regained*: of what
+rounded to int8, as they are shipped, before they are judged on test data that nothing else saw. *Regained*: of what
 the full fine-tune regains; nothing is said of that where the full fine-tune gains less than two standard errors.
 """
 
@@ -27,7 +27,6 @@ from lrcompress.adapt import kinds
 from lrcompress.data import Data
 from lrcompress.errors import BudgetError
 from lrcompress.model import InputSpec
-from lrcompress.model.surgery import factorized_layers
 from lrcompress.verbs.recover import recover
 
 from ..peers.networks import ROOT
@@ -114,7 +113,7 @@ def _adapted(shifts: Sequence[Shift], kind: str, budget_bytes: int, steps: int) 
         told = found.data["kinds"][0]
         row |= {"bytes": told["bytes"], "layers": len(told["ranks"]), "learning_rate": told["learning_rate"]}
         row["seconds"] += told["seconds"]
-        row["accuracy"] += accuracy(rounded(found.model), s.test) * len(s.test) / sum(len(o.test) for o in shifts)
+        row["accuracy"] += accuracy(found.model, s.test) * len(s.test) / sum(len(o.test) for o in shifts)
     return row
 
 
@@ -161,15 +160,6 @@ def accuracy(module: nn.Module, data: Data) -> float:
             said = module(*(torch.as_tensor(v) for v in batch.inputs.values())).argmax(-1)
             right += int((said == torch.as_tensor(batch.labels)).sum())
     return right / len(data)
-
-
-def rounded(module: nn.Module) -> nn.Module:
-    """Round all adapters to what a payload of float16 holds."""
-    with torch.no_grad():
-        for _, layer in factorized_layers(module):
-            for p in layer.adapters.parameters():
-                p.copy_(p.half().float())
-    return module
 
 
 def noise(place: Path) -> Shift:
