@@ -22,17 +22,11 @@ from .output import Result, Shell, common, human_bytes, table
 @click.option(
     "--adapter", "adapter_kinds", metavar="KIND,…", default="", help="Kinds to compare; default: all that fit."
 )
+@click.option("--max-bytes", type=Size(), default="16KB", show_default=True, metavar="SIZE", help="Of its numbers.")
 @click.option(
-    "--max-bytes", type=Size(), default="16KB", show_default=True, metavar="SIZE",
-    help="Of an adapter's numbers; a payload's names and golden outputs come on top.",
+    "--encoding", default="f16", show_default=True, metavar="f16|int8",
+    help="What its numbers are counted as and rounded to: 2 bytes each, or 1 and scales, without a payload's names and golden outputs.",
 )  # fmt: skip
-@click.option(
-    "--encoding",
-    default="int8",
-    show_default=True,
-    metavar="int8|f16",
-    help="What numbers travel as, and are rounded to.",
-)
 @click.option("--name", default="adapt", show_default=True, help="Name of the adapter.")
 @click.option("--metric", help="Metric on --select that decides, the loss among equals; default: the loss.")
 @click.option(

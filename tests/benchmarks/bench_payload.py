@@ -121,7 +121,7 @@ def _kind(
     for part, share in (("early", 0.5), ("late", 1.0)):
         folder = shift.compressed.parent / f"{kind}-{budget}-{part}"
         lrcompress.adapt(
-            shift.compressed, data=shift.train, adapter_kinds=(kind,), max_bytes=budget, encoding="f16", steps=max(1, int(steps * share)),
+            shift.compressed, data=shift.train, adapter_kinds=(kind,), max_bytes=budget, steps=max(1, int(steps * share)),
             output=folder, name=part, **training,
         )  # fmt: skip
         folders.append(folder)

@@ -4,7 +4,7 @@ Shifts: `noise`, CIFAR-10 images with Gaussian noise (σ 0.08) on ResNet-20 at h
 a voice that a small network never heard; `sentences`, a new task: MiniLM at half of its encoder, which learnt to tell what
 is alike, tells what is praise in film sentences (SST-2; its head is fitted to the frozen encoder); `reviews`, the same
 network on IMDB's reviews, each quarter judged by what learnt from the other three, for there are few. Adapters are
-rounded to int8, as they are shipped, before they are judged on test data that nothing else saw. *Regained*: of what
+rounded to float16 before they are judged on test data that nothing else saw. *Regained*: of what
 the full fine-tune regains; nothing is said of that where the full fine-tune gains less than two standard errors.
 """
 
