@@ -4,8 +4,8 @@ Shifts: `noise`, CIFAR-10 images with Gaussian noise (σ 0.08) on ResNet-20 at h
 a voice that a small network never heard; `sentences`, a new task: MiniLM at half of its encoder, which learnt to tell what
 is alike, tells what is praise in film sentences (SST-2; its head is fitted to the frozen encoder); `reviews`, the same
 network on IMDB's reviews, each quarter judged by what learnt from the other three, for there are few. Adapters are
-rounded to float16 before they are judged on test data that nothing else saw. *Regained*: of what
-the full fine-tune regains; nothing is said of that where the full fine-tune gains less than two standard errors.
+rounded as their bytes are counted (`--encoding`) and judged on test data that nothing else saw. *Regained*: of what the
+full fine-tune regains; nothing is said of that where the full fine-tune gains less than two standard errors.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from lrcompress.adapt import kinds
 from lrcompress.data import Data
 from lrcompress.errors import BudgetError
 from lrcompress.model import InputSpec
+from lrcompress.verbs.adapt import ENCODINGS
 from lrcompress.verbs.recover import recover
 
 from ..peers.networks import ROOT
@@ -58,6 +59,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--shifts", type=some_of(SHIFTS), default=list(SHIFTS), help=f"of {','.join(SHIFTS)}")
     group.add_argument("--budgets", default="1,4,16,64", help="thousands of bytes, separated by commas")
     group.add_argument("--adapters", type=some_of(kinds()), default=list(kinds()), help="kinds, separated by commas")
+    group.add_argument("--encoding", choices=ENCODINGS, default=ENCODINGS[0], help="what bytes are counted as")
     group.add_argument("--adapt-steps", type=int, default=300, help="steps of training for each")
 
 
@@ -87,7 +89,7 @@ def _measured(shifts: Sequence[Shift], options: argparse.Namespace, tell: Callab
     for budget in map(float, options.budgets.split(",")):
         for kind in options.adapters:
             try:
-                row = _adapted(shifts, kind, round(budget * 1000), steps)
+                row = _adapted(shifts, kind, round(budget * 1000), options.encoding, steps)
             except BudgetError as e:
                 tell(f"{kind} at {budget:g} kB: {e}")
                 continue
@@ -103,13 +105,14 @@ def _training(shift: Shift, steps: int) -> dict[str, Any]:
     return {"steps": steps, "select": shift.select, "metric": "accuracy", "batch_size": shift.batch_size}
 
 
-def _adapted(shifts: Sequence[Shift], kind: str, budget_bytes: int, steps: int) -> dict[str, Any]:
+def _adapted(shifts: Sequence[Shift], kind: str, budget_bytes: int, encoding: str, steps: int) -> dict[str, Any]:
     """Return the row of one kind at one budget."""
-    row: dict[str, Any] = {"kind": kind, "budget_bytes": budget_bytes, "accuracy": 0.0, "seconds": 0.0}
+    row: dict[str, Any] = {"kind": kind, "budget_bytes": budget_bytes, "encoding": encoding}
+    row |= {"accuracy": 0.0, "seconds": 0.0}
     for s in shifts:
         found = lrcompress.adapt(
-            s.compressed, data=s.train, adapter_kinds=(kind,), max_bytes=budget_bytes, **_training(s, steps)
-        )
+            s.compressed, data=s.train, adapter_kinds=(kind,), max_bytes=budget_bytes, encoding=encoding, **_training(s, steps)
+        )  # fmt: skip
         told = found.data["kinds"][0]
         row |= {"bytes": told["bytes"], "layers": len(told["ranks"]), "learning_rate": told["learning_rate"]}
         row["seconds"] += told["seconds"]
