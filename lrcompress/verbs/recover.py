@@ -83,7 +83,7 @@ def recover(
     kind dora and merging ship. `metric`: what decides, see `recover.keeping`. Without `select` a tenth of `data` is held out.
     `closed`: auto starts adapters from closed forms where these help, only trains nothing, off starts from zero; refit
     changes the base by least squares instead and writes a compressed folder.
-    `encoding`: adapters are rounded to what a payload of it holds before they are judged.
+    `encoding`: trained adapters are rounded to what a payload of it holds before they are judged.
     `processes`: how many torchrun must have started. `training`: see `TrainingOptions`. With `output`, a killed run
     continues where the same is asked again. Raises `CommandError`, `ModelError`, `DataError`, `HostError`.
     """

@@ -222,7 +222,7 @@ def train(job: Job, *, saved: Saved | None, log: Log, progress: Progress) -> Out
         outcome = training.run(
             lambda t: find_rate(t, CENTRES[job.asked.train], descending=job.asked.train == "factors")
         )
-    return outcome if job.encoding is None or outcome.best_step == 0 else _as_stored(job, job.encoding, outcome, fresh)
+    return outcome if job.encoding is None else _as_stored(job, job.encoding, outcome, fresh)
 
 
 def _as_stored(job: Job, encoding: str, outcome: Outcome, fresh: Mapping[str, Mapping[str, Tensor]]) -> Outcome:
@@ -237,10 +237,11 @@ def _as_stored(job: Job, encoding: str, outcome: Outcome, fresh: Mapping[str, Ma
     loss = judge(job)
     store()  # a core has been in other units meanwhile, which costs the last bits
     decided = job.scorer.decide() if job.scorer.decides else loss
-    if (decided, loss) < (outcome.history[0][1], outcome.start_loss):
+    if outcome.best_step == 0 or (decided, loss) < (outcome.history[0][1], outcome.start_loss):
         return replace(outcome, best_loss=loss)
     for name, adapter in job.adapters.items():
         adapter.load_state_dict(fresh[name])
+    store()
     return replace(outcome, best_loss=outcome.start_loss, best_step=0)
 
 

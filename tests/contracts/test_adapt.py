@@ -97,15 +97,24 @@ def test_the_bytes_are_those_of_a_payload_which_changes_nothing(base, exported, 
 
 
 def test_rounding_that_takes_back_what_was_won_ends_at_the_start(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(recovering, "as_stored", lambda value, encoding: np.zeros_like(value))
-    how = {**OPTIONS, "adapter_kinds": ("lora",)}
-    found = lrcompress.adapt(
-        base / "compressed", data=shifted(160, 1), select=shifted(120, 2), output=tmp_path / "a", **how
-    )
+    """One that leaves no number of B, which no gain survives; A is what it was before the training, too."""
+    how = {"data": shifted(160, 1), "select": shifted(120, 2), "adapter_kinds": ("lora",), **OPTIONS}
+    lrcompress.adapt(base / "compressed", output=tmp_path / "won", **how)
+    rounds, real = [], recovering.as_stored
+
+    def forgets(value, encoding):
+        rounds.append(value.shape)
+        return np.zeros_like(value) if len(rounds) % 2 == 0 else real(value, encoding)
+
+    monkeypatch.setattr(recovering, "as_stored", forgets)
+    found = lrcompress.adapt(base / "compressed", output=tmp_path / "lost", **how)
     (row,) = found.data["kinds"]
     assert row["after"] == row["before"] and "no kind learnt anything" in " ".join(found.data["hints"])
-    for adapter in read_adapter(tmp_path / "a").adapters.values():
-        assert bool(adapter.lora_A.any()) and not bool(adapter.lora_B.any())
+    won, lost = (read_adapter(tmp_path / n).adapters for n in ("won", "lost"))
+    assert won.keys() == lost.keys() and len(rounds) == 6 * len(won)
+    for name, adapter in lost.items():
+        assert not bool(adapter.lora_B.any()) and bool(won[name].lora_B.any())
+        assert bool(adapter.lora_A.any()) and not torch.equal(adapter.lora_A, won[name].lora_A)
 
 
 def test_what_was_done_before_a_kill_is_not_done_again(base, tmp_path, monkeypatch):
