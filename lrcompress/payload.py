@@ -158,7 +158,9 @@ def as_stored(value: np.ndarray, encoding: str) -> np.ndarray:
 
 
 def _scaled_axis(shape: Sequence[int]) -> int:
-    """Return the axis that has a scale for each index: one that is no longer than the others, the rank, so that scales cost little."""
+    """Return the axis that has a scale for each index: the first, or the second where the first is longer than all others
+    together. Of two that is the rank, so scales cost little.
+    """
     return 0 if len(shape) < 2 or shape[0] <= math.prod(shape[1:]) else 1
 
 

@@ -22,7 +22,9 @@ from .output import Result, Shell, common, human_bytes, table
 @click.option(
     "--adapter", "adapter_kinds", metavar="KIND,…", default="", help="Kinds to compare; default: all that fit."
 )
-@click.option("--max-bytes", type=Size(), default="16KB", show_default=True, metavar="SIZE", help="Of its numbers.")
+@click.option(
+    "--max-bytes", type=Size(), default="16KB", show_default=True, metavar="SIZE", help="Of a kind's numbers."
+)
 @click.option(
     "--encoding", default="f16", show_default=True, metavar="f16|int8",
     help="What its numbers are counted as and rounded to: 2 bytes each, or 1 and scales, without a payload's names and golden outputs.",

@@ -217,7 +217,7 @@ def prepare(
 
 def train(job: Job, *, saved: Saved | None, log: Log, progress: Progress) -> Outcome:
     """Train what the job says in place; adapters are rounded to its encoding, if it has one."""
-    fresh = {n: copy.deepcopy(a.state_dict()) for n, a in job.adapters.items()}
+    fresh = {n: copy.deepcopy(a.state_dict()) for n, a in job.adapters.items()} if job.encoding else {}
     with ready(job, saved, log, progress) as training:
         outcome = training.run(
             lambda t: find_rate(t, CENTRES[job.asked.train], descending=job.asked.train == "factors")
