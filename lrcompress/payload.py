@@ -1,9 +1,9 @@
 """Adapter payloads: bytes to verified tensors and back. No IO, no network, and nothing is believed.
 
 A payload is a safetensors file with sorted names and one canonical header. Its tensors are an adapter's own factors
-with the scaling folded in, encoded as f32, f16, or int8 with scales that broadcast; other kinds than LoRA travel as
-their own factors and are expanded here, exactly (see `expansions`). Golden outputs (see `golden.project`) travel along.
-What a device fetches may be shorter: a delta from a payload that it has (see `deltas`), whose result is such a file.
+with the scaling folded in, as numbers or as codes (see `encodings`); other kinds than LoRA travel as their own factors and
+are expanded here, exactly (see `expansions`). Golden outputs (see `golden.project`) travel along. What a device fetches
+may be shorter: a delta from a payload that it has (see `deltas`), whose result is such a file.
 
     payload = parse(data)            # PayloadError for anything malformed
     payload.verify(manifest)         # and for anything that does not fit this base
@@ -22,19 +22,22 @@ from typing import Any
 import numpy as np
 
 from . import expansions
+from .encodings import ENCODINGS, decode, encode
 from .errors import PayloadError
 from .files import canonical_json, sha256_bytes
 from .manifest import Manifest, is_sha256, strict_json
 
 SCHEMA = "1"
 KINDS = tuple(expansions.KINDS)
-ENCODINGS = ("f32", "f16", "int8")
 GOLDEN = "golden/"
 MAX_HEADER_BYTES = 1 << 20
 MAX_TENSORS = 16_384
-#: An earlier payload's scale is kept if it is at most so many times the one that would be chosen now.
-EARLIER_SCALE = 1.5
-_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "I8": np.dtype("i1")}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "I8": np.dtype("i1"),
+    "U8": np.dtype("u1"),
+}
 _NAMES = {v: k for k, v in _DTYPES.items()}
 _METADATA = {"schema", "slots_id", "base_ids", "kind", "encoding"}
 
@@ -124,7 +127,7 @@ def build(
     for name, value in tensors.items():
         with np.errstate(over="ignore"):  # what float32 cannot hold is refused as infinite
             single = np.asarray(value, np.float32)
-        stored |= _encode(name, single, encoding, (scales or {}).get(name))
+        stored |= encode(name, single, encoding, (scales or {}).get(name))
     for name, value in (golden or {}).items():
         stored[GOLDEN + name] = value
     metadata = {
@@ -142,48 +145,6 @@ def scales_of(data: bytes) -> dict[str, np.ndarray]:
     if metadata.get("encoding") != "int8":
         return {}
     return {n.removesuffix(".scale"): v for n, v in stored.items() if n.endswith(".scale")}
-
-
-def stored_bytes(shape: Sequence[int], encoding: str) -> int:
-    """Return what the numbers of a tensor take in a payload: codes and their scales; names and golden outputs come on top."""
-    size = math.prod(shape)
-    if encoding == "int8":
-        return size + 4 * (shape[_scaled_axis(shape)] if shape else 1)
-    return size * {"f32": 4, "f16": 2}[encoding]
-
-
-def as_stored(value: np.ndarray, encoding: str) -> np.ndarray:
-    """Return what a device decodes of a tensor that is stored so, which is itself when it is stored so again."""
-    return _decode(_encode("value", np.asarray(value, np.float32), encoding), encoding)["value"]
-
-
-def _scaled_axis(shape: Sequence[int]) -> int:
-    """Return the axis that has a scale for each index: the first, or the second where the first is longer than all others
-    together. Of two that is the rank, so scales cost little.
-    """
-    return 0 if len(shape) < 2 or shape[0] <= math.prod(shape[1:]) else 1
-
-
-def _encode(name: str, value: np.ndarray, encoding: str, earlier: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    if not np.isfinite(value).all():
-        raise PayloadError(f"payload: {name}", "finite numbers", "NaN or infinity")
-    if encoding == "f32":
-        return {name: value.astype("<f4")}
-    if encoding == "f16":
-        if value.size and float(np.abs(value).max()) > 65504:
-            raise PayloadError(
-                f"payload: {name}", "numbers that float16 holds", f"{np.abs(value).max():.3g}", "use f32"
-            )
-        return {name: value.astype("<f2")}
-    keep = _scaled_axis(value.shape)
-    axes = tuple(i for i in range(value.ndim) if i != keep)
-    largest = np.max(np.abs(value), axis=axes, keepdims=True, initial=0.0)
-    # A scale that underflows to zero would divide by it.
-    scale = np.maximum(np.where(largest > 0, largest, 1.0) / 127, np.finfo(np.float32).tiny).astype("<f4")
-    if earlier is not None and earlier.shape == scale.shape:
-        suits = (earlier >= scale) & (earlier <= EARLIER_SCALE * scale) | ((largest == 0) & (earlier > 0))
-        scale = np.where(suits, earlier, scale).astype("<f4")
-    return {f"{name}.q": np.clip(np.rint(value / scale), -127, 127).astype("i1"), f"{name}.scale": scale}
 
 
 def _serialize(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
@@ -236,11 +197,11 @@ def parse(data: bytes) -> Payload:
         raise PayloadError("payload: base_ids, slots_id", "hex sha256", f"{base_ids}, {metadata['slots_id']}")
     golden = {k.removeprefix(GOLDEN): v for k, v in stored.items() if k.startswith(GOLDEN)}
     for name, value in golden.items():
-        if not name or value.dtype == np.int8 or value.ndim != 2 or not np.isfinite(value).all():
+        if not name or value.dtype.kind != "f" or value.ndim != 2 or not np.isfinite(value).all():
             raise PayloadError(
                 f"payload: {GOLDEN}{name}", "finite float rows (samples, k)", f"{value.dtype} {list(value.shape)}"
             )
-    tensors = _decode({k: v for k, v in stored.items() if not k.startswith(GOLDEN)}, metadata["encoding"])
+    tensors = decode({k: v for k, v in stored.items() if not k.startswith(GOLDEN)}, metadata["encoding"])
     return Payload(
         metadata["kind"],
         metadata["encoding"],
@@ -252,37 +213,6 @@ def parse(data: bytes) -> Payload:
         len(data),
         data,
     )
-
-
-def _decode(stored: Mapping[str, np.ndarray], encoding: str) -> dict[str, np.ndarray]:
-    out: dict[str, np.ndarray] = {}
-    if encoding == "int8":
-        for name, q in stored.items():
-            if name.endswith(".scale"):
-                if name.removesuffix(".scale") + ".q" not in stored:
-                    raise PayloadError(f"payload: {name}", "codes beside the scale", "none")
-                continue
-            scale = stored.get(name.removesuffix(".q") + ".scale") if name.endswith(".q") else None
-            if scale is None or q.dtype != np.int8 or scale.dtype != np.float32 or scale.ndim != q.ndim:
-                raise PayloadError(
-                    f"payload: {name}", "int8 codes and a float32 scale of the same number of axes", q.dtype
-                )
-            if any(s not in (1, d) for s, d in zip(scale.shape, q.shape, strict=True)):
-                raise PayloadError(
-                    f"payload: {name}", "a scale that broadcasts", f"{list(scale.shape)} over {list(q.shape)}"
-                )
-            with np.errstate(over="ignore", invalid="ignore"):
-                out[name.removesuffix(".q")] = q.astype(np.float32) * scale
-    else:
-        wanted = np.dtype("<f4" if encoding == "f32" else "<f2")
-        for name, value in stored.items():
-            if value.dtype != wanted:
-                raise PayloadError(f"payload: {name}", f"dtype {wanted}", value.dtype)
-            out[name] = value.astype(np.float32)
-    for name, value in out.items():
-        if not np.isfinite(value).all():
-            raise PayloadError(f"payload: {name}", "finite numbers", "NaN or infinity")
-    return out
 
 
 def _deserialize(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -26,8 +26,8 @@ from .output import Result, Shell, common, human_bytes, table
     "--max-bytes", type=Size(), default="16KB", show_default=True, metavar="SIZE", help="Of a kind's numbers."
 )
 @click.option(
-    "--encoding", default="f16", show_default=True, metavar="f16|int8",
-    help="What its numbers are counted as and rounded to: 2 bytes each, or 1 and scales, without a payload's names and golden outputs.",
+    "--encoding", default="f16", show_default=True, metavar="f16|int8|int4",
+    help="What its numbers are counted as and rounded to: 2 bytes each, 1, or half of one, with scales, without a payload's names and golden outputs.",
 )  # fmt: skip
 @click.option("--name", default="adapt", show_default=True, help="Name of the adapter.")
 @click.option("--metric", help="Metric on --select that decides, the loss among equals; default: the loss.")

@@ -126,7 +126,7 @@ def init(
 @publish.command(epilog="Example: lrcompress publish add repo adapters/first --group default")
 @click.argument("repo", type=click.Path())
 @click.argument("source", type=click.Path())
-@click.option("--encoding", default="auto", show_default=True, help="auto, f32, f16, int8 or delta.")
+@click.option("--encoding", default="auto", show_default=True, help="auto, f32, f16, int8, int4 or delta.")
 @offering
 @signing
 @common

@@ -10,6 +10,7 @@ import numpy as np
 
 from .. import deltas
 from .. import payload as payloads
+from ..encodings import as_stored
 from ..errors import CommandError, PayloadError
 from ..files import sha256_bytes
 from ..golden import compare, load_golden, project
@@ -18,7 +19,10 @@ from ..runtime import Session
 
 #: How far an encoding may move a golden output from what the f32 payload answers, relative to max(1, max|output|).
 ENCODING_TOLERANCE = 1e-2
-ENCODINGS = ("int8", "f16", "f32")
+#: In the order in which they are tried; of equal sizes the first one is taken.
+ENCODINGS = ("int8", "f16", "f32", "int4")
+#: What four bits may change where nobody asked for them: the last bits of float32.
+_UNCHANGED = 2e-6
 #: What the signed entry of a delta costs every device: a delta must save more.
 DELTA_ENTRY_BYTES = 320
 
@@ -59,7 +63,7 @@ def choose(
     work = _Work(exported, manifest, kind, tensors)
     sizes: dict[str, int] = {}
     best: tuple[bytes, str] | None = None
-    for name in ENCODINGS if encoding in ("auto", "delta") else (encoding,):
+    for name in work.encodings() if encoding in ("auto", "delta") else (encoding,):
         try:
             data, faithful = work.encode(name)
         except PayloadError:
@@ -72,7 +76,7 @@ def choose(
                 f"--encoding {name}",
                 f"golden outputs within {ENCODING_TOLERANCE:.0%} of the f32 payload's",
                 "further away",
-                "use f16 or auto",
+                "train it so: adapt --encoding int4" if name == "int4" else "use f16 or auto",
             )
         if (best is None or len(data) < len(best[0])) and (faithful or name == "f32"):
             best = data, name
@@ -108,6 +112,14 @@ class _Work:
         self._golden = load_golden(exported / GOLDEN)
         self._session = Session(exported, threads=1, manifest=manifest, verify=False)
         self._reference = self._answers(self._build("f32"))
+
+    def encodings(self) -> tuple[str, ...]:
+        """Return those to choose from: four bits only where nothing is lost, as of an adapter that was trained for them."""
+        held = all(
+            np.abs(as_stored(v, "int4") - v).max(initial=0) <= _UNCHANGED * np.abs(v).max(initial=0)
+            for v in self._tensors.values()
+        )
+        return tuple(e for e in ENCODINGS if held or e != "int4")
 
     def _build(
         self,

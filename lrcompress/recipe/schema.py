@@ -230,7 +230,7 @@ class PublishPart(Part):
     """How corrections travel."""
 
     group: str = "default"
-    encoding: Literal["auto", "f32", "f16", "int8"] = "auto"
+    encoding: Literal["auto", "f32", "f16", "int8", "int4"] = "auto"
     fleet: Annotated[int, Field(ge=1)] = 1000
 
 

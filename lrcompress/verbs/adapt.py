@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from ..adapt import BaseAdapter, Target, adapter_class, kinds
 from ..adapt._files import MARKER, read_adapter
 from ..data import Data
+from ..encodings import stored_bytes
 from ..errors import BudgetError, CommandError, HostError, LrcompressError
 from ..files import check_output, sha256_json, staged_folder, write_json
 from ..model import OpenedModel
 from ..model.adapting import fresh, layer_target, takes
 from ..model.checkpoint import Compressed, load_compressed
 from ..model.surgery import adaptable_layers, attach, wrap_dense
-from ..payload import stored_bytes
 from ..progress import Progress, Silent
 from ..recover import World
 from ..recover.logs import NoLog
@@ -42,7 +42,7 @@ from .sources import device_of, for_model
 
 #: How numbers are rounded and counted: two bytes each, or codes with their scales. Where nothing is asked for, two: what a
 #: payload of codes saves of them is about what its names, scales and golden outputs take (ResNet-20: 8,000 numbers, 15.7 kB).
-ENCODINGS = ("f16", "int8")
+ENCODINGS = ("f16", "int8", "int4")
 #: Batches that the gradient is looked at with.
 _BATCHES = 8
 #: What the gradient is looked at through, and along how many directions, for kinds outside of a layer's core and in it.
@@ -83,7 +83,7 @@ def adapt(
 ) -> AdaptResult:
     """Train an adapter of each kind within `max_bytes` and keep the one that is best on `select`.
 
-    `adapter_kinds`: none for all that the layers take. `encoding`: f16 or int8, of the numbers alone. The loss is that of the labels, where the data have any. With
+    `adapter_kinds`: none for all that the layers take. `encoding`: f16, int8 or int4, of the numbers alone. The loss is that of the labels, where the data have any. With
     `output` a killed run continues with what was not done. `training`: as in `recover`, for each kind. Raises
     `BudgetError` where no layer's smallest adapter fits, `CommandError`, `ModelError`, `DataError`.
     """
@@ -93,7 +93,7 @@ def adapt(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise CommandError("lrcompress adapt", "one process", os.environ["WORLD_SIZE"], "start it without torchrun")
     if encoding not in ENCODINGS:
-        raise CommandError("lrcompress adapt --encoding", " or ".join(ENCODINGS), encoding)
+        raise CommandError("lrcompress adapt --encoding", ", ".join(ENCODINGS), encoding)
     dest = None if output is None else Path(output)
     if dest is not None:
         check_output(dest, maker=MAKER, marker=MARKER)

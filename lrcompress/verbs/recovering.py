@@ -19,12 +19,12 @@ from .. import metrics
 from ..adapt import BaseAdapter, adapter_class, kinds
 from ..adapt.core import why_none
 from ..data import Data
+from ..encodings import as_stored
 from ..errors import CommandError
 from ..model import OpenedModel, tensors_of
 from ..model.adapting import by_pattern, fresh, layer_target, takes
 from ..model.checkpoint import Compressed
 from ..model.surgery import adaptable_layers, attach, factorized_layers, wrap_dense
-from ..payload import as_stored
 from ..progress import Progress, Silent
 from ..recover import Networks, Outcome, Saved, Settings, Trained, Training, World, losses, mixing, trained
 from ..recover.blocks import checkpointed, hidden_states, rebuilt_kernels

@@ -35,7 +35,7 @@ def refused(data: bytes, *words: str) -> None:
 # bytes ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("encoding", ["f32", "int8"])
+@pytest.mark.parametrize("encoding", ["f32", "int8", "int4"])
 def test_every_flipped_bit_of_the_frame_is_seen(manifest: Manifest, encoding: str) -> None:
     """In length and header a flipped bit is refused, or changes what is said; no bit passes unseen."""
     data = made(manifest, encoding=encoding)
@@ -127,7 +127,7 @@ def test_a_frame_that_breaks_one_rule_is_refused_by_it(name: str) -> None:
     ("key", "value", "word"),
     [
         ("schema", ..., "metadata"), ("kind", ..., "metadata"), ("extra", "1", "metadata"), ("schema", 1, "metadata"), ("base_ids", ["cd" * 32], "metadata"),
-        ("schema", "2", "update lrcompress"), ("kind", "oft", "kind"), ("kind", "", "kind"), ("encoding", "int4", "encoding"),
+        ("schema", "2", "update lrcompress"), ("kind", "oft", "kind"), ("kind", "", "kind"), ("encoding", "int2", "encoding"),
         ("base_ids", "[", "base_ids"), ("base_ids", "[]", "base_ids"), ("base_ids", '{"a": 1}', "base_ids"), ("base_ids", '["CD"]', "base_ids"),
         ("base_ids", "[[]]", "base_ids"), ("base_ids", "[" * 5000, "base_ids"), ("slots_id", "ab", "slots_id"),
     ],
@@ -138,7 +138,7 @@ def test_metadata_is_exactly_what_is_known(key: str, value: Any, word: str) -> N
 
 
 CODES, SCALE, HALF = b"\1\2\3\4", np.ones(1, np.float32).tobytes(), np.ones(2, np.float16).tobytes()
-INT8 = {**META, "encoding": "int8"}
+INT8, INT4 = ({**META, "encoding": e} for e in ("int8", "int4"))
 
 
 @pytest.mark.parametrize(
@@ -153,6 +153,18 @@ INT8 = {**META, "encoding": "int8"}
         ({"a.q": ("I8", [1, 4], CODES), "a.scale": ("F32", [2, 1], F4)}, INT8, "broadcasts"), ({"a.q": ("I8", [4, 1], CODES), "a.scale": ("F32", [2, 1], F4)}, INT8, "broadcasts"),
         ({"a.q": ("I8", [2, 2], CODES), "a.scale": ("F32", [1, 1], np.array([np.nan], "<f4").tobytes())}, INT8, "finite"),
         ({"a.q": ("I8", [2, 2], CODES), "a.scale": ("F32", [1, 1], np.array([3e38], "<f4").tobytes())}, INT8, "finite"),
+        ({"a": ("U8", [4], CODES)}, META, "float32"), ({"a.q": ("U8", [2, 2], CODES), "a.scale": ("F32", [1, 1], SCALE)}, INT8, "int8 codes"),
+        ({"a.2x4": ("U8", [2, 2], CODES)}, INT4, "scale"), ({"a.scale": ("F32", [1, 1], SCALE)}, INT4, "codes"), ({"a": ("F32", [1, 2], F4)}, INT4, "codes"),
+        ({"a.2x4": ("I8", [2, 2], CODES), "a.scale": ("F32", [2], F4)}, INT4, "int4 codes"), ({"a.q": ("U8", [2, 2], CODES), "a.scale": ("F32", [2], F4)}, INT4, "shape"),
+        ({"a.4": ("U8", [2, 2], CODES), "a.scale": ("F32", [2], F4)}, INT4, "shape"), ({"a.2x04": ("U8", [2, 2], CODES), "a.scale": ("F32", [2], F4)}, INT4, "shape"),
+        ({"a.2x-4": ("U8", [2, 2], CODES), "a.scale": ("F32", [2], F4)}, INT4, "shape"), ({"a.2x" + "9" * 5000: ("U8", [2, 2], CODES), "a.scale": ("F32", [2], F4)}, INT4, "shape"),
+        ({"a.2x4": ("U8", [2, 2], CODES), "a.scale": ("F16", [2], HALF)}, INT4, "float32 scale"), ({"a.2x4": ("U8", [2, 2], CODES), "a.scale": ("F32", [1], SCALE)}, INT4, "2 scales"),
+        ({"a.2x4": ("U8", [2, 2], CODES), "a.scale": ("F32", [2, 1], F4)}, INT4, "2 scales"), ({"a.2x4": ("U8", [4, 1], CODES), "a.scale": ("F32", [2], F4)}, INT4, "[2, 2] bytes"),
+        ({"a.2x5": ("U8", [2, 2], CODES), "a.scale": ("F32", [2], F4)}, INT4, "[2, 3] bytes"), ({"a.2x3": ("U8", [2, 2], CODES), "a.2x4": ("U8", [2, 2], CODES), "a.scale": ("F32", [2], F4)}, INT4, "once"),
+        ({"a": ("F32", [2], F4), "a.2x4": ("U8", [2, 2], CODES), "a.scale": ("F32", [2], F4)}, INT4, "codes"), ({"a": ("F16", [2], HALF)}, INT4, "float32"),
+        ({"a.2x4": ("U8", [2, 2], b"\x18\x11\x11\x11"), "a.scale": ("F32", [2], F4)}, INT4, "-7 to 7"), ({"a.2x4": ("U8", [2, 2], b"\x11\x81\x11\x11"), "a.scale": ("F32", [2], F4)}, INT4, "-7 to 7"),
+        ({"a.2x3": ("U8", [2, 2], b"\x11\x01\x11\x11"), "a.scale": ("F32", [2], F4)}, INT4, "zero after the last"), ({"a.2x3": ("U8", [2, 2], b"\x11\x81\x11\x01"), "a.scale": ("F32", [2], F4)}, INT4, "-7 to 7"),
+        ({"a.1x4": ("U8", [1, 2], CODES[:2]), "a.scale": ("F32", [1], np.array([3e38], "<f4").tobytes())}, INT4, "finite"), ({"golden/y": ("U8", [2, 2], CODES)}, META, "rows"),
         ({"golden/": ("F16", [1, 2], HALF)}, META, "golden/"), ({"golden/y": ("F16", [2], HALF)}, META, "rows"), ({"golden/y": ("I8", [2, 2], CODES)}, META, "rows"),
         ({"golden/y": ("F32", [1, 2], np.array([0, np.nan], "<f4").tobytes())}, META, "finite"),
     ],
@@ -189,7 +201,7 @@ def test_no_bytes_surprise(manifest: Manifest, data: bytes) -> None:
 @given(data=st.data())
 def test_no_damage_of_a_good_payload_surprises(manifest: Manifest, data: st.DataObject) -> None:
     good = bytearray(
-        made(manifest, *data.draw(st.sampled_from([("lora", "f32"), ("lora", "int8"), ("loha", "f16")])), rank=1)
+        made(manifest, *data.draw(st.sampled_from([("lora", "f32"), ("lora", "int8"), ("lora", "int4"), ("loha", "f16")])), rank=1)
     )
     (length,) = struct.unpack_from("<Q", good)
     for _ in range(data.draw(st.integers(1, 4))):
@@ -216,7 +228,7 @@ VALUE = (
 @given(data=st.data())
 def test_no_edit_of_a_good_header_surprises(manifest: Manifest, data: st.DataObject) -> None:
     header, body = taken_apart(
-        made(manifest, *data.draw(st.sampled_from([("lora", "f32"), ("lora", "int8"), ("loha", "f32")])), rank=1)
+        made(manifest, *data.draw(st.sampled_from([("lora", "f32"), ("lora", "int8"), ("lora", "int4"), ("loha", "f32")])), rank=1)
     )
     for _ in range(data.draw(st.integers(1, 3))):
         name = data.draw(st.sampled_from([*header, "zz", "c0.lora_A.q", "golden/x", "\ud800"]))

@@ -75,7 +75,7 @@ def exported(base):
     return base / "exported"
 
 
-@pytest.mark.parametrize("encoding", ["int8", "f16"])
+@pytest.mark.parametrize("encoding", ["int4", "int8", "f16"])
 @pytest.mark.parametrize("kind", kinds())
 def test_the_bytes_are_those_of_a_payload_which_changes_nothing(base, exported, tmp_path, kind, encoding):
     how = {**OPTIONS, "steps": 20, "max_bytes": 1500, "adapter_kinds": (kind,), "encoding": encoding}
@@ -91,7 +91,7 @@ def test_the_bytes_are_those_of_a_payload_which_changes_nothing(base, exported, 
     alone = {n for n, v in tensors.items() if v.size == 0 or (v.size == 1 and not v.any())}
     parts = {n: len(p.data) for n, p in payloads.layout(data).parts.items()}
     assert sum(size for n, size in parts.items() if not {n, n.rpartition(".")[0]} & alone) == row["bytes"]
-    if encoding == "int8":
+    if encoding != "f16":
         for name, value in payloads.parse(data).tensors.items():
             np.testing.assert_allclose(value, tensors[name], rtol=2e-6, atol=0, err_msg=name)
 

@@ -42,8 +42,8 @@ def made_of(manifest, tensors, encoding, **options):
     return build(tensors, manifest=manifest, kind="lora", encoding=encoding, golden=GOLDEN, **options)
 
 
-@pytest.mark.parametrize("encoding", ["f32", "f16", "int8"])
-@pytest.mark.parametrize("other", ["f32", "int8"])
+@pytest.mark.parametrize("encoding", ["f32", "f16", "int8", "int4"])
+@pytest.mark.parametrize("other", ["f32", "int8", "int4"])
 def test_the_result_is_the_payload_byte_for_byte(manifest, encoding, other):
     old = made_of(manifest, lora(manifest), other)
     for new in (nudged(lora(manifest), 0.01), lora(manifest, rank=3), lora(manifest, rank=0)):

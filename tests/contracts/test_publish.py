@@ -18,7 +18,7 @@ from lrcompress.errors import CommandError, DeviceStateError, HostError, Payload
 from lrcompress.files import sha256_bytes, sha256_file
 from lrcompress.golden import compare, load_golden
 from lrcompress.manifest import Manifest
-from lrcompress.payload import parse
+from lrcompress.payload import build, parse
 from lrcompress.publish import repository as repositories
 from lrcompress.publish.keys import KeyStore
 from lrcompress.runtime import Session
@@ -134,6 +134,23 @@ def test_auto_takes_the_smallest_that_answers_like_f32(repo, monkeypatch):
     assert d["encoding"] == "int8" and d["sizes"]["int8"] < d["sizes"]["f16"] < d["sizes"]["f32"]
     monkeypatch.setattr("lrcompress.publish.encoding.ENCODING_TOLERANCE", 1e-6)
     assert add(repo, "second")["whole"]["encoding"] == "f32"
+
+
+def test_auto_takes_four_bits_only_where_nothing_is_lost(repo, tmp_path):
+    """An adapter that was rounded to them answers as before; of another one they take a tenth of every number."""
+    rough = parse(payload_bytes("second", encoding="int4"))
+    exact = build(
+        rough.tensors, manifest=Manifest.load(made() / "exported"), kind=rough.kind, encoding="f32", golden=rough.golden
+    )
+    (tmp_path / "p.safetensors").write_bytes(exact)
+    d = add(repo, tmp_path / "p.safetensors")
+    assert d["encoding"] == "int4" and d["sizes"]["int4"] < d["sizes"]["int8"]
+    found = parse(next((repo / "targets").rglob(f"{d['sha256']}.*")).read_bytes())
+    assert all(np.array_equal(found.tensors[n], v) for n, v in rough.tensors.items())
+    other = add(repo, "second")
+    assert "int4" not in other["sizes"] and other["whole"]["encoding"] == "int8"
+    with pytest.raises(PayloadError, match="adapt --encoding int4"):
+        add(repo, "first", encoding="int4")
 
 
 def test_a_payload_file_is_taken_as_well_as_an_adapter(repo, tmp_path):
