@@ -1,10 +1,13 @@
 """Find a learning rate: short runs from the start on the same batches, judged on held-out samples.
 
-Uphill and downhill, for adapters: a rate is compared with its neighbours, a factor √10 apart, until both are worse.
-A trial has twenty steps, a fifth of a run of less than 100, a twentieth of one of more than 400. (A small network, four kinds of adapters, distilled or on
-labels, turned or not, runs of 100 steps: the rate that trials of 5, 10, 20 and 40 steps prefer leaves the loss 12, 4, 1
-and 6 % above that of the best rate, in the mean.) Where no rate gains anything in a trial, the loss says only that less
-was done: then the highest one that did no harm.
+Uphill and downhill, for adapters: a rate is compared with its neighbours, a factor √10 apart, sample by sample, and left
+for one that is clearly better, or for a lower one where it does harm. What few samples cannot tell apart is left to the
+centre, which suits most networks: what a trial prefers by chance, or because it is short, is too low. (IMDB's reviews,
+MiniLM, LoRA of 31,000 numbers, 120 steps of 16: on 200 reviews, trials of 40 steps at 3e-4, 9.5e-4, 3e-3 differ by less
+than 1.5 standard errors, and after the whole run 3e-3 is right about 0.78 of 250 others and 9.5e-4 about 0.744.) A
+trial has twenty steps, more where batches are small, a third of a run at most, a twentieth of a long one. (A small
+network, four kinds of adapters, distilled or on labels, turned or not, runs of 100 steps of 64: the rate that trials of
+5, 10, 20 and 40 steps prefer leaves the loss 12, 4, 1 and 6 % above that of the best rate, in the mean.)
 
 Downhill only, for factors (`descending`): the first rate from the centre down whose trial does no harm. A trial
 prefers rates that are too low for a long run, which has the time to settle, so that the highest one which does no harm
@@ -22,8 +25,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ..errors import ModelError
+from .keeping import clearly_more
 from .objective import Held
 from .schedule import Schedule
 from .training import Training
@@ -32,10 +38,14 @@ from .training import Training
 _TRIED, _SHARE = 6, 0.3
 #: Steps of one trial: at least; usually; at most, where a run is long; of one that must tell harm from noise.
 _FEWEST, _USUAL, _MOST, _TELLING = 5, 20, 40, 24
-#: Part of a run that a trial may take, and of a long run that it does take.
-_EACH, _OF_LONG = 0.2, 0.05
+#: Samples that a trial sees at least, where it may have the steps for them.
+_SEEN = 1280
+#: Part of a run that a trial may take, of adapters and of factors, and of a long run that it does take.
+_EACH, _EACH_TELLING, _OF_LONG = 1 / 3, 0.2, 0.05
 #: What a trial may lose before that is harm.
 _HARM = 1.05
+#: Losses (samples,) by half decades above the centre.
+Trials = dict[int, Tensor]
 #: Held-out samples that trials are judged on.
 _PROBED = 256
 
@@ -47,25 +57,23 @@ def find_rate(training: Training, centre: float, *, descending: bool) -> None:
         state.rate = asked
         return
     steps = _telling(training) if descending else _length(training)
-    scores: dict[int, float] = {}
-    start = math.inf
+    trials: Trials = {}
+    chosen = 0
     if steps:
         probe = _probe(training)
         start = training.world.from_first(probe.mean())
         with training.progress.task("learning rate", total=_TRIED) as advance:
-            while (k := _next(scores, start if descending else None)) is not None and len(scores) < _TRIED:
-                if scores and _late(training):
+            while True:
+                chosen, following = training.world.from_first(_next(trials, start, descending=descending))
+                if following is None or len(trials) == _TRIED or (trials and _late(training)):
                     break
-                scores[k] = _try(training, rate_at(centre, k), steps, probe)
-                advance(1, f"{rate_at(centre, k):.2g}: loss {scores[k]:.4f}")
+                trials[following] = _try(training, rate_at(centre, following), steps, probe)
+                advance(1, f"{rate_at(centre, following):.2g}: loss {float(trials[following].mean()):.4f}")
     training.restart()
-    chosen = min(scores, key=lambda k: (scores[k], k)) if scores else 0
-    if descending and scores and not scores[chosen] <= _HARM * start:  # the time was up before a rate did no harm
-        chosen = min(scores) - 1
-    elif not descending and scores and not scores[chosen] < start:
-        chosen = max((k for k in scores if scores[k] <= _HARM * start), default=min(scores))
+    if descending and trials and _harms(trials[chosen], start):  # the time was up before a rate did no harm
+        chosen -= 1
     state.rate = rate_at(centre, chosen)
-    state.rates = [(rate_at(centre, k), v) for k, v in sorted(scores.items())]
+    state.rates = [(rate_at(centre, k), float(v.mean())) for k, v in sorted(trials.items())]
 
 
 def rate_at(centre: float, k: int) -> float:
@@ -73,16 +81,33 @@ def rate_at(centre: float, k: int) -> float:
     return float(f"{centre * 10 ** (k / 2):.1e}")
 
 
-def _next(scores: dict[int, float], start: float | None = None) -> int | None:
-    """Return the next rate to try, or None: a neighbour of the best so far, lower first; with `start` the next lower one
-    until one does no harm.
+def _next(trials: Trials, start: float, *, descending: bool = False) -> tuple[int, int | None]:
+    """Return the best rate so far, and the next one to try, if any; `start`: the loss before any training."""
+    best = 0
+    if not trials:
+        return best, best
+    while True:
+        sides = (best - 1,) if descending else (best - 1, best + 1)
+        if descending and not _harms(trials[best], start):
+            return best, None
+        better = [k for k in sides if k in trials and _better(trials, k, best, start)]
+        if not better:
+            return best, next((k for k in sides if k not in trials), None)
+        best = better[0]
+
+
+def _better(trials: Trials, k: int, than: int, start: float) -> bool:
+    """Tell whether to leave a rate for its neighbour `k`: it does harm, or that one is clearly better and gains something.
+
+    Where nothing is gained, a lower rate loses less, because less is done.
     """
-    if not scores:
-        return 0
-    if start is not None:
-        return None if min(scores.values()) <= _HARM * start else min(scores) - 1
-    best = min(scores, key=lambda k: (scores[k], k))
-    return next((k for k in (best - 1, best + 1) if k not in scores), None)
+    if k < than and _harms(trials[than], start):
+        return True
+    return float(trials[k].mean()) < start and clearly_more(trials[than], trials[k])
+
+
+def _harms(losses: Tensor, start: float) -> bool:
+    return not float(losses.mean()) <= _HARM * start
 
 
 def _probe(training: Training) -> Held:
@@ -101,9 +126,9 @@ def _probe(training: Training) -> Held:
 def _telling(training: Training) -> int:
     """Return the steps of a trial that tells whether a rate does harm; 0 where a run has no time for one."""
     s, total = training.settings, training.settings.most_steps
-    if total is not None and _EACH * total < _TELLING:
+    if total is not None and _EACH_TELLING * total < _TELLING:
         return 0
-    if s.max_seconds is not None and _TELLING * _seconds(training) > _EACH * s.max_seconds:
+    if s.max_seconds is not None and _TELLING * _seconds(training) > _EACH_TELLING * s.max_seconds:
         return 0
     return _TELLING
 
@@ -113,7 +138,8 @@ def _length(training: Training) -> int:
     s, total = training.settings, training.settings.most_steps
     most = _MOST
     if total is not None:
-        most = min(_MOST, max(_FEWEST, min(_USUAL, round(_EACH * total)), round(_OF_LONG * total)))
+        usual = max(_USUAL, -(-_SEEN // s.batch_size))
+        most = min(_MOST, max(_FEWEST, min(usual, round(_EACH * total)), round(_OF_LONG * total)))
     if s.max_seconds is None:
         return most
     return min(most, max(_FEWEST, int(_SHARE * s.max_seconds / (_TRIED - 1) / _seconds(training))))
@@ -131,15 +157,14 @@ def _late(training: Training) -> bool:
     return limit is not None and bool(training.world.from_first(training.clock.seconds > 1.5 * _SHARE * limit))
 
 
-def _try(training: Training, rate: float, steps: int, probe: Held) -> float:
-    """Return the loss after a short run; infinite where it does not stay finite."""
+def _try(training: Training, rate: float, steps: int, probe: Held) -> Tensor:
+    """Return the losses (samples,) after a short run; infinite where they do not stay finite."""
     training.restart()
     try:
         _steps(training, rate, steps)
     except ModelError:
-        return math.inf
-    value = training.world.from_first(probe.mean())
-    return float(value) if math.isfinite(value) else math.inf
+        return torch.tensor([math.inf])
+    return probe.losses().nan_to_num(nan=math.inf, posinf=math.inf)
 
 
 def _steps(training: Training, rate: float, steps: int) -> None:

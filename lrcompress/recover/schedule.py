@@ -18,7 +18,7 @@ _JUDGING, _JUDGED = 0.15, 0.5
 #: A run in its first half whose loss is so many times that of its start begins again, with a lower rate.
 _RUINED = 2.0
 #: So does one between these parts that is worse by so much and has gained nothing yet.
-_HARM, _SETTLED, _LATE = 0.05, 0.2, 0.75
+_HARM, _SETTLED, _LATE = 0.05, 0.4, 0.75
 
 
 def harmed(value: float, start: float, place: float, told: str, *, gained: bool) -> bool:

@@ -29,6 +29,7 @@ import lrcompress
 from lrcompress import deltas
 from lrcompress import payload as payloads
 from lrcompress.data import Data
+from lrcompress.encodings import ENCODINGS
 from lrcompress.errors import BudgetError, LrcompressError
 from lrcompress.export.payloads import payload_tensors
 from lrcompress.files import write_json
@@ -42,7 +43,6 @@ from .recovering import photos
 from .recovering.adaptation import ASSETS, Shift, accuracy, noise, percent, regained, sentences
 
 KINDS = ("lora", "lokr", "core", "loha")
-ENCODINGS = ("f32", "f16", "int8")
 #: What an update must carry to count: a share of what full fine-tuning regains, in a share of the model's bytes.
 REGAINED, SHARES = 0.8, {"minilm": 0.005, "resnet20": 0.015, "mobilenet": 0.015}
 

@@ -146,18 +146,6 @@ def test_patience(base):
     assert d["stopped"] == "patience" and d["steps"] < 200
 
 
-def test_a_search_finds_a_rate_near_what_was_asked_for_nothing(base):
-    """It walks to where the loss is least, and looks at both sides of it."""
-    from lrcompress.recover.rates import _next, rate_at
-
-    loss = {k: (k + 3) ** 2 for k in range(-9, 9)}
-    seen = {}
-    while (k := _next(seen)) is not None:
-        seen[k] = loss[k]
-    assert min(seen, key=seen.get) == -3 and sorted(seen) == list(range(-4, 1))
-    assert rate_at(1e-3, 1) == 3.2e-3 and rate_at(3e-3, -2) == 3e-4
-
-
 def test_hidden_states_are_those_of_blocks(base):
     from lrcompress.recover.blocks import blocks_of, hidden_states
     from recipes.archs.cifar_resnet import resnet20

@@ -85,24 +85,24 @@ def test_a_run_that_the_clock_ends_keeps_its_remaining_time(place, tmp_path, tic
 
 
 def test_the_time_of_the_search_counts_even_if_the_run_is_broken_off_behind_it(place, tmp_path, ticking, monkeypatch):
-    """Two steps to measure, trials of five until 18 seconds are over, and 18 for training; a search is not done twice."""
+    """Two steps to measure, trials of five until 10.8 seconds are over, and 12 for training; a search is not done twice."""
     monkeypatch.setattr(rates, "time", types.SimpleNamespace(perf_counter=lambda: Ticks.now))
     options = {
         "data": data(),
-        "max_seconds": 40.0,
+        "max_seconds": 24.0,
         "batch_size": 16,
         "save_seconds": 0.0,
         "threads": 1,
         "closed": "off",
     }
     whole = recover(place / "small", output=tmp_path / "whole", **options).data
-    assert whole["steps"] == 18 and len(whole["rates"]) == 4
-    expected, ticking.shares, ticking.dies_after = ticking.shares[22:], [], 22
+    assert whole["steps"] == 12 and len(whole["rates"]) == 2
+    expected, ticking.shares, ticking.dies_after = ticking.shares[12:], [], 12
     with pytest.raises(KeyboardInterrupt):
         recover(place / "small", output=tmp_path / "broken", **options)
     ticking.shares, ticking.dies_after = [], None
     found = recover(place / "small", output=tmp_path / "broken", **options).data
-    assert found["resumed_at"] == 0 and found["steps"] == 18 and found["rates"] == whole["rates"]
+    assert found["resumed_at"] == 0 and found["steps"] == 12 and found["rates"] == whole["rates"]
     assert ticking.shares == expected and sha256_tree(tmp_path / "broken") == sha256_tree(tmp_path / "whole")
 
 
