@@ -89,6 +89,11 @@ def decode(stored: Mapping[str, np.ndarray], encoding: str) -> Stored:
     return out
 
 
+def holdable(shape: Sequence[int]) -> bool:
+    """Tell whether an array may have this shape: even one without numbers may not be any number of times empty."""
+    return math.prod(max(d, 1) for d in shape) < 1 << 40
+
+
 def _scaled_axis(shape: Sequence[int]) -> int:
     """Return the axis that has a scale for each index: the first, or the second where the first is longer than all others
     together. Of two that is the rank, so scales cost little.
@@ -187,6 +192,8 @@ def _decode_halves(stored: Mapping[str, np.ndarray]) -> Stored:
 
 
 def _decode_rows(name: str, pairs: np.ndarray, scale: np.ndarray, shape: list[int]) -> np.ndarray:
+    if not holdable(shape):
+        raise PayloadError(f"payload: {name}", "a shape that an array may have", shape)
     rows, row = _rows(shape)
     if pairs.shape != (rows, -(-row // 2)) or scale.shape != (rows,):
         expected = f"{[rows, -(-row // 2)]} bytes and {rows} scales"

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from . import expansions
-from .encodings import ENCODINGS, decode, encode
+from .encodings import ENCODINGS, decode, encode, holdable
 from .errors import PayloadError
 from .files import canonical_json, sha256_bytes
 from .manifest import Manifest, is_sha256, strict_json
@@ -279,7 +279,7 @@ def _part(name: str, entry: Any, body: memoryview, offset: int) -> tuple[Part, i
     if not isinstance(entry["dtype"], str) or entry["dtype"] not in _DTYPES:
         raise PayloadError(where, f"a dtype of {', '.join(_DTYPES)}", entry["dtype"])
     dtype: np.dtype[Any] = _DTYPES[entry["dtype"]]
-    if not _whole(shape, 8) or not _whole(span, 2) or len(span) != 2:
+    if not _whole(shape, 8) or not _whole(span, 2) or len(span) != 2 or not holdable(shape):
         raise PayloadError(where, "a shape and two offsets", entry)
     size = math.prod(shape) * dtype.itemsize
     if span != [offset, offset + size] or span[1] > len(body):
