@@ -203,7 +203,11 @@ def test_no_bytes_surprise(manifest: Manifest, data: bytes) -> None:
 @given(data=st.data())
 def test_no_damage_of_a_good_payload_surprises(manifest: Manifest, data: st.DataObject) -> None:
     good = bytearray(
-        made(manifest, *data.draw(st.sampled_from([("lora", "f32"), ("lora", "int8"), ("lora", "int4"), ("loha", "f16")])), rank=1)
+        made(
+            manifest,
+            *data.draw(st.sampled_from([("lora", "f32"), ("lora", "int8"), ("lora", "int4"), ("loha", "f16")])),
+            rank=1,
+        )
     )
     (length,) = struct.unpack_from("<Q", good)
     for _ in range(data.draw(st.integers(1, 4))):
@@ -230,7 +234,11 @@ VALUE = (
 @given(data=st.data())
 def test_no_edit_of_a_good_header_surprises(manifest: Manifest, data: st.DataObject) -> None:
     header, body = taken_apart(
-        made(manifest, *data.draw(st.sampled_from([("lora", "f32"), ("lora", "int8"), ("lora", "int4"), ("loha", "f32")])), rank=1)
+        made(
+            manifest,
+            *data.draw(st.sampled_from([("lora", "f32"), ("lora", "int8"), ("lora", "int4"), ("loha", "f32")])),
+            rank=1,
+        )
     )
     for _ in range(data.draw(st.integers(1, 3))):
         name = data.draw(st.sampled_from([*header, "zz", "c0.lora_A.q", "golden/x", "\ud800"]))

@@ -18,7 +18,8 @@ from tests.faults.checks_publish import PUBLISHER
 
 ROOT = Path(__file__).parents[2]
 RULES, UPDATES, FOLDER, CLOCK = (f"tests/attacks/test_{n}.py" for n in ("rules", "updates", "folder", "clock"))
-DEVICE, BASES = "tests/contracts/test_device.py", "tests/contracts/test_base_updates.py"
+DEVICE, STATE = "tests/contracts/test_device.py", "tests/contracts/test_device_state.py"
+BASES = "tests/contracts/test_base_updates.py"
 CUTS, ROT, DISKS, NETWORK, TRIAL = (
     f"tests/faults/test_{n}.py" for n in ("powercut", "rot", "disk_failures", "network", "trial")
 )
@@ -38,8 +39,8 @@ CHECKS: list[tuple[str, str, str, str, str, str]] = [
     ("what everybody may write", "folder.py", "if found.st_mode & stat.S_IWOTH:", "if False:", FOLDER, "everybody"),
     ("one writer at a time", "folder.py", "fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass", FOLDER, "two_agents"),
     ("the checksum of a state", "state.py", "if value[\"sha256\"] != sha256_json(body):", "if False:", FOLDER, "forged"),
-    ("writing over the older copy", "state.py", "COPIES[ages.index(min(ages))]", "COPIES[ages.index(max(ages))]", DEVICE, "one_destroyed"),
-    ("reading the newer copy", "state.py", "return max(valid", "return min(valid", DEVICE, "one_destroyed"),
+    ("writing over the older copy", "state.py", "COPIES[ages.index(min(ages))]", "COPIES[ages.index(max(ages))]", STATE, "one_destroyed"),
+    ("reading the newer copy", "state.py", "return max(valid", "return min(valid", STATE, "one_destroyed"),
     ("the form of a state", "state.py", "_need(is_sha256(v))", "pass", "tests/attacks/test_parsers.py", "state and not slow"),
     ("how long metadata may be", "trust.py", "if len(found) > max_length:", "if False:", RULES, "endless"),
     ("asking for metadata again", "trust.py", "_TRIES = 3", "_TRIES = 1", NETWORK, "any_link"),
@@ -86,9 +87,9 @@ CHECKS: list[tuple[str, str, str, str, str, str]] = [
     ("how long the answer's file is", "fetch.py", "if body.total is not None and body.total != length:", "if False:", NETWORK, "another_size"),
     ("skipping what is here already", "fetch.py", "skip = had - body.start", "skip = 0", NETWORK, "without_range"),
     ("reading no further than it may", "fetch.py", "block[skip : skip + length - file.size]", "block[skip:]", NETWORK, "endless"),
-    ("a part that is too long", "fetch.py", "if file.size > length:", "if False:", DEVICE, "longer_than"),
-    ("giving up", "fetch.py", "if idle > MAX_IDLE_TRIES:", "if False:", DEVICE, "giving_up"),
-    ("what is gone is final", "fetch.py", "elif not e.passing:", "elif False:", DEVICE, "not_asked"),
+    ("a part that is too long", "fetch.py", "if file.size > length:", "if False:", STATE, "longer_than"),
+    ("giving up", "fetch.py", "if idle > MAX_IDLE_TRIES:", "if False:", STATE, "giving_up"),
+    ("what is gone is final", "fetch.py", "elif not e.passing:", "elif False:", STATE, "not_asked"),
     ("a stream that drips", "transport.py", "            if received - since < slowest:\n", "            if False:\n", NETWORK, "body_that_drips"),
     ("the bandwidth limit", "transport.py", "if early > 0:", "if False:", NETWORK, "bandwidth"),
     ("pipes in a repository", "transport.py", "if not file.is_file():", "if False:", RULES, "pipe or folder_in"),
