@@ -16,7 +16,7 @@ PACKAGE = ROOT / "lrcompress"
 LAYERS: list[set[str]] = [
     {"_version", "errors", "progress"},
     {"files", "plugins"},
-    {"manifest", "golden", "expansions", "phases", "shrinkage"},
+    {"manifest", "golden", "expansions", "encodings", "phases", "shrinkage"},
     {"payload"},
     {"deltas", "packs"},
     {"runtime"},
@@ -50,6 +50,7 @@ EDGE = {
     "progress",
     "_version",
     "manifest",
+    "encodings",
     "expansions",
     "phases",
     "payload",
