@@ -279,11 +279,13 @@ def _part(name: str, entry: Any, body: memoryview, offset: int) -> tuple[Part, i
     if not isinstance(entry["dtype"], str) or entry["dtype"] not in _DTYPES:
         raise PayloadError(where, f"a dtype of {', '.join(_DTYPES)}", entry["dtype"])
     dtype: np.dtype[Any] = _DTYPES[entry["dtype"]]
-    if not _whole(shape, 8) or not _whole(span, 2) or len(span) != 2 or not holdable(shape):
+    if not _whole(shape, 8) or not _whole(span, 2) or len(span) != 2:
         raise PayloadError(where, "a shape and two offsets", entry)
     size = math.prod(shape) * dtype.itemsize
     if span != [offset, offset + size] or span[1] > len(body):
         raise PayloadError(where, f"data at [{offset}, {offset + size}] within {len(body)} bytes", span)
+    if not holdable(shape):
+        raise PayloadError(where, "a shape that an array may have", shape)
     return Part(dtype, tuple(shape), bytes(body[offset : offset + size])), offset + size
 
 

@@ -90,7 +90,7 @@ FRAMES: dict[str, tuple[Callable[[], bytes], str]] = {
     "a dimension that is true": (lambda: stored({"a": ("F32", [True, 2], F4)}, META), "shape"),
     "a dimension that is no whole number": (lambda: stored({"a": ("F32", [2.0], F4)}, META), "shape"),
     "nine dimensions": (lambda: stored({"a": ("F32", [1] * 8 + [2], F4)}, META), "shape"),
-    "a shape that overflows": (lambda: stored({"a": ("F32", [(1 << 40) - 1] * 8, F4)}, META), "a shape"),
+    "a shape that overflows": (lambda: stored({"a": ("F32", [(1 << 40) - 1] * 8, F4)}, META), "data at"),
     "less data than the shape says": (lambda: stored({"a": ("F32", [3], F4)}, META), "data at"),
     "more data than the shape says": (lambda: stored({"a": ("F32", [1], F4)}, META), "data at"),
     "an unknown field": (lambda: put_together({"__metadata__": META, "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], "x": 1}}, F4), "data_offsets"),
