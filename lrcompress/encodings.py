@@ -7,7 +7,7 @@
                 row. Vectors, which would take a scale for each number, stay as they are.
 
 Scales of int8 hold the largest number exactly. Four bits cannot afford that: of a few scales the one of the least squared
-error is taken, and its lowest bits are zero, so that code times scale is exact and what was rounded once stays as it is.
+error is taken. What was rounded once stays as it is: a scale s = x / 7 comes back from 7 s, which rounds to x.
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ EARLIER_SCALE = 1.5
 #: The largest code of four bits.
 _MOST = 7
 #: Parts of the largest number that four bits may end at.
-_ENDS = np.linspace(1.0, 0.35, 27)
-#: Bits of a scale of int4 that are zero: with 16 left, products with codes are exact.
-_TRIMMED = np.uint32(0xFFFFFF00)
+_ENDS = np.linspace(1.0, 0.35, 27, dtype=np.float32)
 _SHAPE = re.compile(r"(0|[1-9][0-9]{0,8})(x(0|[1-9][0-9]{0,8})){1,7}")
 
 Stored = dict[str, np.ndarray]
@@ -152,7 +150,7 @@ def _encode_halves(name: str, value: np.ndarray) -> Stored:
     largest = np.abs(rows).max(1, keepdims=True, initial=0.0)
     scale, least = np.ones_like(largest), np.full(largest.shape, np.inf)
     for end in _ENDS:
-        tried = _trimmed(largest * np.float32(end) / _MOST)
+        tried = np.maximum(largest * end / np.float32(_MOST), np.finfo(np.float32).tiny)
         error = np.square(_codes(rows, tried) * tried - rows, dtype=np.float64).sum(1, keepdims=True)
         scale, least = np.where(error < least, tried, scale), np.minimum(error, least)
     codes = _codes(rows, scale).astype("i1").view("u1") & 15
@@ -164,12 +162,6 @@ def _encode_halves(name: str, value: np.ndarray) -> Stored:
 def _codes(rows: np.ndarray, scale: np.ndarray) -> np.ndarray:
     found: np.ndarray = np.clip(np.rint(rows / scale), -_MOST, _MOST)
     return found
-
-
-def _trimmed(scale: np.ndarray) -> np.ndarray:
-    """Return scales rounded down to 16 bits, at least the smallest normal number."""
-    single = np.maximum(scale.astype(np.float32), np.finfo(np.float32).tiny)
-    return (single.view(np.uint32) & _TRIMMED).view(np.float32)
 
 
 def _decode_halves(stored: Mapping[str, np.ndarray]) -> Stored:

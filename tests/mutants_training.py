@@ -95,7 +95,7 @@ TRAINING_FAULTS: list[tuple[str, str, str, str, str]] = [
     ("encodings.py", "size + 4 * (shape", "size + (shape", "test_payload", "known_before"),
     ("encodings.py", "rows * (-(-row // 2) + 4)", "rows * (row // 2 + 4)", "test_payload", "four_bits_take"),
     ("encodings.py", "shape[0] <= math.prod(shape[1:]) else 1", "shape[0] >= math.prod(shape[1:]) else 1", "test_payload", "share_a_scale"),
-    ("encodings.py", "np.linspace(1.0, 0.35, 27)", "np.linspace(1.0, 1.0, 2)", "test_payload", "sixteen_levels"),
+    ("encodings.py", "np.linspace(1.0, 0.35, 27", "np.linspace(1.0, 1.0, 2", "test_payload", "sixteen_levels"),
     ("encodings.py", "np.where(error < least, tried, scale)", "np.where(error <= least, tried, tried)", "test_payload", "sixteen_levels"),
     ("encodings.py", "codes[:, ::2] | codes[:, 1::2] << 4", "codes[:, ::2] << 4 | codes[:, 1::2]", "test_payload", "two_to_a_byte"),
     ("encodings.py", "np.stack([pairs & 15, pairs >> 4], -1)", "np.stack([pairs >> 4, pairs & 15], -1)", "test_payload", "two_to_a_byte"),

@@ -21,8 +21,8 @@ from ..runtime import Session
 ENCODING_TOLERANCE = 1e-2
 #: In the order in which they are tried; of equal sizes the first one is taken.
 ENCODINGS = ("int8", "f16", "f32", "int4")
-#: What four bits may change of the largest number where nobody asked for them: what a scale of 16 bits rounds.
-_UNCHANGED = 1e-4
+#: What four bits may change of the largest number where nobody asked for them: the last bits of float32.
+_UNCHANGED = 2e-6
 #: What the signed entry of a delta costs every device: a delta must save more.
 DELTA_ENTRY_BYTES = 320
 
